@@ -1,0 +1,166 @@
+"""The ReGLA mixer: what stands where softmax attention stood."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from regla.layers.feature_maps import FEATURE_MAPS
+from regla.layers.gates import GATE_AXES, GATES
+from regla.layers.norms import NORMS
+from regla.layers.positions import ShortConvolution, apply_rotary
+from regla.ops.features import KEY_MAX
+
+OUTPUT_GATES = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
+
+
+class ReGLAState(NamedTuple):
+    """What a layer remembers of the past. Zeros throughout mean: nothing yet."""
+
+    S: Tensor  # [B, H, K, V'] float32; V' counts the normaliser's channels where there is one
+    m: Tensor  # [B, H] float32, the unit of S: exp(m)
+    conv: Tensor | None = None  # [B, conv_size - 1, channels], the last inputs of the short convolution
+
+
+class ReGLAAttention(nn.Module):
+    """Gated linear attention in the paper's form: project -> (short convolution) -> (q/k normalisation) -> (RoPE) ->
+    feature map and gated recurrence -> norm -> (output gate) -> out; parts in brackets are optional.
+
+    Args:
+        hidden_size: channels of the input and the output.
+        num_heads: query heads.
+        num_kv_heads: state heads; each serves num_heads / num_kv_heads query heads. None: num_heads.
+        head_dim: K, channels of a query or key. None: hidden_size / num_heads.
+        value_head_dim: V, channels of a value. None: head_dim.
+        feature_map: "safe_exp", "identity", "relu" or "one_plus_elu".
+        gate: "refined", "sigmoid", "fast_decay", "gla", "scalar" or "none".
+        gate_axis: "value", "key" or "both": the axis of the state that a refined or sigmoid gate decays.
+        key_max: "decay", "running" or "sequence": the stabiliser of the safe exponential.
+        norm: "rmsnorm", "layernorm", "sum" or "none".
+        norm_eps: eps of the norms.
+        conv_size: tokens the short convolution of q, k and v sees; 0 for none.
+        qk_norm: RMS-normalise q and k per head with a learnt gain.
+        output_gate: None, "silu" or "sigmoid".
+        bias, out_bias: biases of the q, k, v projections, and of the output's.
+        gate_low_rank_dim: rank of the "gla" gate.
+        backend: of the recurrence, see `regla.ops.gated_linear_attention`.
+
+    Raises:
+        ValueError: unknown names, head counts that do not divide.
+
+    >>> layer = ReGLAAttention(64, 4)
+    >>> y, state = layer(torch.randn(2, 10, 64), return_state=True)
+    >>> y_next, state = layer(torch.randn(2, 1, 64), state=state, return_state=True)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        feature_map: str = "safe_exp",
+        gate: str = "refined",
+        gate_axis: str = "value",
+        key_max: str = "decay",
+        norm: str = "rmsnorm",
+        norm_eps: float = 1e-6,
+        conv_size: int = 0,
+        qk_norm: bool = False,
+        output_gate: str | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
+        gate_low_rank_dim: int = 16,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        _one_of("feature_map", feature_map, FEATURE_MAPS)
+        _one_of("gate", gate, GATES)
+        _one_of("gate_axis", gate_axis, GATE_AXES)
+        _one_of("key_max", key_max, KEY_MAX)
+        _one_of("norm", norm, NORMS)
+        _one_of("output_gate", output_gate, [None, *OUTPUT_GATES])
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads is {num_heads}; expected a multiple of num_kv_heads = {num_kv_heads}")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is no multiple of num_heads = {num_heads}: give head_dim")
+        if conv_size == 1 or conv_size < 0:
+            raise ValueError(f"conv_size is {conv_size}; expected 0 (none) or at least 2 tokens")
+        K = head_dim or hidden_size // num_heads
+        V = value_head_dim or K
+        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
+        self.head_dim, self.value_head_dim = K, V
+        self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * K, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * V, bias=bias)
+        self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=out_bias)
+        qkv_channels = num_heads * K + num_kv_heads * (K + V)
+        self.conv = ShortConvolution(qkv_channels, conv_size) if conv_size else None
+        self.q_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
+        self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, gate_low_rank_dim)
+        self.feature_map = FEATURE_MAPS[feature_map](key_max, backend)
+        self.norm = NORMS[norm](num_heads, V, norm_eps)
+        self.output_gate = nn.Linear(hidden_size, num_heads * V, bias=False) if output_gate else None
+        self.output_activation = OUTPUT_GATES[output_gate] if output_gate else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: ReGLAState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, ReGLAState | None]:
+        """
+        Args:
+            x: [B, T, hidden_size].
+            rotary: (cos, sin), each [B or 1, T, R <= head_dim]; None for no RoPE.
+            mask: [B, T] bool, True for real tokens; what padding holds does not matter.
+            cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1).
+            state: what came before x; not with cu_seqlens.
+            return_state: return the state after x; not with cu_seqlens.
+
+        Returns:
+            [B, T, hidden_size] in the dtype of x, and the new state or None.
+        """
+        if cu_seqlens is not None and (state is not None or return_state):
+            raise ValueError("cu_seqlens is given with a state; packed sequences start empty: pass one or the other")
+        if mask is not None:
+            x = torch.where(mask[..., None], x, 0.0)  # by choice: padding may hold nan, and gradients meet it too
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        conv_state = None
+        if self.conv is not None:
+            qkv, conv_state = self.conv(qkv, mask, cu_seqlens, None if state is None else state.conv)
+        widths = [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = qkv.split(widths, -1)
+        q, k = q.unflatten(-1, (-1, self.head_dim)), k.unflatten(-1, (-1, self.head_dim))
+        v = v.unflatten(-1, (-1, self.value_head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        decays = self.gate(x)
+        if decays.write is not None:
+            v = v * decays.write.to(v.dtype)
+        v, gv = self.norm.prepare(v, decays.gv)
+        before = None if state is None else (state.S, state.m)
+        h, after = self.feature_map(q, k, v, decays.gk, gv, mask, cu_seqlens, before, return_state)
+        o = self.norm(h).flatten(2)
+        if self.output_gate is not None and self.output_activation is not None:
+            o = o * self.output_activation(self.output_gate(x))
+        y = self.o_proj(o)
+        return y, None if after is None else ReGLAState(*after, conv_state)
+
+
+def _one_of(name: str, value: object, known: object) -> None:
+    names = list(known)  # type: ignore[call-overload]
+    if value not in names:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, names))}")

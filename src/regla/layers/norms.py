@@ -1,0 +1,95 @@
+"""Normalisation of a head's output (paper section 3.2): what replaces the sum normaliser, and the sum normaliser.
+
+Behind the safe exponential h is known only up to a positive factor per token and head, and that factor may be as small
+as exp(-100). A layer norm forgets a factor only if its eps does not see it, hence "scale-free":
+
+    Norm(h / max_i |h_i|), the maximum taking no gradient, in float32, then an ordinary eps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def prescale(h: Tensor) -> Tensor:
+    """h [..., V] -> h / max_i |h_i| in float32 at least; zeros stay zeros. The maximum takes no gradient."""
+    h = h.to(torch.promote_types(h.dtype, torch.float32))
+    largest = h.detach().abs().amax(-1, keepdim=True)
+    return h / largest.clamp_min(torch.finfo(h.dtype).tiny)
+
+
+class OutputNorm(nn.Module):
+    """h [B, T, H, V] -> [B, T, H, V]. `prepare` may add value channels (and their decays) that `forward` consumes."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
+
+    def prepare(self, v: Tensor, gv: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return v, gv
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads}, {self.head_dim}, eps={self.eps}"
+
+
+class HeadRMSNorm(OutputNorm):
+    """o = w * x / sqrt(mean(x^2) + eps), x = prescale(h); per head, weight w [H, V]."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float):
+        super().__init__(num_heads, head_dim, eps)
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = prescale(h)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (x * self.weight).to(h.dtype)
+
+
+class HeadLayerNorm(OutputNorm):
+    """o = w * (x - mean x) / sqrt(var x + eps) + b, x = prescale(h); per head, w, b [H, V] (the paper's choice)."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float):
+        super().__init__(num_heads, head_dim, eps)
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = prescale(h)
+        x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (x * self.weight + self.bias).to(h.dtype)
+
+
+class SumNorm(OutputNorm):
+    """o = S_t^T phi(q_t) / (c_t^T phi(q_t)), c_t the gated sum of the keys' features (paper equations 3-7).
+
+    The denominator is read from the same state: values of 1 are appended to v, one channel, or one for each channel
+    of v where the channels decay at different rates. Needs a non-negative feature map: near a zero denominator the
+    result is arbitrary, which is the paper's reason for replacing it.
+    """
+
+    def prepare(self, v: Tensor, gv: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if gv is None or gv.shape[-1] == 1:
+            return torch.cat([v, torch.ones_like(v[..., :1])], -1), gv
+        return torch.cat([v, torch.ones_like(v)], -1), torch.cat([gv, gv], -1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        numerator, denominator = prescale(h).split([self.head_dim, h.shape[-1] - self.head_dim], -1)
+        tiny = torch.finfo(denominator.dtype).tiny
+        return (numerator / torch.where(denominator.abs() < tiny, tiny, denominator)).to(h.dtype)
+
+
+class NoNorm(OutputNorm):
+    """o = h."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h
+
+
+NORMS: dict[str, type[OutputNorm]] = {
+    "rmsnorm": HeadRMSNorm,
+    "layernorm": HeadLayerNorm,
+    "sum": SumNorm,
+    "none": NoNorm,
+}

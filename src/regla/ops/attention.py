@@ -1,0 +1,238 @@
+"""The public operations: check the input, choose a backend, run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regla.ops.checks import check_backend, check_decays, check_gla, check_regla
+from regla.ops.chunked import chunked_gated_linear_attention
+from regla.ops.features import NO_KEY, safe_exp_key, safe_exp_query, variance_reduction
+from regla.ops.gates import log_refined_gate
+from regla.ops.recurrent import recurrent_gated_linear_attention
+
+BACKENDS = {"recurrent": recurrent_gated_linear_attention, "chunked": chunked_gated_linear_attention}
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    validate: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention whose state decays along the key axis, the value axis, both or neither.
+
+        S_t = Diag(exp gk_t) S_{t-1} Diag(exp gv_t) + k_t v_t^T        o_t = scale * S_t^T q_t
+
+    Args:
+        q: queries [B, T, HQ, K], HQ a multiple of H; consecutive groups of HQ / H query heads share a state.
+        k: keys [B, T, H, K].
+        v: values [B, T, H, V].
+        gk: natural-log decays of the key axis, <= 0, [B, T, H, K] or [B, T, H, 1]; -inf forgets entirely.
+        gv: natural-log decays of the value axis, <= 0, [B, T, H, V] or [B, T, H, 1].
+        scale: factor on the output; None means K^-1/2.
+        initial_state: [N, H, K, V] state before the first token; N = B, or the number of packed sequences.
+        output_final_state: return the state after the last token.
+        cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending.
+        backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), or "auto": recurrent
+            for one token, else chunked.
+        validate: check the numbers too (decays <= 0, boundaries). None: on the CPU only, where that costs no wait.
+
+    Returns:
+        o [B, T, HQ, V] in the dtype of v, and the final state [N, H, K, V], float32 (float64 for float64 input), or
+        None. Gradients flow to every input and through the returned state. Products and sums are float32.
+
+    Raises:
+        ValueError: shapes that do not fit, float16 values, positive decays, wrong boundaries, unknown backend.
+
+    Source: paper equations 3-10; Yang et al. 2024 (arXiv 2312.06635) for key-axis gates.
+
+    >>> q, k, v = torch.randn(3, 1, 10, 2, 4).unbind(0)
+    >>> o, state = gated_linear_attention(q, k, v, gv=-torch.rand(1, 10, 2, 4), output_final_state=True)
+    >>> o.shape, state.shape
+    (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]))
+    """
+    check_gla(q, k, v, gk, gv, initial_state, cu_seqlens, validate)
+    check_decays(gk, gv, validate)
+    o, state = _run(q, k, v, gk, gv, scale, initial_state, cu_seqlens, backend)
+    return o, state if output_final_state else None
+
+
+def safe_exp_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_max: str = "decay",
+    backend: str = "auto",
+    validate: bool | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """`gated_linear_attention` on safe exponential features of raw q, k: any log-decays, or none.
+
+        m_t = max(m_{t-1} + max_i gk_{t,i} + max_j gv_{t,j}, max_i k_{t,i})                           (key_max "decay")
+        S_t = exp(m_{t-1} - m_t) Diag(exp gk_t) S_{t-1} Diag(exp gv_t) + exp(k_t - m_t) v_t^T
+        h_t = scale * S_t^T exp(q_t - max_i q_{t,i})
+
+    h_t equals what the paper's formula gives up to one positive factor per token and head, which a scale-free
+    normalisation removes; without one, h depends on m, and m takes no gradient. See `regla_attention` for arguments,
+    shapes, dtypes and errors; gk, gv as in `gated_linear_attention`.
+    """
+    check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
+    state, before = (None, None) if initial_state is None else initial_state
+    if state is not None and before is not None:
+        # Zeros are an empty state, whatever m says.
+        before = torch.where((state.detach() == 0).all(-1).all(-1), NO_KEY, before.detach())
+    if mask is not None:
+        real = mask[..., None, None]
+        q, k, v = (torch.where(real, x, 0.0) for x in (q, k, v))  # by choice, not by product: 0 * nan is nan
+        gk, gv = (None if g is None else torch.where(real, g, 0.0) for g in (gk, gv))
+    check_decays(gk, gv, validate)
+    slowest_k, slowest_v = (None if g is None else g.detach().amax(-1) for g in (gk, gv))
+    slowest = slowest_k if slowest_v is None else slowest_v if slowest_k is None else slowest_k + slowest_v
+    phi_k, unit, after = safe_exp_key(
+        k, slowest, key_max=key_max, initial_max=before, mask=mask, cu_seqlens=cu_seqlens
+    )
+    # The change of unit goes to one axis. With both, the key axis keeps its gates relative to its slowest channel, so
+    # that what each axis decays by stays <= 1 by itself.
+    if gk is None and gv is None:
+        gk = unit[..., None]
+    elif gv is None:
+        gk = gk + unit[..., None]  # type: ignore[operator]
+    elif gk is None:
+        gv = gv + unit[..., None]
+    else:
+        assert slowest_k is not None
+        slowest_k = slowest_k.clamp_min(NO_KEY)[..., None]  # a gate of exactly 0 has -inf, and inf - inf is nan
+        gk = gk - slowest_k
+        gv = gv + (unit[..., None] + slowest_k)
+    if scale is None:
+        scale = variance_reduction(k.shape[-1])
+    h, final = _run(safe_exp_query(q), phi_k, v, gk, gv, scale, state, cu_seqlens, backend)
+    if not output_final_state:
+        return h, None
+    return h, (final, torch.where(after > NO_KEY / 2, after, 0.0))
+
+
+def regla_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    refine: Tensor,
+    *,
+    gate_axis: str = "value",
+    scale: float | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_max: str = "decay",
+    backend: str = "auto",
+    validate: bool | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Refining gated linear attention from raw logits.
+
+        F_t = (1 - r_t) g_t^2 + r_t (1 - (1 - g_t)^2),   g = sigmoid(gate), r = sigmoid(refine)
+        S_t = S_{t-1} Diag(F_t) + phi_k(k_t) v_t^T       (gate_axis "value"; "key": Diag(F_t) S_{t-1}; "both": both)
+        h_t = scale * S_t^T phi_q(q_t)
+
+    with phi the safe exponential. Raw h is known up to one positive factor per token and head (`safe_exp_attention`):
+    put a scale-free normalisation behind it (`regla.layers.norms`), and keep h in float32 or bfloat16.
+
+    Args:
+        q: query logits [B, T, HQ, K], HQ a multiple of H; consecutive groups of HQ / H query heads share a state.
+        k: key logits [B, T, H, K].
+        v: values [B, T, H, V].
+        gate, refine: logits of g and r, [B, T, H, V] for gate_axis "value", [B, T, H, K] for "key", [B, T, H, K + V]
+            (key axis first) for "both"; or [B, T, H, 1], one for all channels, for "value" and "key".
+        gate_axis: "value", "key" or "both": which axis of the state decays.
+        scale: factor on h; None means the variance reduction factor 1 / (e sqrt(K (e^2 - 1))).
+        initial_state: (S [N, H, K, V], m [N, H]) before the first token; (0, 0) is empty.
+        output_final_state: return (S, m) after the last token.
+        mask: [B, T] bool, True for real tokens. A padding token writes nothing, decays nothing, and its h is 0.
+        cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending.
+        key_max: "decay" (default), "running" or "sequence" (not causal): see `safe_exp_key`.
+        backend, validate: as in `gated_linear_attention`.
+
+    Returns:
+        h [B, T, HQ, V] in the dtype of v, and (S [N, H, K, V], m [N, H]) in float32 (float64 for float64 input) or
+        None. Gradients flow to every input, initial S included, and through the returned S; m takes none.
+
+    Raises:
+        ValueError: shapes that do not fit, float16 values, unknown names, `mask` together with `cu_seqlens`, wrong
+            boundaries.
+
+    Source: paper sections 3.1-3.3.
+
+    >>> q, k, v, gate, refine = torch.randn(5, 1, 10, 2, 4).unbind(0)
+    >>> h, (S, m) = regla_attention(q, k, v, gate, refine, output_final_state=True)
+    >>> h.shape, S.shape, m.shape
+    (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]), torch.Size([1, 2]))
+    """
+    gk, gv = gate_decays(log_refined_gate(gate, refine), gate_axis, k.shape[-1], v.shape[-1])
+    return safe_exp_attention(
+        q,
+        k,
+        v,
+        gk,
+        gv,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        key_max=key_max,
+        backend=backend,
+        validate=validate,
+    )
+
+
+def gate_decays(log_decay: Tensor, gate_axis: str, K: int, V: int) -> tuple[Tensor | None, Tensor | None]:
+    """Assign log-decays [B, T, H, D] to their axis: (gk, gv), each [B, T, H, ...] or None."""
+    width = log_decay.shape[-1]
+    expected = {"value": (V, 1), "key": (K, 1), "both": (K + V,)}
+    if gate_axis not in expected:
+        raise ValueError(f"gate_axis is {gate_axis!r}; expected one of {', '.join(map(repr, expected))}")
+    if width not in expected[gate_axis]:
+        raise ValueError(
+            f"gate has {width} channels; gate_axis={gate_axis!r} with K={K}, V={V} expects "
+            f"{' or '.join(map(str, expected[gate_axis]))}: change the gate's last dimension or gate_axis"
+        )
+    if gate_axis == "value":
+        return None, log_decay
+    if gate_axis == "key":
+        return log_decay, None
+    return log_decay[..., :K], log_decay[..., K:]
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    gv: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    check_backend(backend, BACKENDS)
+    if backend == "auto":
+        backend = "recurrent" if k.shape[1] == 1 and cu_seqlens is None else "chunked"
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    return BACKENDS[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)

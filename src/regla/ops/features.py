@@ -1,0 +1,114 @@
+"""The safe exponential feature map in its exact causal form (paper section 3.1, equations in docs/math.md).
+
+The features of the keys are taken relative to a causal stabiliser m_t, and the state carries the change of unit: a
+decay of exp(m_{t-1} - m_t) on every channel. m is a unit, as a common exponent is: it takes no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Stands for "no key yet": far below any key, and finite, because inf - inf is not a number.
+NO_KEY = -1e30
+
+KEY_MAX = ("decay", "running", "sequence")
+
+
+def variance_reduction(K: int) -> float:
+    """The factor 1 / (e sqrt(K (e^2 - 1))): for standard normal logits it makes exp(q).exp(k) over K channels vary
+    by 1 (paper section 3.1). It drops out behind a scale-free normalisation."""
+    return 1 / (math.e * math.sqrt(K * (math.e**2 - 1)))
+
+
+def safe_exp_query(q: Tensor) -> Tensor:
+    """phi_q(q)_i = exp(q_i - max_j q_j), in (0, 1]: per token and head (paper section 3.1).
+
+    Args:
+        q: query logits [..., K], any floating dtype.
+
+    Returns:
+        Features [..., K], at least float32. The maximum takes no gradient: it is a factor common to the whole output
+        of a head, which a scale-free normalisation removes.
+    """
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    return (q - q.detach().amax(-1, keepdim=True)).exp()
+
+
+def safe_exp_key(
+    k: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    key_max: str = "decay",
+    initial_max: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """phi_k(k_t)_i = exp(k_{t,i} - m_t), in (0, 1], with a stabiliser m_t that looks at no later key.
+
+        "decay":    m_t = max(m_{t-1} + log_decay_t, max_i k_{t,i})   recovers as an outlier is forgotten
+        "running":  m_t = max(m_{t-1}, max_i k_{t,i})                 never comes down
+        "sequence": m_t = max over the whole sequence                 the paper's literal form; not causal
+
+    Args:
+        k: key logits [B, T, H, K], any floating dtype.
+        log_decay: [B, T, H], the slowest channel's log-decay (its maximum over channels), <= 0; None means 0.
+        key_max: which stabiliser.
+        initial_max: m before the first token [N, H]; None means that there was no key yet.
+        mask: [B, T] bool, True for real tokens: a padding token leaves m as it is and has zero features.
+        cu_seqlens: [N + 1] boundaries of packed sequences (B = 1): m restarts at each.
+
+    Returns:
+        Features [B, T, H, K]; the change of unit m_{t-1} - m_t [B, T, H], to be added to every channel's log-decay;
+        and the last m [N, H] (`NO_KEY` where a sequence has had no token). All at least float32.
+    """
+    k = k.to(torch.promote_types(k.dtype, torch.float32))
+    with torch.no_grad():
+        B, T, H, _ = k.shape
+        top = k.amax(-1)
+        step = torch.zeros_like(top) if log_decay is None or key_max != "decay" else log_decay.to(top.dtype)
+        if mask is not None:
+            top = top.masked_fill(~mask[..., None], NO_KEY)
+            step = step.masked_fill(~mask[..., None], 0.0)
+        sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
+        before = top.new_full((sequences, H), NO_KEY) if initial_max is None else initial_max.to(top.dtype)
+        if cu_seqlens is None:
+            opens, ends = torch.arange(T, device=k.device) == 0, None
+            first = before[:, None]
+        else:
+            tokens = torch.arange(T, device=k.device)
+            owner = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+            opens, ends = tokens == cu_seqlens[owner], cu_seqlens[1:] - 1
+            first = before[owner][None]
+        opens = opens[None, :, None]
+        if key_max == "sequence":
+            if cu_seqlens is None:
+                m = torch.maximum(top.amax(1, keepdim=True), first).expand(B, T, H)
+            else:
+                m = before.scatter_reduce(0, owner[:, None].expand(T, H), top[0], "amax")[owner][None]
+        else:
+            m = _decaying_maximum(top, step, torch.where(opens, first, NO_KEY), opens)
+        previous = torch.where(opens, first, m.roll(1, 1))
+        final = m[:, -1] if ends is None else m[0, ends]
+    features = (k - m[..., None]).exp()
+    if mask is not None:
+        features = torch.where(mask[..., None, None], features, 0.0)
+    return features, previous - m, final
+
+
+def _decaying_maximum(top: Tensor, step: Tensor, before: Tensor, opens: Tensor) -> Tensor:
+    """m_t = max(m_{t-1} + step_t, top_t), restarting from `before` where `opens`; all [B, T, H].
+
+    A scan by doubling over pairs (sum of steps, maximum): log2(T) passes, no long sums that would cost digits.
+    """
+    m = torch.where(opens, torch.maximum(before + step, top), top)
+    step = torch.where(opens, -torch.inf, step)  # nothing from before the opening gets past it
+    T, d = top.shape[1], 1
+    while d < T:
+        earlier_m = torch.nn.functional.pad(m[:, :-d], (0, 0, d, 0), value=NO_KEY)
+        earlier_step = torch.nn.functional.pad(step[:, :-d], (0, 0, d, 0))
+        m, step = torch.maximum(earlier_m + step, m), earlier_step + step
+        d *= 2
+    return m
