@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regla.ops.checks import check_backend, check_decays, check_gla, check_regla
 from regla.ops.chunked import chunked_gated_linear_attention
-from regla.ops.features import NO_KEY, safe_exp_key, safe_exp_query, variance_reduction
+from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
 from regla.ops.gates import log_refined_gate
 from regla.ops.recurrent import recurrent_gated_linear_attention
 
@@ -89,7 +89,8 @@ def safe_exp_attention(
         h_t = scale * S_t^T exp(q_t - max_i q_{t,i})
 
     h_t equals what the paper's formula gives up to one positive factor per token and head, which a scale-free
-    normalisation removes; without one, h depends on m, and m takes no gradient. See `regla_attention` for arguments,
+    normalisation removes; without one, h depends on m, and m takes no gradient. The state is kept as 2^72 S_t: what
+    comes back as S goes back in as S, and is of use nowhere else. See `regla_attention` for arguments,
     shapes, dtypes and errors; gk, gv as in `gated_linear_attention`.
     """
     check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
@@ -104,7 +105,7 @@ def safe_exp_attention(
     check_decays(gk, gv, validate)
     slowest_k, slowest_v = (None if g is None else g.detach().amax(-1) for g in (gk, gv))
     slowest = slowest_k if slowest_v is None else slowest_v if slowest_k is None else slowest_k + slowest_v
-    phi_k, unit, after = safe_exp_key(
+    m, unit, after = key_stabiliser(
         k, slowest, key_max=key_max, initial_max=before, mask=mask, cu_seqlens=cu_seqlens
     )
     # The change of unit goes to one axis. With both, the key axis keeps its gates relative to its slowest channel, so
@@ -122,7 +123,11 @@ def safe_exp_attention(
         gv = gv + (unit[..., None] + slowest_k)
     if scale is None:
         scale = variance_reduction(k.shape[-1])
-    h, final = _run(safe_exp_query(q), phi_k, v, gk, gv, scale, state, cu_seqlens, backend)
+    phi_q = safe_exp_query(q)
+    if mask is not None:
+        phi_q = torch.where(real, phi_q, 0.0)
+    h, final = _run(phi_q, lifted_key_features(k, m, mask), v, gk, gv, scale, state, cu_seqlens, backend)
+    h = _lower(h)
     if not output_final_state:
         return h, None
     return h, (final, torch.where(after > NO_KEY / 2, after, 0.0))
@@ -162,8 +167,8 @@ def regla_attention(
             (key axis first) for "both"; or [B, T, H, 1], one for all channels, for "value" and "key".
         gate_axis: "value", "key" or "both": which axis of the state decays.
         scale: factor on h; None means the variance reduction factor 1 / (e sqrt(K (e^2 - 1))).
-        initial_state: (S [N, H, K, V], m [N, H]) before the first token; (0, 0) is empty.
-        output_final_state: return (S, m) after the last token.
+        initial_state: (S [N, H, K, V], m [N, H]) before the first token, as returned; (0, 0) is empty.
+        output_final_state: return (S, m) after the last token; S is in units of 2^-72 exp(m).
         mask: [B, T] bool, True for real tokens. A padding token writes nothing, decays nothing, and its h is 0.
         cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending.
         key_max: "decay" (default), "running" or "sequence" (not causal): see `safe_exp_key`.
@@ -184,6 +189,8 @@ def regla_attention(
     >>> h.shape, S.shape, m.shape
     (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]), torch.Size([1, 2]))
     """
+    if mask is not None and mask.shape == gate.shape[:2]:
+        gate, refine = (torch.where(mask[..., None, None], x, 0.0) for x in (gate, refine))
     gk, gv = gate_decays(log_refined_gate(gate, refine), gate_axis, k.shape[-1], v.shape[-1])
     return safe_exp_attention(
         q,
@@ -200,6 +207,14 @@ def regla_attention(
         backend=backend,
         validate=validate,
     )
+
+
+def _lower(h: Tensor) -> Tensor:
+    """h / 2^LIFT; a head's output that would vanish there is held at 2^-60, by a factor of its own that is no gradient's
+    business: it is what follows an outlier key, and a scale-free normalisation makes it as good as any."""
+    smallest = 2.0 ** (LIFT - 60)
+    largest = h.detach().abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+    return h * ((smallest / largest).clamp_min(1.0) * 2.0**-LIFT)
 
 
 def gate_decays(log_decay: Tensor, gate_axis: str, K: int, V: int) -> tuple[Tensor | None, Tensor | None]:

@@ -8,10 +8,10 @@ t in its right half. There the decay over (s, t] splits into
 
     exp(L_s) * exp(R_t),   L_s = sum of log-decay over (s, end of the left half],   R_t = over (end of the left half, t]
 
-Both exponents are sums of numbers <= 0 over a few tokens: nothing overflows, nothing is a difference of long sums (a
-reset of -1000 costs no digit), no bound on the gates is needed, and no factor that row t reads depends on a token
-after t, so causality holds to the last bit. Prefix and suffix sums of the next level follow from this level's by one
-addition each. Key-axis decay scales q and k before the scores, value-axis decay scales v and the output.
+Both factors are products of at most C numbers <= 1: nothing overflows, nothing is a quotient or a difference of long
+sums (a reset of -1000 costs no digit), no bound on the gates is needed, and no factor that row t reads depends on a
+token after t, so causality holds to the last bit. The next level's factors follow from this level's by one product
+each. Key-axis decay scales q and k before the scores, value-axis decay scales v and the output.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class _Chunked(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             for lo, hi in _slabs(B * H * C * max(K, V), N, v.device):
                 x = _Slab(q, k, v, gk, gv, C, lo, hi, acc)
-                written = (x.decayed_k.transpose(1, 2) @ x.decayed_v).view(B, H, hi - lo, K, V)
-                before = []
+                out = x.intra(x.scores())
+                written, before = x.written(), []
                 for n in range(hi - lo):
                     if segments is not None:
                         opened = initial_state[segments.sequence[lo + n]][None]
@@ -120,13 +120,9 @@ class _Chunked(torch.autograd.Function):
                     if finals is not None:
                         finals.append(state)
                 S = torch.stack(before, 2)
-                if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[1:6]):
+                if any(ctx.needs_input_grad[:6]):
                     states.append(S)
-                out = x.intra(x.scores())
-                if x.gv is None:
-                    out += x.from_state(S)
-                else:
-                    out.addcmul_(x.from_state(S), x.grow_v)
+                x.add_from_state(out, S)
                 _put(o, out.mul_(scale), lo, hi, C)
         ctx.save_for_backward(q, k, v, gk, gv, *states)
         ctx.scale, ctx.C, ctx.segments = scale, C, segments
@@ -151,8 +147,8 @@ class _Chunked(torch.autograd.Function):
             for (lo, hi), S in reversed(list(zip(_slabs(B * H * C * max(K, V), N, v.device), states, strict=True))):
                 x = _Slab(q, k, v, gk, gv, C, lo, hi, acc)
                 d_out = _blocks(d_o, lo, hi, C, H, acc) * ctx.scale
-                d_read, inter = x.from_state_backward(S, d_out)
-                after = []
+                x.local_backward(d_out)
+                d_read, after = x.read_backward(d_out), []
                 for n in reversed(range(hi - lo)):
                     if segments is not None:
                         sequence = segments.sequence[lo + n]
@@ -165,7 +161,7 @@ class _Chunked(torch.autograd.Function):
                         d_initial = d_initial.index_add(0, sequence[None], torch.where(opens, d_state, 0.0))
                         d_state = torch.where(opens, 0.0, d_state)
                 D = torch.stack(after[::-1], 2)
-                for grad, value in zip(grads, x.backward(d_out, S, D, inter), strict=True):
+                for grad, value in zip(grads, x.state_backward(S, D), strict=True):
                     if grad is not None:
                         _put(grad, value, lo, hi, C)
         return *grads, (d_state if d_initial is None else d_initial), None, None, None
@@ -182,7 +178,7 @@ def _blocks(x: Tensor, lo: int, hi: int, C: int, H: int, acc: torch.dtype) -> Te
     """[B, T, H*G, D] -> [M, C, G, D], M = B*H*n, for chunks lo..hi."""
     B, _, HG, D = x.shape
     x = x[:, lo * C : hi * C].reshape(B, hi - lo, C, H, HG // H, D)
-    return x.permute(0, 3, 1, 2, 4, 5).to(acc).reshape(-1, C, HG // H, D)
+    return x.permute(0, 3, 1, 2, 4, 5).to(acc).contiguous().view(-1, C, HG // H, D)
 
 
 def _put(x: Tensor, blocks: Tensor, lo: int, hi: int, C: int) -> None:
@@ -194,43 +190,50 @@ def _put(x: Tensor, blocks: Tensor, lo: int, hi: int, C: int) -> None:
 
 
 class _Decay:
-    """Prefix and suffix sums of one log-decay g [M, C, D] (D = channels or 1), level by level.
+    """The factors exp(R), exp(L) of one log-decay g [M, C, D] (D = channels or 1), level by level.
 
-    At level h: prefix_t sums over [start of t's block of h tokens, t], suffix_s over (s, end of s's block].
+    At level h, `grow`_t spans [start of t's block of h tokens, t] and `shrink`_s spans (s, end of s's block]. They are
+    products: each is used once for an output, so that their rounding (2e-6 at most over 64 tokens) does not build up.
+    What is carried from chunk to chunk, `total`, comes from the sum of logarithms.
     """
 
     def __init__(self, g: Tensor):
         self.g = g
+        self.total = g.sum(1).exp()  # [M, D]
+        self.grow = self.shrink = g  # set by `levels`
 
     def levels(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (h, exp R [M, nodes, h, D] of right halves, exp L of left halves); afterwards the sums span C."""
+        """Yield (h, exp R [M, nodes, h, D] of right halves, exp L of left halves), views to be used before the next
+        one; afterwards `grow` and `shrink` span the chunk."""
         M, C, D = self.g.shape
-        prefix, suffix = self.g.clone(), torch.zeros_like(self.g)
+        self.grow, self.shrink = self.g.exp(), torch.ones_like(self.g)
         h = 1
         while h < C:
-            p, s = prefix.view(M, -1, 2, h, D), suffix.view(M, -1, 2, h, D)
-            yield h, prefix.exp().view_as(p)[:, :, 1], suffix.exp().view_as(s)[:, :, 0]
-            s[:, :, 0] += p[:, :, 1, -1:]
-            p[:, :, 1] += p[:, :, 0, -1:]
+            grow, shrink = _halves(self.grow, h), _halves(self.shrink, h)
+            yield h, grow[:, :, 1], shrink[:, :, 0]
+            shrink[:, :, 0] *= grow[:, :, 1, -1:]
+            grow[:, :, 1] *= grow[:, :, 0, -1:]
             h *= 2
-        self.grow, self.shrink, self.total = prefix.exp(), suffix.exp(), prefix[:, -1]
 
-    def backward(self, levels: list[tuple[Tensor, Tensor]], d_prefix: Tensor, d_suffix: Tensor) -> Tensor:
-        """Gradient of g from those of the chunk's sums and of each level's (R, L): `levels` transposed."""
-        M, C, D = self.g.shape
-        h = C
-        for d_R, d_L in reversed(levels):
+    def backward(self, levels: list[tuple[Tensor, Tensor]], d_grow: Tensor, d_shrink: Tensor) -> Tensor:
+        """Gradient of g from those of log grow and log shrink, [M, C, D] over the chunk (overwritten) and
+        [M, nodes, h, D] at each level: `levels` transposed. Sums only: a gate's gradient that is tiny stays exact."""
+        h = self.g.shape[1]
+        for d_right, d_left in reversed(levels):
             h //= 2
-            p, s = d_prefix.view(M, -1, 2, h, D), d_suffix.view(M, -1, 2, h, D)
-            p[:, :, 0, -1] += p[:, :, 1].sum(2)
-            p[:, :, 1, -1] += s[:, :, 0].sum(2)
-            p[:, :, 1] += d_R
-            s[:, :, 0] += d_L
-        return d_prefix
+            grow, shrink = _halves(d_grow, h), _halves(d_shrink, h)
+            grow[:, :, 0, -1] += grow[:, :, 1].sum(2)
+            grow[:, :, 1, -1] += shrink[:, :, 0].sum(2)
+            grow[:, :, 1] += d_right
+            shrink[:, :, 0] += d_left
+        return d_grow
 
 
 class _Slab:
-    """Chunks lo..hi of all heads: the pieces of the forward pass and their gradients."""
+    """Chunks lo..hi of all heads: the pieces of the forward pass and their gradients.
+
+    `scores` and `intra`, or `local_backward`, come first: they leave the decays' factors over whole chunks behind.
+    """
 
     def __init__(
         self,
@@ -249,23 +252,6 @@ class _Slab:
         self.q = _blocks(q, lo, hi, C, H, acc)  # [M, C, G, K]
         self.k, self.v = (_blocks(x, lo, hi, C, H, acc)[:, :, 0] for x in (k, v))  # [M, C, K], [M, C, V]
         self.gk, self.gv = (None if g is None else _Decay(_blocks(g, lo, hi, C, H, acc)[:, :, 0]) for g in (gk, gv))
-        # Each level's factors are used twice, by forward and by backward, and small: kept for the slab's life.
-        self.levels_k = [] if self.gk is None else list(self.gk.levels())
-        self.levels_v = [] if self.gv is None else list(self.gv.levels())
-        self.grown_q, self.decayed_k, self.decayed_v = self.q, self.k, self.v
-        if self.gk is not None:
-            self.grown_q, self.decayed_k = self.q * self.gk.grow[:, :, None], self.k * self.gk.shrink
-        if self.gv is not None:
-            self.decayed_v = self.v * self.gv.shrink
-            self.grow_v = self.gv.grow[:, :, None]
-
-    def decay(self, S: Tensor, n: int) -> Tensor:
-        """S [B, H, K, V] decayed over chunk n."""
-        if self.gk is not None:
-            S = S * self.gk.total.view(*self.lead, -1)[:, :, n].exp()[..., :, None]
-        if self.gv is not None:
-            S = S * self.gv.total.view(*self.lead, -1)[:, :, n].exp()[..., None, :]
-        return S
 
     def scores(self) -> Tensor:
         """P [M, C, G, C]: P[t, g, s] = sum_i q[t,g,i] k[s,i] exp(key-axis decay over (s, t]); right for s <= t only."""
@@ -274,104 +260,122 @@ class _Slab:
             return (self.q.view(M, C * G, K) @ self.k.transpose(1, 2)).view(M, C, G, C)
         P = self.q.new_zeros(M, C, G, C)
         _diagonal(P).copy_((self.q * self.k[:, :, None]).sum(-1))
-        for h, R, L in self.levels_k:
-            rows, columns = self._right_q(h) * R[..., None, :], _halves(self.k, h)[:, :, 0] * L
+        for h, R, L in self.gk.levels():
+            rows, columns = _right(self.q, h) * R[..., None, :], _halves(self.k, h)[:, :, 0] * L
             _node(P, h).copy_(_outer(rows.flatten(2, 3), columns))
         return P
-
-    def _right_q(self, h: int) -> Tensor:
-        M, C, G, K = self.q.shape
-        return self.q.view(M, -1, 2, h, G, K)[:, :, 1]
 
     def intra(self, P: Tensor) -> Tensor:
         """[M, C, G, V]: o_t = sum_{s <= t} P[t, s] exp(value-axis decay over (s, t]) v_s."""
         M, C, G, _ = P.shape
-        V = self.v.shape[-1]
         if self.gv is None:
-            return (_tril(P).view(M, C * G, C) @ self.v).view(M, C, G, V)
+            return (_tril(P).view(M, C * G, C) @ self.v).view(M, C, G, -1)
         o = _diagonal(P)[..., None] * self.v[:, :, None]
-        for h, R, L in self.levels_v:
+        for h, R, L in self.gv.levels():
             part = _matmul(_node(P, h), _halves(self.v, h)[:, :, 0] * L)
-            o.view(M, -1, 2, h, G, V)[:, :, 1].addcmul_(part.view(M, -1, h, G, V), R[..., None, :])
+            right = _right(o, h)
+            right.addcmul_(part.view(right.shape), R[..., None, :])
         return o
 
-    def from_state(self, S: Tensor) -> Tensor:
-        """[M, C, G, V]: what the states S [B, H, n, K, V] before the chunks give, before value-axis decay."""
-        M, C, G, K = self.q.shape
-        return (self.grown_q.view(M, C * G, K) @ S.view(M, K, -1)).view(M, C, G, -1)
+    def written(self) -> Tensor:
+        """[B, H, n, K, V]: what each chunk adds to the state."""
+        k = self.k if self.gk is None else self.k * self.gk.shrink
+        v = self.v if self.gv is None else self.v * self.gv.shrink
+        return (k.transpose(1, 2) @ v).view(*self.lead, k.shape[-1], v.shape[-1])
 
-    def from_state_backward(self, S: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of S by the reading tokens, [B, H, n, K, V], and d_out times the value-axis decay [M, C, G, V]."""
+    def add_from_state(self, out: Tensor, S: Tensor) -> None:
+        """Add to out [M, C, G, V] what the states S [B, H, n, K, V] before the chunks give."""
         M, C, G, K = self.q.shape
-        inter = d_out if self.gv is None else d_out * self.grow_v
-        return (self.grown_q.view(M, C * G, K).transpose(1, 2) @ inter.view(M, C * G, -1)).view_as(S), inter
-
-    def backward(self, d_out: Tensor, S: Tensor, D: Tensor, inter: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients (q, k, v, gk, gv) in block layout. D [B, H, n, K, V]: gradient of the state after each chunk."""
-        M, C, G, K = self.q.shape
-        V = self.v.shape[-1]
-        S, D = S.view(M, K, V), D.view(M, K, V)
-        d_grown_q = (inter.view(M, C * G, V) @ S.transpose(1, 2)).view(M, C, G, K)
-        d_decayed_k, d_decayed_v = self.decayed_v @ D.transpose(1, 2), self.decayed_k @ D
-        P = self.scores()
-        d_P, d_v, d_gv = self._intra_backward(P, d_out)
+        q = self.q if self.gk is None else self.q * self.gk.grow[:, :, None]
         if self.gv is None:
-            d_v += d_decayed_v
+            out.view(M, C * G, -1).baddbmm_(q.view(M, C * G, K), S.reshape(M, K, -1))
         else:
-            d_v.addcmul_(d_decayed_v, self.gv.shrink)
-        d_q, d_k, d_gk = self._scores_backward(d_P)
-        if self.gk is None:
-            d_q += d_grown_q
-            d_k += d_decayed_k
-        else:
-            d_q.addcmul_(d_grown_q, self.gk.grow[:, :, None])
-            d_k.addcmul_(d_decayed_k, self.gk.shrink)
+            out.addcmul_((q.view(M, C * G, K) @ S.reshape(M, K, -1)).view_as(out), self.gv.grow[:, :, None])
 
-        carried = None  # D * decayed S: what the decay over a whole chunk is worth
-        for g, d_g, read, write in (
-            (self.gk, d_gk, lambda: d_grown_q * self.grown_q, lambda: self.decayed_k * d_decayed_k),
-            (self.gv, d_gv, lambda: self.from_state(S) * inter, lambda: self.decayed_v * d_decayed_v),
-        ):
-            if g is None:
-                continue
-            if carried is None:
-                carried = (self._decay_all(S) * D).view(M, K, V)
-            d_prefix, d_suffix = _fit(read().sum(2), g.g), _fit(write(), g.g)
-            d_prefix[:, -1] += _fit(carried.sum(2 if g is self.gk else 1), g.g)
-            d_g.append((d_prefix, d_suffix))
-        gradients = [
-            None if g is None else g.backward(d_g[:-1], *d_g[-1]) for g, d_g in ((self.gk, d_gk), (self.gv, d_gv))
-        ]
-        return d_q, d_k, d_v, *gradients
-
-    def _decay_all(self, S: Tensor) -> Tensor:
+    def decay(self, S: Tensor, n: int) -> Tensor:
+        """S [B, H, K, V] decayed over chunk n."""
         if self.gk is not None:
-            S = S * self.gk.total.exp()[:, :, None]
+            S = S * self.gk.total.view(*self.lead, -1)[:, :, n, :, None]
         if self.gv is not None:
-            S = S * self.gv.total.exp()[:, None, :]
+            S = S * self.gv.total.view(*self.lead, -1)[:, :, n, None, :]
         return S
+
+    def local_backward(self, d_out: Tensor) -> None:
+        """Gradients of the pairs inside chunks, from d_out [M, C, G, V], kept for `state_backward` to complete."""
+        d_P, self.d_v, self.d_gv = self._intra_backward(self.scores(), d_out)
+        self.d_q, self.d_k, self.d_gk = self._scores_backward(d_P)
+
+    def read_backward(self, d_out: Tensor) -> Tensor:
+        """Gradient of the states before the chunks by the tokens that read them, [B, H, n, K, V]."""
+        M, C, G, K = self.q.shape
+        self.d_read = d_out if self.gv is None else d_out * self.gv.grow[:, :, None]
+        self.grown_q = self.q if self.gk is None else self.q * self.gk.grow[:, :, None]
+        d_S = self.grown_q.view(M, C * G, K).transpose(1, 2) @ self.d_read.view(M, C * G, -1)
+        return d_S.view(*self.lead, K, -1)
+
+    def state_backward(self, S: Tensor, D: Tensor) -> tuple[Tensor | None, ...]:
+        """All gradients (q, k, v, gk, gv) in block layout, from the states before each chunk and the gradients D of
+        those after it, [B, H, n, K, V]."""
+        M, C, G, K = self.q.shape
+        S, D = S.reshape(M, K, -1), D.reshape(M, K, -1)
+        decayed_k = self.k if self.gk is None else self.k * self.gk.shrink
+        decayed_v = self.v if self.gv is None else self.v * self.gv.shrink
+        d_grown_q = (self.d_read.view(M, C * G, -1) @ S.transpose(1, 2)).view_as(self.q)
+        d_decayed_k, d_decayed_v = decayed_v @ D.transpose(1, 2), decayed_k @ D
+        d_gk = d_gv = carried = None
+        if self.gk is not None or self.gv is not None:
+            carried = S * D  # times the decay over the chunk: what that decay is worth
+            if self.gk is not None:
+                carried *= self.gk.total[:, :, None]
+            if self.gv is not None:
+                carried *= self.gv.total[:, None, :]
+        if self.gk is None:
+            self.d_q += d_grown_q
+            self.d_k += d_decayed_k
+        else:
+            self.d_q.addcmul_(d_grown_q, self.gk.grow[:, :, None])
+            self.d_k.addcmul_(d_decayed_k, self.gk.shrink)
+            d_gk = self._decay_backward(
+                self.gk, self.d_gk, d_grown_q.mul_(self.grown_q), decayed_k * d_decayed_k, carried.sum(2)
+            )
+        if self.gv is None:
+            self.d_v += d_decayed_v
+        else:
+            self.d_v.addcmul_(d_decayed_v, self.gv.shrink)
+            read = (self.grown_q.view(M, C * G, K) @ S).view_as(self.d_read)
+            d_gv = self._decay_backward(
+                self.gv, self.d_gv, read.mul_(self.d_read), decayed_v * d_decayed_v, carried.sum(1)
+            )
+        return self.d_q, self.d_k, self.d_v, d_gk, d_gv
+
+    @staticmethod
+    def _decay_backward(
+        decay: _Decay, levels: list[tuple[Tensor, Tensor]], read: Tensor, write: Tensor, carried: Tensor
+    ) -> Tensor:
+        d_grow, d_shrink = _fit(_sum_queries(read, 2), decay.g), _fit(write, decay.g)
+        d_grow[:, -1] += _fit(carried, decay.g)
+        return decay.backward(levels, d_grow, d_shrink)
 
     def _intra_backward(self, P: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         M, C, G, _ = P.shape
-        V = self.v.shape[-1]
         if self.gv is None:
-            d_out = d_out.view(M, C * G, V)
+            d_out = d_out.view(M, C * G, -1)
             d_P = _tril((d_out @ self.v.transpose(1, 2)).view(M, C, G, C))
             return d_P, _tril(P).view(M, C * G, C).transpose(1, 2) @ d_out, []
         d_P = torch.zeros_like(P)
         _diagonal(d_P).copy_((d_out * self.v[:, :, None]).sum(-1))
-        d_v = (_diagonal(P)[..., None] * d_out).sum(2)
+        d_v = _sum_queries(_diagonal(P)[..., None] * d_out, 2)
         d_gv = []
-        for h, R, L in self.levels_v:
-            node = _node(P, h).contiguous()
+        for h, R, L in self.gv.levels():
+            node = _node(P, h)
             columns = _halves(self.v, h)[:, :, 0] * L
-            rows = d_out.view(M, -1, 2, h, G, V)[:, :, 1] * R[..., None, :]
+            rows = _right(d_out, h) * R[..., None, :]
             flat = rows.flatten(2, 3)
             d_columns = _matmul(node.transpose(2, 3), flat)
             _node(d_P, h).copy_(_outer(flat, columns))
             _halves(d_v, h)[:, :, 0].addcmul_(d_columns, L)
-            d_R = (rows * _matmul(node, columns).view_as(rows)).sum(3)
-            d_gv.append((_fit(d_R, self.gv.g), _fit(columns * d_columns, self.gv.g)))
+            d_R = _sum_queries(rows.mul_(_matmul(node, columns).view(rows.shape)), 3)
+            d_gv.append((_fit(d_R, self.gv.g), _fit(columns.mul_(d_columns), self.gv.g)))
         return d_P, d_v, d_gv
 
     def _scores_backward(self, d_P: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
@@ -381,18 +385,29 @@ class _Slab:
             return (d_P @ self.k).view_as(self.q), d_P.transpose(1, 2) @ self.q.view(M, C * G, K), []
         on_diagonal = _diagonal(d_P)[..., None]
         d_q = on_diagonal * self.k[:, :, None]
-        d_k = (on_diagonal * self.q).sum(2)
+        d_k = _sum_queries(on_diagonal * self.q, 2)
         d_gk = []
-        for h, R, L in self.levels_k:
-            node = _node(d_P, h).contiguous()
+        for h, R, L in self.gk.levels():
+            node = _node(d_P, h)
             columns = _halves(self.k, h)[:, :, 0] * L
-            rows = self._right_q(h) * R[..., None, :]
-            d_rows = _matmul(node, columns).view_as(rows)
+            rows = _right(self.q, h) * R[..., None, :]
+            d_rows = _matmul(node, columns).view(rows.shape)
             d_columns = _matmul(node.transpose(2, 3), rows.flatten(2, 3))
-            d_q.view(M, -1, 2, h, G, K)[:, :, 1].addcmul_(d_rows, R[..., None, :])
+            _right(d_q, h).addcmul_(d_rows, R[..., None, :])
             _halves(d_k, h)[:, :, 0].addcmul_(d_columns, L)
-            d_gk.append((_fit((rows * d_rows).sum(3), self.gk.g), _fit(columns * d_columns, self.gk.g)))
+            d_R = _sum_queries(rows.mul_(d_rows), 3)
+            d_gk.append((_fit(d_R, self.gk.g), _fit(columns.mul_(d_columns), self.gk.g)))
         return d_q, d_k, d_gk
+
+
+def _right(x: Tensor, h: int) -> Tensor:
+    """x [M, C, G, D] -> view [M, nodes, h, G, D] of the right halves."""
+    M, _, G, D = x.shape
+    return x.view(M, -1, 2, h, G, D)[:, :, 1]
+
+
+def _sum_queries(x: Tensor, dim: int) -> Tensor:
+    return x.squeeze(dim) if x.shape[dim] == 1 else x.sum(dim)
 
 
 def _halves(x: Tensor, h: int) -> Tensor:

@@ -14,6 +14,12 @@ from torch import Tensor
 #: Stands for "no key yet": far below any key, and finite, because inf - inf is not a number.
 NO_KEY = -1e30
 
+#: The features are held 2^72 = e^49.9 above their unit exp(m_t). m comes down no faster than the slowest channel of each
+#: token decays, so after an outlier key it stays above what the state really holds: without the lift, the features of
+#: ordinary keys behind an outlier of +88 would fall below float32's smallest normal number, and lose digits for as long
+#: as m takes to come down. A power of two rounds nothing.
+LIFT = 72
+
 KEY_MAX = ("decay", "running", "sequence")
 
 
@@ -64,38 +70,56 @@ def safe_exp_key(
         Features [B, T, H, K]; the change of unit m_{t-1} - m_t [B, T, H], to be added to every channel's log-decay;
         and the last m [N, H] (`NO_KEY` where a sequence has had no token). All at least float32.
     """
-    k = k.to(torch.promote_types(k.dtype, torch.float32))
-    with torch.no_grad():
-        B, T, H, _ = k.shape
-        top = k.amax(-1)
-        step = torch.zeros_like(top) if log_decay is None or key_max != "decay" else log_decay.to(top.dtype)
-        if mask is not None:
-            top = top.masked_fill(~mask[..., None], NO_KEY)
-            step = step.masked_fill(~mask[..., None], 0.0)
-        sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
-        before = top.new_full((sequences, H), NO_KEY) if initial_max is None else initial_max.to(top.dtype)
-        if cu_seqlens is None:
-            opens, ends = torch.arange(T, device=k.device) == 0, None
-            first = before[:, None]
-        else:
-            tokens = torch.arange(T, device=k.device)
-            owner = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-            opens, ends = tokens == cu_seqlens[owner], cu_seqlens[1:] - 1
-            first = before[owner][None]
-        opens = opens[None, :, None]
-        if key_max == "sequence":
-            if cu_seqlens is None:
-                m = torch.maximum(top.amax(1, keepdim=True), first).expand(B, T, H)
-            else:
-                m = before.scatter_reduce(0, owner[:, None].expand(T, H), top[0], "amax")[owner][None]
-        else:
-            m = _decaying_maximum(top, step, torch.where(opens, first, NO_KEY), opens)
-        previous = torch.where(opens, first, m.roll(1, 1))
-        final = m[:, -1] if ends is None else m[0, ends]
-    features = (k - m[..., None]).exp()
+    m, unit, final = key_stabiliser(
+        k, log_decay, key_max=key_max, initial_max=initial_max, mask=mask, cu_seqlens=cu_seqlens
+    )
+    return _masked((k.to(m.dtype) - m[..., None]).exp(), mask), unit, final
+
+
+def lifted_key_features(k: Tensor, m: Tensor, mask: Tensor | None) -> Tensor:
+    """2^LIFT exp(k_t - m_t), [B, T, H, K]: the same features where the range of float32 is wider, see `LIFT`."""
+    half = ((k.to(m.dtype) - m[..., None]) / 2).exp() * 2.0 ** (LIFT // 2)
+    return _masked(half.square(), mask)
+
+
+def _masked(features: Tensor, mask: Tensor | None) -> Tensor:
+    return features if mask is None else torch.where(mask[..., None, None], features, 0.0)
+
+
+@torch.no_grad()
+def key_stabiliser(
+    k: Tensor,
+    log_decay: Tensor | None,
+    *,
+    key_max: str,
+    initial_max: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """m [B, T, H], m_{t-1} - m_t [B, T, H] and the last m [N, H] of `safe_exp_key`."""
+    B, T, H, _ = k.shape
+    top = k.to(torch.promote_types(k.dtype, torch.float32)).amax(-1)
+    step = torch.zeros_like(top) if log_decay is None or key_max != "decay" else log_decay.to(top.dtype)
     if mask is not None:
-        features = torch.where(mask[..., None, None], features, 0.0)
-    return features, previous - m, final
+        top = top.masked_fill(~mask[..., None], NO_KEY)
+        step = step.masked_fill(~mask[..., None], 0.0)
+    sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    before = top.new_full((sequences, H), NO_KEY) if initial_max is None else initial_max.to(top.dtype)
+    tokens = torch.arange(T, device=k.device)
+    if cu_seqlens is None:
+        opens, first = tokens == 0, before[:, None]
+    else:
+        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+        opens, first = tokens == cu_seqlens[owner], before[owner][None]
+    opens = opens[None, :, None]
+    if key_max != "sequence":
+        m = _decaying_maximum(top, step, torch.where(opens, first, NO_KEY), opens)
+    elif cu_seqlens is None:
+        m = torch.maximum(top.amax(1, keepdim=True), first).expand(B, T, H)
+    else:
+        m = before.scatter_reduce(0, owner[:, None].expand(T, H), top[0], "amax")[owner][None]
+    previous = torch.where(opens, first, m.roll(1, 1))
+    return m, previous - m, m[:, -1] if cu_seqlens is None else m[0, cu_seqlens[1:] - 1]
 
 
 def _decaying_maximum(top: Tensor, step: Tensor, before: Tensor, opens: Tensor) -> Tensor:
