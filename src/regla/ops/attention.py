@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regla.ops.checks import check_backend, check_decays, check_gla, check_regla
+from regla.ops.checks import check_backend, check_decays, check_gla, check_mask, check_regla
 from regla.ops.chunked import chunked_gated_linear_attention
 from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
 from regla.ops.gates import log_refined_gate
@@ -105,9 +105,7 @@ def safe_exp_attention(
     check_decays(gk, gv, validate)
     slowest_k, slowest_v = (None if g is None else g.detach().amax(-1) for g in (gk, gv))
     slowest = slowest_k if slowest_v is None else slowest_v if slowest_k is None else slowest_k + slowest_v
-    m, unit, after = key_stabiliser(
-        k, slowest, key_max=key_max, initial_max=before, mask=mask, cu_seqlens=cu_seqlens
-    )
+    m, unit, after = key_stabiliser(k, slowest, key_max=key_max, initial_max=before, mask=mask, cu_seqlens=cu_seqlens)
     # The change of unit goes to one axis. With both, the key axis keeps its gates relative to its slowest channel, so
     # that what each axis decays by stays <= 1 by itself.
     if gk is None and gv is None:
@@ -189,7 +187,8 @@ def regla_attention(
     >>> h.shape, S.shape, m.shape
     (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]), torch.Size([1, 2]))
     """
-    if mask is not None and mask.shape == gate.shape[:2]:
+    check_mask(mask, k)
+    if mask is not None:
         gate, refine = (torch.where(mask[..., None, None], x, 0.0) for x in (gate, refine))
     gk, gv = gate_decays(log_refined_gate(gate, refine), gate_axis, k.shape[-1], v.shape[-1])
     return safe_exp_attention(

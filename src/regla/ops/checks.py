@@ -56,11 +56,16 @@ def check_regla(
         raise ValueError(
             f"m of initial_state has shape {list(m.shape)}; expected [N, H] = {list(S.shape[:2])}, as its S has"
         )
-    if mask is not None:
-        if mask.shape != k.shape[:2]:
-            raise ValueError(f"mask has shape {list(mask.shape)}; expected [B, T] = {list(k.shape[:2])}")
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool, True for real tokens: use mask.bool()")
+    check_mask(mask, k)
+
+
+def check_mask(mask: Tensor | None, k: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.shape != k.shape[:2]:
+        raise ValueError(f"mask has shape {list(mask.shape)}; expected [B, T] = {list(k.shape[:2])}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool, True for real tokens: use mask.bool()")
 
 
 def check_gla(

@@ -1,0 +1,100 @@
+"""From a pretrained softmax model to one with ReGLA layers: configuration and weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from regla.linearize.families import family_of
+from regla.linearize.transfer import check_transfer
+from regla.models import ReGLAConfig, ReGLAForCausalLM
+
+#: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
+#: way in or out.
+CONVERTED: dict[str, Any] = {"linear_rope": True, "linear_conv_kernel_dim": 0, "output_gate": None}
+
+
+def layer_types(num_layers: int, keep: str | Iterable[int]) -> list[str]:
+    """The kind of each layer, from the ones that keep softmax attention.
+
+    Args:
+        num_layers: layers of the model.
+        keep: "none", "every-N" (every N-th layer: N-1, 2N-1, ...), or the layers' numbers from 0.
+
+    Raises:
+        ValueError: another word, N below 2, or a layer that is not there.
+    """
+    if isinstance(keep, str):
+        rule, _, number = keep.partition("-")
+        if keep == "none":
+            kept = set()
+        elif rule == "every" and number.isdecimal() and int(number) >= 2:
+            kept = set(range(int(number) - 1, num_layers, int(number)))
+        else:
+            raise ValueError(f"keep is {keep!r}; expected 'none', 'every-N' with N of at least 2, or layer numbers")
+    else:
+        kept = set(keep)
+        missing = sorted(kept - set(range(num_layers)))
+        if missing:
+            raise ValueError(f"keep names layer {missing[0]}; the model has layers 0 to {num_layers - 1}")
+    return ["full_attention" if i in kept else "linear_attention" for i in range(num_layers)]
+
+
+def convert(
+    model: PreTrainedModel, keep: str | Iterable[int] = "every-2", *, check: bool = True, **mixer: Any
+) -> ReGLAForCausalLM:
+    """Put ReGLA into the layers of a pretrained model, with the pretrained weights.
+
+    Embeddings, norms, MLPs, the head, and the q, k, v, o projections (with their biases) are the original's; key and
+    value heads that groups of query heads share stay shared, whole heads each: such a group shares a state. New are
+    the gates and the output norms, which start as `regla.layers.init_linear_attention` says.
+
+    Args:
+        model: a causal language model of a supported family (`regla.linearize.FAMILIES`), its weights not quantised.
+        keep: the layers that keep softmax attention, see `layer_types`.
+        check: prove the transfer before returning (`check_transfer`, relative difference of logits at most 1e-4).
+        mixer: ReGLAConfig's own arguments for the new layers, such as gate_axis="key".
+
+    Returns:
+        A new model in the dtype and on the device of the original, sharing none of its memory.
+
+    Raises:
+        ValueError: unsupported architecture; layers that are not there; arguments that do not fit; a failed check.
+    """
+    arguments = family_of(model.config).arguments(model.config)
+    own = {**CONVERTED, **mixer}
+    shared = sorted(own.keys() & arguments.keys())
+    if shared:
+        raise ValueError(f"{shared[0]} is the original's and cannot be set anew; leave it out")
+    config = ReGLAConfig(
+        **arguments,
+        **own,
+        layer_types=layer_types(arguments["num_hidden_layers"], keep),
+        dtype=model.dtype,
+    )
+    converted = ReGLAForCausalLM(config).to(device=model.device, dtype=model.dtype)
+    missing, unexpected = converted.load_state_dict(model.state_dict(), strict=False)
+    new = {f"{path}.{name}" for path, name in _own_parameters(converted)}
+    if unexpected or set(missing) - new:
+        name = (unexpected or sorted(set(missing) - new))[0]
+        raise ValueError(
+            f"parameter {name} is in one model and not in the other; the original differs from its family "
+            f"{model.config.model_type!r}: convert only unmodified models"
+        )
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    converted.train(model.training)
+    if check:
+        check_transfer(model, converted)
+    return converted
+
+
+def _own_parameters(model: ReGLAForCausalLM) -> Iterable[tuple[str, str]]:
+    """(path of the mixer, name) of the parameters that a softmax layer does not have."""
+    for index, layer in enumerate(model.model.layers):
+        if layer.is_linear:
+            for name, _ in layer.self_attn.named_parameters():
+                if name.partition(".")[0] not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                    yield f"model.layers.{index}.self_attn", name

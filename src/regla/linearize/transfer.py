@@ -1,0 +1,98 @@
+"""The proof that a conversion moved the weights to the right places, made before anything is trained.
+
+Softmax attention, run through the projections of the new mixers, has to give the original's logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from regla.layers import ReGLAAttention
+from regla.layers.positions import apply_rotary
+from regla.models import ReGLAForCausalLM
+
+
+class SoftmaxThroughMixer(nn.Module):
+    """Causal softmax attention by a mixer's own q, k, v and o projections, head layout and RoPE; for checks alone."""
+
+    def __init__(self, mixer: ReGLAAttention):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, *, rotary: tuple[Tensor, Tensor] | None = None, **_: Any) -> tuple[Tensor, None]:
+        mixer, (B, T, _hidden) = self.mixer, x.shape
+        q = mixer.q_proj(x).view(B, T, mixer.num_heads, mixer.head_dim)
+        k = mixer.k_proj(x).view(B, T, mixer.num_kv_heads, mixer.head_dim)
+        v = mixer.v_proj(x).view(B, T, mixer.num_kv_heads, mixer.value_head_dim)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        # The recurrence lets consecutive groups of query heads share a state; so do these.
+        q = q.view(B, T, mixer.num_kv_heads, -1, mixer.head_dim).permute(0, 2, 3, 1, 4)  # [B, H, G, T, K]
+        k, v = (y.transpose(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1) for y in (k, v))
+        o = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return mixer.o_proj(o.permute(0, 3, 1, 2, 4).reshape(B, T, -1)), None
+
+
+@contextmanager
+def softmax_in_place_of_mixers(model: ReGLAForCausalLM) -> Iterator[None]:
+    """Within the context the model's linear layers compute softmax attention through their own weights."""
+    linear = [layer for layer in model.model.layers if layer.is_linear]
+    mixers = [layer.self_attn for layer in linear]
+    try:
+        for layer, mixer in zip(linear, mixers, strict=True):
+            layer.self_attn = SoftmaxThroughMixer(mixer)
+        yield
+    finally:
+        for layer, mixer in zip(linear, mixers, strict=True):
+            layer.self_attn = mixer
+
+
+@torch.no_grad()
+def check_transfer(
+    original: nn.Module, converted: ReGLAForCausalLM, input_ids: Tensor | None = None, tolerance: float = 1e-4
+) -> float:
+    """Largest difference of logits between the original and softmax through the converted weights, relative to the
+    largest |logit|.
+
+    Args:
+        original: the Hugging Face causal language model that was converted.
+        converted: what `convert` made of it.
+        input_ids: [B, T] tokens to compare on. None: 64 random ones.
+        tolerance: what the difference may be.
+
+    Raises:
+        ValueError: the difference is above `tolerance`; names the first layer whose output differs.
+    """
+    if input_ids is None:
+        generator = torch.Generator().manual_seed(0)
+        input_ids = torch.randint(original.config.vocab_size, (1, 64), generator=generator)  # type: ignore[union-attr]
+    input_ids = input_ids.to(next(converted.parameters()).device)
+    training = original.training, converted.training
+    original.eval(), converted.eval()
+    try:
+        expected = original(input_ids, use_cache=False, output_hidden_states=True)
+        with softmax_in_place_of_mixers(converted):
+            actual = converted(input_ids, use_cache=False, output_hidden_states=True)
+    finally:
+        original.train(training[0]), converted.train(training[1])
+    error = _difference(actual.logits, expected.logits)
+    if not error <= tolerance:
+        # hidden_states[i + 1] is what layer i gives, except that the last one is behind the final norm.
+        pairs = zip(actual.hidden_states[1:], expected.hidden_states[1:], strict=True)
+        wrong = [i for i, pair in enumerate(pairs) if not _difference(*pair) <= tolerance]
+        where = f"layer {wrong[0]} is the first to differ" if wrong else "all layers agree, the head does not"
+        raise ValueError(
+            f"softmax through the transferred weights misses the original's logits by {error:.1e} of the largest, more "
+            f"than {tolerance:.0e}; {where}: its weights were not transferred as the original uses them"
+        )
+    return error
+
+
+def _difference(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected.double()).abs().max() / expected.double().abs().max()).item()

@@ -1,0 +1,124 @@
+"""Conversion of Llama models: weights in the right places, proven by softmax; what comes out works and saves."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from regla.linearize import check_transfer, convert, layer_types
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    arguments = {
+        "vocab_size": 97,
+        "hidden_size": 72,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(arguments | changes)))
+
+
+FAMILY = {
+    "grouped heads": {},
+    "all heads": {"num_attention_heads": 12, "num_key_value_heads": 12},
+    "one key head, own head size": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY)
+@pytest.mark.parametrize("keep", ["every-2", "none", [0, 3]])
+def test_softmax_through_the_weights_gives_the_originals_logits(keep, changes):
+    original = llama(**changes)
+    for parameter in original.parameters():  # biases and norms start at constants, which would hide a mix-up
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    converted = convert(original, keep, check=False)
+    assert check_transfer(original, converted) <= 1e-4
+    assert converted.config.layer_types == layer_types(4, keep)
+
+
+def test_kept_layers_are_untouched():
+    """With every layer kept, the converted model is the original."""
+    original = llama()
+    converted = convert(original, range(4))
+    tokens = torch.randint(97, (2, 20))
+    assert torch.equal(converted(tokens).logits, original(tokens).logits)
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_the_check_finds_a_wrong_layer(projection):
+    original = llama()
+    converted = convert(original, "none")
+    weight = getattr(converted.model.layers[2].self_attn, projection).weight
+    weight.data = weight.data.roll(8, 0)  # whole heads in another order
+    with pytest.raises(ValueError, match=r"misses the original's logits .*layer 2 is the first to differ"):
+        check_transfer(original, converted)
+
+
+def test_rows_instead_of_heads_are_found():
+    """Grouped keys repeated row by row, a known slip of conversions, do not pass as heads."""
+    original = llama()
+    converted = convert(original, "none")
+    for name in ("k_proj", "v_proj"):
+        weight = getattr(converted.model.layers[0].self_attn, name).weight
+        weight.data = weight.data.view(3, 8, -1).transpose(0, 1).reshape(24, -1)
+    with pytest.raises(ValueError, match="layer 0 is the first to differ"):
+        check_transfer(original, converted)
+
+
+def test_the_original_is_left_alone_and_the_copy_is_its_own():
+    original = llama(tie_word_embeddings=True)
+    before = {name: value.clone() for name, value in original.state_dict().items()}
+    converted = convert(original)
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(before[name], value) for name, value in original.state_dict().items())
+    assert converted.lm_head.weight is converted.model.embed_tokens.weight
+
+
+def test_saves_loads_and_generates(tmp_path):
+    converted = convert(llama(eos_token_id=None), gate_axis="key").eval()
+    converted.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.gate_axis == "key" and loaded.config.rope_parameters["rope_theta"] == 1e5
+    tokens = torch.randint(97, (2, 7))
+    assert torch.equal(loaded(tokens).logits, converted(tokens).logits)
+    assert loaded.generate(tokens, max_new_tokens=5, do_sample=False).shape == (2, 12)
+
+
+def test_layer_types():
+    assert layer_types(4, "every-2") == ["linear_attention", "full_attention"] * 2
+    assert layer_types(3, "none") == ["linear_attention"] * 3
+    assert layer_types(3, [0]) == ["full_attention", "linear_attention", "linear_attention"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("every-1", "keep is 'every-1'; expected 'none', 'every-N' with N of at least 2, or layer numbers"),
+        ("some", "keep is 'some'; expected"),
+        ([4], "keep names layer 4; the model has layers 0 to 3"),
+    ],
+)
+def test_bad_keep(keep, message):
+    with pytest.raises(ValueError, match=message):
+        convert(llama(), keep)
+
+
+def test_bad_models_and_arguments():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="the model is of type 'gpt2'; conversion supports 'llama'"):
+        convert(gpt2)
+    with pytest.raises(ValueError, match="hidden_size is the original's"):
+        convert(llama(), hidden_size=64)
+    with pytest.raises(ValueError, match="gate_axis is 'row'; expected one of 'value', 'key', 'both'"):
+        convert(llama(), gate_axis="row")
+    odd = llama()
+    odd.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"parameter extra.weight is in one model and not in the other"):
+        convert(odd)
