@@ -19,6 +19,11 @@ def arguments(**changes):
     return values | changes
 
 
+@pytest.fixture(autouse=True)
+def _device():
+    """On the CPU, where the numbers are checked without being asked."""
+
+
 BAD = {
     "three dimensions": ({"q": torch.randn(T, H, K)}, r"q has shape \[6, 2, 4\]; expected four dimensions"),
     "integers": ({"k": torch.ones(B, T, H, K, dtype=torch.long)}, "k has dtype torch.int64; expected float32"),

@@ -62,7 +62,10 @@ def chunked_gated_linear_attention(
         tensors = [x if x is None else torch.where(filled, x[:, token_of_slot], 0.0) for x in tensors]
     if initial_state is None:
         initial_state = torch.zeros(sequences, H, K, V, dtype=acc, device=k.device)
-    o, state = _Chunked.apply(*tensors, initial_state.to(acc), scale, C, segments)
+    initial_state = initial_state.to(acc)
+    inputs = [*tensors, initial_state]
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, state, _ = _forward(*inputs, scale, C, *(segments or (None, None, None)), keep)
     return (o[:, :T] if slot_of_token is None else o[:, slot_of_token]), state
 
 
@@ -84,92 +87,139 @@ def _pack(cu_seqlens: Tensor, T: int, C: int) -> tuple[Segments, Tensor, Tensor]
     return Segments(chunk == starts[sequence], sequence, ends - 1), token_of_slot.reshape(-1), slot_of_token
 
 
-class _Chunked(torch.autograd.Function):
-    """Forward keeps the inputs and one state per chunk; backward recomputes the rest, a slab of chunks at a time."""
+# Opaque to torch.compile, which would trace every level of every chunk, for minutes: it sees one node, forward or
+# backward, and compiles around it. Forward keeps the inputs and one state per chunk; backward recomputes the rest, a
+# slab of chunks at a time.
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? gk, Tensor? gv, Tensor {}, float scale, int C, "
+_SEGMENTS = "Tensor? first, Tensor? sequence, Tensor? last_chunk"
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gk: Tensor | None,
-        gv: Tensor | None,
-        initial_state: Tensor,
-        scale: float,
-        C: int,
-        segments: Segments | None,
-    ) -> tuple[Tensor, Tensor]:
-        B, T, H, K = k.shape
-        V, N, acc = v.shape[-1], T // C, initial_state.dtype
-        o = torch.empty(B, T, q.shape[2], V, dtype=v.dtype, device=v.device)
-        states: list[Tensor] = []  # before each slab's chunks, [B, H, n, K, V]
-        state = initial_state if segments is None else torch.zeros_like(initial_state[:1])
-        finals = [] if segments is not None else None
-        with torch.autocast(v.device.type, enabled=False):
-            for lo, hi in _slabs(B * H * C * max(K, V), N, v.device):
-                x = _Slab(q, k, v, gk, gv, C, lo, hi, acc)
-                out = x.intra(x.scores())
-                written, before = x.written(), []
-                for n in range(hi - lo):
-                    if segments is not None:
-                        opened = initial_state[segments.sequence[lo + n]][None]
-                        state = torch.where(segments.first[lo + n], opened, state)
-                    before.append(state)
-                    state = x.decay(state, n) + written[:, :, n]
-                    if finals is not None:
-                        finals.append(state)
-                S = torch.stack(before, 2)
-                if any(ctx.needs_input_grad[:6]):
-                    states.append(S)
-                x.add_from_state(out, S)
-                _put(o, out.mul_(scale), lo, hi, C)
-        ctx.save_for_backward(q, k, v, gk, gv, *states)
-        ctx.scale, ctx.C, ctx.segments = scale, C, segments
-        if finals is not None:
-            assert segments is not None
-            state = torch.cat(finals)[segments.last_chunk]
-        return o, state
 
-    @staticmethod
-    def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, gk, gv, *states = ctx.saved_tensors
-        C, segments = ctx.C, ctx.segments
-        B, T, H, K = k.shape
-        V, N, acc = v.shape[-1], T // C, d_final.dtype
-        grads = [x if x is None else torch.empty_like(x) for x in (q, k, v, gk, gv)]
-        if segments is None:
-            d_state, d_initial = d_final, None
-        else:
-            d_state = torch.zeros_like(d_final[:1])
-            d_initial = torch.zeros_like(d_final)
-        with torch.autocast(v.device.type, enabled=False):
-            for (lo, hi), S in reversed(list(zip(_slabs(B * H * C * max(K, V), N, v.device), states, strict=True))):
-                x = _Slab(q, k, v, gk, gv, C, lo, hi, acc)
-                d_out = _blocks(d_o, lo, hi, C, H, acc) * ctx.scale
-                x.local_backward(d_out)
-                d_read, after = x.read_backward(d_out), []
-                for n in reversed(range(hi - lo)):
-                    if segments is not None:
-                        sequence = segments.sequence[lo + n]
-                        closes = segments.last_chunk[sequence] == lo + n
-                        d_state = torch.where(closes, d_state + d_final[sequence][None], d_state)
-                    after.append(d_state)
-                    d_state = x.decay(d_state, n) + d_read[:, :, n]
-                    if segments is not None:
-                        opens = segments.first[lo + n]
-                        d_initial = d_initial.index_add(0, sequence[None], torch.where(opens, d_state, 0.0))
-                        d_state = torch.where(opens, 0.0, d_state)
-                D = torch.stack(after[::-1], 2)
-                for grad, value in zip(grads, x.state_backward(S, D), strict=True):
-                    if grad is not None:
-                        _put(grad, value, lo, hi, C)
-        return *grads, (d_state if d_initial is None else d_initial), None, None, None
+@torch.library.custom_op(
+    "regla::chunked_forward",
+    mutates_args=(),
+    schema=f"({_INPUTS.format('initial_state')}{_SEGMENTS}, bool keep) -> (Tensor, Tensor, Tensor)",
+)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    gv: Tensor | None,
+    initial_state: Tensor,
+    scale: float,
+    C: int,
+    first: Tensor | None,
+    sequence: Tensor | None,
+    last_chunk: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, final state, the states [B, H, N, K, V] before each chunk, or none of them unless `keep`)."""
+    B, T, H, K = k.shape
+    V, N = v.shape[-1], T // C
+    o = torch.empty(B, T, q.shape[2], V, dtype=v.dtype, device=v.device)
+    states = initial_state.new_empty(B, H, N if keep else 0, K, V)
+    state = initial_state if first is None else torch.zeros_like(initial_state[:1])
+    finals = torch.empty_like(initial_state)
+    with torch.autocast(v.device.type, enabled=False):
+        for lo, hi in _slabs(B * H * C * max(K, V), N, v.device):
+            x = _Slab(q, k, v, gk, gv, C, lo, hi, initial_state.dtype)
+            out = x.intra(x.scores())
+            written = x.written()
+            before = states[:, :, lo:hi] if keep else torch.empty_like(written)
+            for n in range(lo, hi):
+                if first is not None and sequence is not None:
+                    state = torch.where(first[n], initial_state[sequence[n : n + 1]], state)
+                before[:, :, n - lo] = state
+                state = x.decay(state, n - lo) + written[:, :, n - lo]
+                if last_chunk is not None and sequence is not None:
+                    at = sequence[n : n + 1]  # an index of one: a number would make a GPU wait
+                    finals[at] = torch.where(last_chunk[at] == n, state, finals[at])
+            x.add_from_state(out, before)
+            _put(o, out.mul_(scale), lo, hi, C)
+    return o, state if first is None else finals, states
+
+
+@_forward.register_fake
+def _(q, k, v, gk, gv, initial_state, scale, C, first, sequence, last_chunk, keep):  # type: ignore[no-untyped-def]
+    B, T, H, K = k.shape
+    o = v.new_empty(B, T, q.shape[2], v.shape[-1])
+    states = initial_state.new_empty(B, H, T // C if keep else 0, K, v.shape[-1])
+    return o, torch.empty_like(initial_state), states
+
+
+@torch.library.custom_op(
+    "regla::chunked_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_o, Tensor d_final, {_INPUTS.format('states')}{_SEGMENTS}) -> Tensor[]",
+)
+def _backward(
+    d_o: Tensor,
+    d_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    gv: Tensor | None,
+    states: Tensor,
+    scale: float,
+    C: int,
+    first: Tensor | None,
+    sequence: Tensor | None,
+    last_chunk: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of those of q, k, v, gk, gv that exist, and of the initial state."""
+    B, T, H, K = k.shape
+    V, N = v.shape[-1], T // C
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gk, gv) if x is not None]
+    d_initial = torch.zeros_like(d_final)
+    d_state = d_final if first is None else torch.zeros_like(d_final[:1])
+    with torch.autocast(v.device.type, enabled=False):
+        for lo, hi in reversed(_slabs(B * H * C * max(K, V), N, v.device)):
+            x = _Slab(q, k, v, gk, gv, C, lo, hi, states.dtype)
+            d_out = _blocks(d_o, lo, hi, C, H, states.dtype) * scale
+            x.local_backward(d_out)
+            d_read = x.read_backward(d_out)
+            after = torch.empty_like(d_read)
+            for n in reversed(range(lo, hi)):
+                if last_chunk is not None and sequence is not None:
+                    at = sequence[n : n + 1]
+                    d_state = torch.where(last_chunk[at] == n, d_state + d_final[at], d_state)
+                after[:, :, n - lo] = d_state
+                d_state = x.decay(d_state, n - lo) + d_read[:, :, n - lo]
+                if first is not None and sequence is not None:
+                    d_initial[sequence[n : n + 1]] += torch.where(first[n], d_state, 0.0)
+                    d_state = torch.where(first[n], 0.0, d_state)
+            values = x.state_backward(states[:, :, lo:hi], after)
+            for grad, value in zip(grads, [y for y in values if y is not None], strict=True):
+                _put(grad, value, lo, hi, C)
+    return [*grads, d_state if first is None else d_initial]
+
+
+@_backward.register_fake
+def _(d_o, d_final, q, k, v, gk, gv, states, *options):  # type: ignore[no-untyped-def]
+    inputs = [x for x in (q, k, v, gk, gv) if x is not None]
+    return [x.new_empty(x.shape) for x in inputs] + [torch.empty_like(d_final)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, gk, gv, _, *ctx.options, _ = inputs
+    ctx.options, segments = ctx.options[:2], ctx.options[2:]
+    ctx.save_for_backward(q, k, v, gk, gv, output[2], *segments)
+
+
+def _gradients(ctx: Any, d_o: Tensor, d_final: Tensor, d_states: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, gk, gv, states, *segments = ctx.saved_tensors
+    found = iter(_backward(d_o, d_final, q, k, v, gk, gv, states, *ctx.options, *segments))
+    grads = [None if x is None else next(found) for x in (q, k, v, gk, gv, states)]
+    return *grads, *(None,) * 6
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _slabs(chunk_numel: int, N: int, device: torch.device) -> list[tuple[int, int]]:
     """Ranges of chunks to work on at once: what fits a CPU's cache; on other devices enough to fill them."""
-    budget = 1 << (18 if device.type == "cpu" and not torch.compiler.is_compiling() else 27)
+    budget = 1 << (18 if device.type == "cpu" else 25)
     n = max(1, budget // chunk_numel)
     return [(lo, min(lo + n, N)) for lo in range(0, N, n)]
 

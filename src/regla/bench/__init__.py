@@ -1,0 +1,1 @@
+"""Benchmarks: each measures, returns rows, and compares within one run."""

@@ -1,0 +1,138 @@
+"""What the CPU path promises, measured: `python -m regla.bench.cpu --out benchmarks/cpu.jsonl`.
+
+    forms   chunked against the recurrence, forward and backward
+    decode  time per generated token and bytes of cache, early and late in a sequence
+    memory  peak memory of a forward pass against its length
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from regla.bench.rows import write_rows
+from regla.ops import gated_linear_attention, regla_attention
+
+
+def measure_forms(
+    B: int = 4, T: int = 2048, H: int = 12, K: int = 64, V: int = 64, *, axis: str = "value", repeats: int = 3
+) -> list[dict[str, Any]]:
+    """Seconds of forward and backward, chunked and recurrent in turn, of both operations; medians of `repeats`."""
+    q, k, v, gate, refine = (torch.randn(B, T, H, d, requires_grad=True) for d in (K, K, V, V, V))
+    decay = (-torch.rand(B, T, H, V if axis == "value" else K)).requires_grad_()
+    decays: dict[str, Any] = {"gv" if axis == "value" else "gk": decay}
+    operations: dict[str, Callable[[str], torch.Tensor]] = {
+        "gated_linear_attention": lambda backend: gated_linear_attention(q, k, v, **decays, backend=backend)[0],
+        "regla_attention": lambda backend: regla_attention(q, k, v, gate, refine, gate_axis=axis, backend=backend)[0],
+    }
+    rows = []
+    for name, operation in operations.items():
+        seconds: dict[str, list[float]] = {"chunked": [], "recurrent": []}
+        operation("chunked").sum().backward()
+        for _ in range(repeats):
+            for backend, taken in seconds.items():
+                start = time.perf_counter()
+                operation(backend).sum().backward()
+                taken.append(time.perf_counter() - start)
+        median = {backend: statistics.median(taken) for backend, taken in seconds.items()}
+        rows.append(
+            {
+                "benchmark": "forms",
+                "operation": name,
+                "shape": {"B": B, "T": T, "H": H, "K": K, "V": V},
+                "axis": axis,
+                "dtype": "float32",
+                "chunked_seconds": median["chunked"],
+                "recurrent_seconds": median["recurrent"],
+                "ratio": median["recurrent"] / median["chunked"],
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def measure_decode(early: int = 128, late: int = 8192, steps: int = 300) -> list[dict[str, Any]]:
+    """Median seconds per generated token at two positions, taken in turn, and bytes of cache at each."""
+    from transformers import DynamicCache
+
+    from regla.models import ReGLAConfig, ReGLAForCausalLM
+
+    config = ReGLAConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
+    )
+    model = ReGLAForCausalLM(config).eval()
+    token = torch.zeros(1, 1, dtype=torch.long)
+    caches = {position: DynamicCache(config=config) for position in (early, late)}
+    for position, cache in caches.items():
+        model(torch.randint(1024, (1, position)), past_key_values=cache, logits_to_keep=1)
+    seconds: dict[int, list[float]] = {position: [] for position in caches}
+    for _ in range(steps):
+        for position, cache in caches.items():
+            start = time.perf_counter()
+            model(token, past_key_values=cache)
+            seconds[position].append(time.perf_counter() - start)
+    median = {position: statistics.median(taken) for position, taken in seconds.items()}
+    return [
+        {
+            "benchmark": "decode",
+            "position": position,
+            "seconds_per_token": median[position],
+            "ratio_to_early": median[position] / median[early],
+            "cache_bytes": sum(_bytes(layer) for layer in cache.layers),
+        }
+        for position, cache in caches.items()
+    ]
+
+
+def measure_memory(lengths: tuple[int, ...] = (8192, 16384, 32768)) -> list[dict[str, Any]]:
+    """Peak resident bytes of a chunked forward pass, each length in a process of its own (B1 H4 K=V=64)."""
+    rows = []
+    for T in lengths:
+        program = f"from regla.bench.cpu import _forward_peak; print(_forward_peak({T}))"
+        taken = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        rows.append({"benchmark": "memory", "T": T, "peak_bytes": int(taken.stdout)})
+    return rows
+
+
+def _forward_peak(T: int) -> int:
+    """Peak resident bytes that inputs, forward pass and output add to a process that has run a short one."""
+    import resource
+
+    def run(length: int) -> None:
+        q, k, v, gate, refine = (torch.randn(1, length, 4, 64) for _ in range(5))
+        with torch.no_grad():
+            regla_attention(q, k, v, gate, refine, backend="chunked")
+
+    run(512)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(T)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def _bytes(cache_layer: Any) -> int:
+    state = cache_layer.read()
+    return sum(x.numel() * x.element_size() for x in state if x is not None)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="rows are appended there")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rows = [*measure_forms(), *measure_decode(), *measure_memory()]
+    write_rows(args.out, rows)
+    for row in rows:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The CPU path's promises, each a ratio within one run. Timing needs a quiet machine: these run by themselves."""
+
+import pytest
+import torch
+
+from regla.bench.cpu import measure_decode, measure_forms, measure_memory
+
+pytestmark = pytest.mark.timing
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run():
+    """Two threads, and memory that is not filled before use."""
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_chunked_is_faster_than_the_recurrence():
+    assert all(row["ratio"] >= 15 for row in measure_forms())
+
+
+def test_decoding_does_not_slow_down_or_grow():
+    early, late = measure_decode()
+    assert late["ratio_to_early"] <= 1.1
+    assert late["cache_bytes"] == early["cache_bytes"] > 0
+
+
+def test_memory_of_a_forward_pass_is_linear():
+    short, middle, long = (row["peak_bytes"] for row in measure_memory())
+    assert long - middle <= 1.1 * 2 * (middle - short)
