@@ -9,7 +9,7 @@ from torch import Tensor
 
 def gla(q, k, v, gk, gv, scale, S):
     """S_t = Diag(exp gk) S_{t-1} Diag(exp gv) + k v^T, o_t = scale S^T q; all [B, T, H, D], S [B, H, K, V]."""
-    B, T, H, _ = k.shape
+    _B, T, H, _ = k.shape
     o = []
     for t in range(T):
         if gk is not None:

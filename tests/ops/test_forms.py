@@ -121,7 +121,7 @@ def test_lengths_gates_and_outliers(T, scenario, axis):
 
 @pytest.mark.parametrize(("shape", "axis"), list(itertools.product(SHAPES, AXES)))
 def test_shapes_with_initial_state(shape, axis):
-    HQ, H, K, V = shape
+    _HQ, H, K, V = shape
     assert_equal_to_definition(make(65, shape, axis, "extreme", B=2), axis, *some_state(2, H, K, V))
 
 
@@ -154,12 +154,17 @@ def test_padding_holds_anything(axis):
 def test_packing_equals_separate_sequences(axis, backend):
     lengths = [1, 63, 64, 65, 2, 30]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)])
-    HQ, H, K, V = SHAPES[4]
+    _HQ, H, K, V = SHAPES[4]
     inputs = make(int(bounds[-1]), SHAPES[4], axis, "extreme")
     S0, m0 = some_state(len(lengths), H, K, V)
     leaves = [x.clone().requires_grad_() for x in [*inputs, S0]]
     h, (S, m) = regla_attention(
-        *leaves[:5], gate_axis=axis, initial_state=(leaves[5], m0), cu_seqlens=bounds, output_final_state=True, backend=backend
+        *leaves[:5],
+        gate_axis=axis,
+        initial_state=(leaves[5], m0),
+        cu_seqlens=bounds,
+        output_final_state=True,
+        backend=backend,
     )
     grads = backward(h, S, leaves)
     expected = [
@@ -196,14 +201,23 @@ def test_gated_linear_attention(T, backend, decays):
 
     gk = log_decay(widths[0]) if "key" in decays or "both" in decays else None
     gv = log_decay(widths[1]) if "value" in decays or "both" in decays else None
-    inputs = [torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V), gk, gv, torch.randn(1, H, K, V)]
+    inputs = [
+        torch.randn(1, T, HQ, K),
+        torch.randn(1, T, H, K),
+        torch.randn(1, T, H, V),
+        gk,
+        gv,
+        torch.randn(1, H, K, V),
+    ]
     outcomes = []
     for dtype in (torch.float64, torch.float32):
         leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
         if dtype == torch.float64:
             o, S = definition.gla(*leaves[:5], K**-0.5, leaves[5])
         else:
-            o, S = gated_linear_attention(*leaves[:5], initial_state=leaves[5], output_final_state=True, backend=backend)
+            o, S = gated_linear_attention(
+                *leaves[:5], initial_state=leaves[5], output_final_state=True, backend=backend
+            )
         generator = torch.Generator(o.device).manual_seed(3)
         functional = sum((x * torch.randn(x.shape, generator=generator).to(dtype)).sum() for x in (o, S))
         outcomes.append([o, S, *torch.autograd.grad(functional, [x for x in leaves if x is not None])])
@@ -236,7 +250,7 @@ def test_recovery_after_an_outlier(axis, outlier):
 @pytest.mark.parametrize("axis", AXES)
 def test_any_split_into_calls(axis, cuts):
     inputs = make(200, SHAPES[4], axis, "outliers", B=2)
-    whole, (S, m) = regla_attention(*inputs, gate_axis=axis, output_final_state=True)
+    whole, (S, _m) = regla_attention(*inputs, gate_axis=axis, output_final_state=True)
     state, parts = None, []
     for lo, hi in itertools.pairwise([0, *cuts, 200]):
         h, state = regla_attention(

@@ -1,8 +1,8 @@
 """What the CPU path promises, measured: `python -m regla.bench.cpu --out benchmarks/cpu.jsonl`.
 
-    forms   chunked against the recurrence, forward and backward
-    decode  time per generated token and bytes of cache, early and late in a sequence
-    memory  peak memory of a forward pass against its length
+forms   chunked against the recurrence, forward and backward
+decode  time per generated token and bytes of cache, early and late in a sequence
+memory  peak memory of a forward pass against its length
 """
 
 from __future__ import annotations

@@ -54,7 +54,10 @@ def _commit() -> str | None:
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
         changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", "."], cwd=here, capture_output=True, text=True
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", "."],
+            cwd=here,
+            capture_output=True,
+            text=True,
         )
     except OSError:
         return None

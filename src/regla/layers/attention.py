@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from regla.layers.norms import NORMS
 from regla.layers.positions import ShortConvolution, apply_rotary
 from regla.ops.features import KEY_MAX
 
-OUTPUT_GATES = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
+OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
 
 
 class ReGLAState(NamedTuple):
@@ -157,10 +158,10 @@ class ReGLAAttention(nn.Module):
         if self.output_gate is not None and self.output_activation is not None:
             o = o * self.output_activation(self.output_gate(x))
         y = self.o_proj(o)
-        return y, None if after is None else ReGLAState(*after, conv_state)
+        return y, None if after is None else ReGLAState(after[0], after[1], conv_state)
 
 
-def _one_of(name: str, value: object, known: object) -> None:
-    names = list(known)  # type: ignore[call-overload]
+def _one_of(name: str, value: str | None, known: Iterable[str | None]) -> None:
+    names = list(known)
     if value not in names:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, names))}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from regla.linearize.families import family_of
-from regla.linearize.transfer import check_transfer
+from regla.linearize.transfer import check_transfer, linear_layers
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 
 #: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
@@ -77,7 +77,7 @@ def convert(
     )
     converted = ReGLAForCausalLM(config).to(device=model.device, dtype=model.dtype)
     missing, unexpected = converted.load_state_dict(model.state_dict(), strict=False)
-    new = {f"{path}.{name}" for path, name in _own_parameters(converted)}
+    new = set(_own_parameters(converted))
     if unexpected or set(missing) - new:
         name = (unexpected or sorted(set(missing) - new))[0]
         raise ValueError(
@@ -91,10 +91,10 @@ def convert(
     return converted
 
 
-def _own_parameters(model: ReGLAForCausalLM) -> Iterable[tuple[str, str]]:
-    """(path of the mixer, name) of the parameters that a softmax layer does not have."""
-    for index, layer in enumerate(model.model.layers):
-        if layer.is_linear:
-            for name, _ in layer.self_attn.named_parameters():
-                if name.partition(".")[0] not in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                    yield f"model.layers.{index}.self_attn", name
+def _own_parameters(model: ReGLAForCausalLM) -> Iterator[str]:
+    """Paths of the mixers' parameters that a softmax layer does not have."""
+    for number, layer in linear_layers(model).items():
+        for path, _ in layer.named_parameters(prefix=f"model.layers.{number}"):
+            _, _, name = path.partition(".self_attn.")
+            if name and name.partition(".")[0] not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                yield path

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 
 from regla.layers import ReGLAAttention
 from regla.layers.positions import apply_rotary
@@ -21,7 +22,7 @@ from regla.models import ReGLAForCausalLM
 class SoftmaxThroughMixer(nn.Module):
     """Causal softmax attention by a mixer's own q, k, v and o projections, head layout and RoPE; for checks alone."""
 
-    def __init__(self, mixer: ReGLAAttention):
+    def __init__(self, mixer: ReGLAAttention) -> None:
         super().__init__()
         self.mixer = mixer
 
@@ -39,11 +40,16 @@ class SoftmaxThroughMixer(nn.Module):
         return mixer.o_proj(o.permute(0, 3, 1, 2, 4).reshape(B, T, -1)), None
 
 
+def linear_layers(model: ReGLAForCausalLM) -> dict[int, nn.Module]:
+    """The blocks whose mixer is ReGLA, by their number."""
+    return {number: layer for number, layer in enumerate(model.model.layers) if layer.is_linear}
+
+
 @contextmanager
 def softmax_in_place_of_mixers(model: ReGLAForCausalLM) -> Iterator[None]:
     """Within the context the model's linear layers compute softmax attention through their own weights."""
-    linear = [layer for layer in model.model.layers if layer.is_linear]
-    mixers = [layer.self_attn for layer in linear]
+    linear = linear_layers(model).values()
+    mixers = [cast(ReGLAAttention, layer.self_attn) for layer in linear]
     try:
         for layer, mixer in zip(linear, mixers, strict=True):
             layer.self_attn = SoftmaxThroughMixer(mixer)
@@ -55,7 +61,7 @@ def softmax_in_place_of_mixers(model: ReGLAForCausalLM) -> Iterator[None]:
 
 @torch.no_grad()
 def check_transfer(
-    original: nn.Module, converted: ReGLAForCausalLM, input_ids: Tensor | None = None, tolerance: float = 1e-4
+    original: PreTrainedModel, converted: ReGLAForCausalLM, input_ids: Tensor | None = None, tolerance: float = 1e-4
 ) -> float:
     """Largest difference of logits between the original and softmax through the converted weights, relative to the
     largest |logit|.
@@ -71,7 +77,7 @@ def check_transfer(
     """
     if input_ids is None:
         generator = torch.Generator().manual_seed(0)
-        input_ids = torch.randint(original.config.vocab_size, (1, 64), generator=generator)  # type: ignore[union-attr]
+        input_ids = torch.randint(original.config.vocab_size, (1, 64), generator=generator)
     input_ids = input_ids.to(next(converted.parameters()).device)
     training = original.training, converted.training
     original.eval(), converted.eval()

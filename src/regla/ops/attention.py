@@ -209,8 +209,11 @@ def regla_attention(
 
 
 def _lower(h: Tensor) -> Tensor:
-    """h / 2^LIFT; a head's output that would vanish there is held at 2^-60, by a factor of its own that is no gradient's
-    business: it is what follows an outlier key, and a scale-free normalisation makes it as good as any."""
+    """h / 2^LIFT; a head's output that would vanish there is held at 2^-60 instead.
+
+    That is what follows an outlier key: its size says nothing, and behind a scale-free normalisation its direction is
+    as good as any other's. The factor takes no gradient.
+    """
     smallest = 2.0 ** (LIFT - 60)
     largest = h.detach().abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
     return h * ((smallest / largest).clamp_min(1.0) * 2.0**-LIFT)

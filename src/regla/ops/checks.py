@@ -1,7 +1,11 @@
-"""Input checks: one sentence with the value, the expectation and the fix. Shapes always; numbers where it costs no wait."""
+"""Input checks: one sentence with the value, the expectation and the fix.
+
+Shapes are always checked, numbers where that makes no device wait.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -113,7 +117,7 @@ def check_gla(
         N = cu_seqlens.numel() - 1
         if _reads_numbers(cu_seqlens, validate):
             bounds = cu_seqlens.tolist()
-            if bounds[0] != 0 or bounds[-1] != T or any(lo >= hi for lo, hi in zip(bounds, bounds[1:], strict=False)):
+            if bounds[0] != 0 or bounds[-1] != T or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
                 shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
                 raise ValueError(
                     f"cu_seqlens is {shown}; expected boundaries that start at 0, ascend, and end at T = {T}"

@@ -255,7 +255,7 @@ class _Decay:
     def levels(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (h, exp R [M, nodes, h, D] of right halves, exp L of left halves), views to be used before the next
         one; afterwards `grow` and `shrink` span the chunk."""
-        M, C, D = self.g.shape
+        _M, C, _D = self.g.shape
         self.grow, self.shrink = self.g.exp(), torch.ones_like(self.g)
         h = 1
         while h < C:
@@ -372,13 +372,7 @@ class _Slab:
         decayed_v = self.v if self.gv is None else self.v * self.gv.shrink
         d_grown_q = (self.d_read.view(M, C * G, -1) @ S.transpose(1, 2)).view_as(self.q)
         d_decayed_k, d_decayed_v = decayed_v @ D.transpose(1, 2), decayed_k @ D
-        d_gk = d_gv = carried = None
-        if self.gk is not None or self.gv is not None:
-            carried = S * D  # times the decay over the chunk: what that decay is worth
-            if self.gk is not None:
-                carried *= self.gk.total[:, :, None]
-            if self.gv is not None:
-                carried *= self.gv.total[:, None, :]
+        d_gk = d_gv = None
         if self.gk is None:
             self.d_q += d_grown_q
             self.d_k += d_decayed_k
@@ -386,7 +380,7 @@ class _Slab:
             self.d_q.addcmul_(d_grown_q, self.gk.grow[:, :, None])
             self.d_k.addcmul_(d_decayed_k, self.gk.shrink)
             d_gk = self._decay_backward(
-                self.gk, self.d_gk, d_grown_q.mul_(self.grown_q), decayed_k * d_decayed_k, carried.sum(2)
+                self.gk, self.d_gk, d_grown_q.mul_(self.grown_q), decayed_k * d_decayed_k, self._carried(S, D).sum(2)
             )
         if self.gv is None:
             self.d_v += d_decayed_v
@@ -394,9 +388,18 @@ class _Slab:
             self.d_v.addcmul_(d_decayed_v, self.gv.shrink)
             read = (self.grown_q.view(M, C * G, K) @ S).view_as(self.d_read)
             d_gv = self._decay_backward(
-                self.gv, self.d_gv, read.mul_(self.d_read), decayed_v * d_decayed_v, carried.sum(1)
+                self.gv, self.d_gv, read.mul_(self.d_read), decayed_v * d_decayed_v, self._carried(S, D).sum(1)
             )
         return self.d_q, self.d_k, self.d_v, d_gk, d_gv
+
+    def _carried(self, S: Tensor, D: Tensor) -> Tensor:
+        """What the decay over a whole chunk is worth, [M, K, V]."""
+        carried = S * D
+        if self.gk is not None:
+            carried *= self.gk.total[:, :, None]
+        if self.gv is not None:
+            carried *= self.gv.total[:, None, :]
+        return carried
 
     @staticmethod
     def _decay_backward(

@@ -14,10 +14,10 @@ from torch import Tensor
 #: Stands for "no key yet": far below any key, and finite, because inf - inf is not a number.
 NO_KEY = -1e30
 
-#: The features are held 2^72 = e^49.9 above their unit exp(m_t). m comes down no faster than the slowest channel of each
-#: token decays, so after an outlier key it stays above what the state really holds: without the lift, the features of
-#: ordinary keys behind an outlier of +88 would fall below float32's smallest normal number, and lose digits for as long
-#: as m takes to come down. A power of two rounds nothing.
+#: The features are held 2^72 = e^49.9 above their unit exp(m_t). m comes down by what the slowest channel of each token
+#: decays, and since that is now one channel, now another, it stays above what the state really holds after an outlier
+#: key: without the lift, the features of ordinary keys behind an outlier of +88 would fall below float32's smallest
+#: normal number, and lose digits for as long as m takes to come down. A power of two rounds nothing.
 LIFT = 72
 
 KEY_MAX = ("decay", "running", "sequence")

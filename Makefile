@@ -1,0 +1,56 @@
+# `make quickstart` and `make test` set up what they need: python3 (3.10 or newer, with venv) and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUNS := runs/quickstart
+PROMPT ?= The following statement
+
+.PHONY: help setup test lint format quickstart clean
+
+help:
+	@echo "make quickstart  train a small ReGLA and a softmax model of equal size, compare them, generate text (minutes)"
+	@echo "make test        linters, types, layering and tests"
+	@echo "make lint        linters, types and layering alone"
+	@echo "make format      rewrite the sources in the house format"
+	@echo "make clean       remove the environment, caches and quickstart's runs"
+
+setup: $(STAMP)
+
+# The stamp makes a second call free; a changed dependency renews it. The constraints keep every version, torch's
+# included, at what was tested.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "installing regla and its development tools into $(VENV)"
+	@$(BIN)/python -m pip install -qq --progress-bar off --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# One thread per worker: more workers than cores slow each other down.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+quickstart: $(STAMP)
+	rm -rf $(RUNS)
+	$(BIN)/regla train --out $(RUNS)/regla
+	$(BIN)/regla train --mixer softmax --out $(RUNS)/softmax
+	$(BIN)/regla eval $(RUNS)/regla
+	$(BIN)/regla eval $(RUNS)/softmax
+	$(BIN)/regla generate $(RUNS)/regla --prompt "$(PROMPT)"
+
+clean:
+	rm -rf $(VENV) $(RUNS) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Scores of trained models (`perplexity`) and their text (`generation`)."""

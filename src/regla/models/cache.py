@@ -1,0 +1,199 @@
+"""Cache layers for ReGLA states inside transformers' own DynamicCache and StaticCache.
+
+transformers builds its `LinearAttentionLayer` for every "linear_attention" layer of a config. That layer counts no
+tokens, so a model without softmax layers has no `get_seq_length`; it copies states in place, which breaks gradients
+across calls; and it can neither repeat nor select batch rows. `adopt_cache` puts the layers below in its place, in the
+one cache it is given: other models of the process keep theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticCache
+
+from regla.layers.attention import ReGLAState
+from regla.models.configuration import ReGLAConfig
+
+# Slots of `recurrent_states`; the convolution's state is slot 0 of `conv_states`.
+S_SLOT, M_SLOT = 0, 1
+
+
+class ReGLACacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """The state (S, m, conv) of one linear layer and the number of tokens it has seen.
+
+    Its size does not depend on that number. S and m are float32 whatever the model's dtype. A new state replaces the
+    old tensors and never overwrites them, so gradients flow through any number of calls.
+    """
+
+    is_compileable = False  # the token count is a Python number, as in transformers' DynamicLayer
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=2)
+        self.cumulative_length: int | Tensor = 0
+
+    def read(self) -> ReGLAState | None:
+        """The state after the tokens seen so far; None before the first."""
+        S, m = self.recurrent_states[S_SLOT], self.recurrent_states[M_SLOT]
+        return None if S is None or m is None else ReGLAState(S, m, self.conv_states[0])
+
+    def write(self, state: ReGLAState, num_tokens: int) -> None:
+        """Take over the state after `num_tokens` more tokens (padding counts, as it does in a key-value cache)."""
+        self.dtype, self.device = state.S.dtype, state.S.device
+        # The convolution's state may be a view of the inputs of the whole call, which it would keep alive.
+        self._store(state._replace(conv=None if state.conv is None else state.conv.clone()))
+        self.has_previous_state = dict.fromkeys((S_SLOT, M_SLOT), True)
+        self.is_initialized = True
+        self._count(num_tokens)
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that softmax layers of the same model see."""
+        return int(self.cumulative_length) + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1  # any number of tokens fits
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.__init__()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices` [N'], in this order."""
+        self._apply(lambda state: state.index_select(0, indices.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row `repeats` times."""
+        self._apply(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            f"crop({tokens_to_remove}) was asked of a linear layer's cache, whose state sums up all tokens; "
+            "to take tokens back, keep a copy of the cache from before them"
+        )
+
+    def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        raise ValueError(
+            "keys and values were given to a linear layer's cache; make a cache of this model's own config"
+        )
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        state = self.read()
+        if state is not None:
+            conv = None if state.conv is None else function(state.conv)
+            self._store(ReGLAState(function(state.S), function(state.m), conv))
+
+    def _store(self, new: ReGLAState) -> None:
+        old = self.read() or (None, None, None)
+        S, m, conv = (None if n is None else self._replace(o, n) for o, n in zip(old, new, strict=True))
+        self.recurrent_states = {S_SLOT: S, M_SLOT: m}
+        self.is_recurrent_states_initialized = dict.fromkeys((S_SLOT, M_SLOT), True)
+        self.conv_states[0] = conv
+        self.is_conv_states_initialized[0] = conv is not None
+
+    def _replace(self, old: Tensor | None, new: Tensor) -> Tensor:
+        return new
+
+    def _count(self, num_tokens: int) -> None:
+        self.cumulative_length += num_tokens
+
+
+class ReGLAStaticCacheLayer(ReGLACacheLayer):
+    """The same at fixed addresses, for compiled decoding: states and token count are tensors written in place.
+
+    A state that takes part in a gradient is still replaced, not overwritten.
+    """
+
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        # A tensor, since a changing Python number would recompile the model at every token.
+        self.cumulative_length: Tensor = torch.zeros((), dtype=torch.long)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def reset(self) -> None:
+        self._apply(torch.zeros_like)  # zeros are an empty state
+        self.has_previous_state = dict.fromkeys((S_SLOT, M_SLOT), False)
+        self.cumulative_length.zero_()
+
+    def _replace(self, old: Tensor | None, new: Tensor) -> Tensor:
+        if new.requires_grad or (old is not None and old.requires_grad):
+            return new
+        if old is None or old.shape != new.shape:
+            old = _at_fixed_address(torch.empty_like(new))
+        return old.copy_(new)
+
+    def _count(self, num_tokens: int) -> None:
+        assert self.device is not None
+        if self.cumulative_length.device != self.device:
+            self.cumulative_length = _at_fixed_address(self.cumulative_length.to(self.device))
+        self.cumulative_length.add_(num_tokens)
+
+
+class SoftmaxCacheLayer(DynamicLayer):
+    """transformers' layer, but `reset` forgets: in 5.17 it leaves zeros that count as tokens."""
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:
+    """Make `cache` able to hold this model's states, in place.
+
+    Raises:
+        ValueError: not a transformers Cache, or one that another model has used or was made for.
+    """
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; expected a cache of transformers: "
+            "DynamicCache(config=model.config)"
+        )
+    assert config.layer_types is not None
+    if cache.layer_class_to_replicate is not None:  # made without a config: its layers would appear one by one
+        while len(cache.layers) < len(config.layer_types):
+            cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) != len(config.layer_types):
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers and the model {len(config.layer_types)}; "
+            "make the cache of this model's config: DynamicCache(config=model.config)"
+        )
+    for index, kind in enumerate(config.layer_types):
+        layer = cache.layers[index]
+        if kind == "full_attention":
+            if type(layer) is DynamicLayer and not layer.is_initialized:
+                cache.layers[index] = SoftmaxCacheLayer()
+            continue
+        if isinstance(layer, ReGLACacheLayer):
+            continue
+        used = [
+            getattr(layer, "is_initialized", False),
+            *getattr(layer, "is_recurrent_states_initialized", {}).values(),
+        ]
+        if any(used):
+            raise ValueError(
+                f"layer {index} of past_key_values, a {type(layer).__name__}, already holds another model's states; "
+                "make a new cache: DynamicCache(config=model.config)"
+            )
+        if isinstance(cache, StaticCache):
+            cache.layers[index] = ReGLAStaticCacheLayer(cache.get_max_length())
+        else:
+            cache.layers[index] = ReGLACacheLayer()
+
+
+def _at_fixed_address(tensor: Tensor) -> Tensor:
+    # CUDA graphs skip copying inputs whose address is marked as fixed; marking is impossible while tracing.
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
+    return tensor

@@ -1,0 +1,199 @@
+"""ReGLAConfig: Llama's argument names, the kind of every layer, and ReGLA's own choices."""
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from regla.layers.attention import OUTPUT_GATES
+from regla.layers.feature_maps import FEATURE_MAPS
+from regla.layers.gates import GATE_AXES, GATES
+from regla.layers.norms import NORMS
+from regla.models.export import AUTO_MAP, write_hub_module
+from regla.ops.attention import BACKENDS
+from regla.ops.features import KEY_MAX
+
+LAYER_TYPES = ("linear_attention", "full_attention")
+
+
+@strict
+class ReGLAConfig(PreTrainedConfig):
+    """Configuration of `ReGLAModel` and `ReGLAForCausalLM`.
+
+    The arguments of `transformers.LlamaConfig` keep their names, defaults and meaning: vocab_size, hidden_size,
+    intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads (None: as many as query heads),
+    head_dim (None: hidden_size / num_attention_heads), hidden_act, max_position_embeddings, initializer_range,
+    rms_norm_eps, use_cache, pad/bos/eos_token_id, tie_word_embeddings, rope_parameters, attention_bias,
+    attention_dropout (softmax layers only), mlp_bias. ReGLA's own:
+
+    Args:
+        layer_types: one of "linear_attention" (ReGLA) and "full_attention" (softmax with RoPE) for each layer; None
+            makes every layer linear.
+        feature_map: of queries and keys in linear layers; "safe_exp" is the paper's (section 3.1).
+        gate: the forget gate; "refined" is the paper's (section 3.3).
+        gate_axis: the axis of the state that the gate decays, "value", "key" or "both".
+        key_max: the stabiliser of the safe exponential, "decay", "running" or "sequence" (the paper's letter, not
+            causal: it cannot be decoded token by token).
+        attention_norm: the normalisation of the linear layers' output, per head (section 3.2).
+        linear_rope: rotate queries and keys of linear layers too, before the feature map.
+        linear_conv_kernel_dim: taps of the causal convolution on q, k and v of linear layers; 0 leaves it out.
+        qk_norm: normalise q and k of linear layers, with a learnt gain.
+        output_gate: None, "silu" or "sigmoid": a gate on the normalised output of linear layers.
+        value_head_dim: channels of one value head in linear layers; None means head_dim.
+        gate_low_rank_dim: rank of low-rank gates.
+        gate_bias, refine_bias: where the biases of the forget gate and of the refine gate start.
+        backend: of the operation, "auto", "recurrent", "chunked" or "triton".
+
+    Raises:
+        ValueError: a value that does not fit; the sentence names it, what is expected, and the fix.
+
+    >>> config = ReGLAConfig(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
+    """
+
+    model_type = "regla"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
+
+    layer_types: list[str] | None = None
+    feature_map: str = "safe_exp"
+    gate: str = "refined"
+    gate_axis: str = "value"
+    key_max: str = "decay"
+    attention_norm: str = "rmsnorm"
+    linear_rope: bool = False
+    linear_conv_kernel_dim: int = 4
+    qk_norm: bool = False
+    output_gate: str | None = "silu"
+    value_head_dim: int | None = None
+    gate_low_rank_dim: int = 16
+    gate_bias: int | float = 0.0
+    refine_bias: int | float = 0.0
+    backend: str = "auto"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.value_head_dim is None:
+            self.value_head_dim = self.head_dim
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        kwargs["auto_map"] = AUTO_MAP
+        self.check()
+        super().__post_init__(**kwargs)
+        self.check_dtype()
+        # Whoever asks an Auto class for a model has made a config first, so this registers the models in time, and
+        # it happens outside of transformers' own imports, where the modeling code could not be imported.
+        importlib.import_module("regla.models.modeling")
+
+    @property
+    def uses_rope(self) -> bool:
+        """Whether any layer rotates its queries and keys."""
+        return self.linear_rope or "full_attention" in (self.layer_types or ())
+
+    def check(self) -> None:
+        """Raise a ValueError that names the first value that does not fit."""
+        for name, known in KNOWN.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected a whole number above 0")
+        assert self.layer_types is not None and self.num_key_value_heads is not None and self.head_dim is not None
+        for index, kind in enumerate(self.layer_types):
+            if kind not in LAYER_TYPES:
+                expected = " or ".join(map(repr, LAYER_TYPES))
+                raise ValueError(f"layer_types[{index}] is {kind!r}; expected {expected}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries; expected one for each of the "
+                f"{self.num_hidden_layers} layers: change layer_types or num_hidden_layers"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}; expected a multiple of num_key_value_heads = "
+                f"{self.num_key_value_heads}, so that each key head serves whole groups of query heads"
+            )
+        if self.linear_conv_kernel_dim < 0 or self.linear_conv_kernel_dim == 1:
+            raise ValueError(
+                f"linear_conv_kernel_dim is {self.linear_conv_kernel_dim}; expected at least 2 taps, or 0 for none"
+            )
+        if self.uses_rope and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs of channels: make it even")
+        rotary = (self.rope_parameters or {}).get("partial_rotary_factor")
+        if rotary not in (None, 1.0):
+            raise ValueError(
+                f"partial_rotary_factor in rope_parameters is {rotary}; heads are rotated as a whole: leave it out"
+            )
+
+    def check_dtype(self) -> None:
+        """Raise a ValueError if the weights would be float16, whose range the unnormalised outputs leave."""
+        if self.dtype == torch.float16:
+            raise ValueError("dtype is float16, too narrow for the outputs of linear layers; use bfloat16 or float32")
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers; writes the module that `auto_map` names beside config.json."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_hub_module(save_directory)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: registered, transformers would copy this file into saved folders, where it cannot run."""
+
+
+KNOWN: dict[str, list[str | None]] = {
+    "feature_map": [*FEATURE_MAPS],
+    "gate": [*GATES],
+    "gate_axis": [*GATE_AXES],
+    "key_max": [*KEY_MAX],
+    "attention_norm": [*NORMS],
+    "output_gate": [None, *OUTPUT_GATES],
+    "backend": ["auto", *BACKENDS],
+}
+
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "value_head_dim",
+    "gate_low_rank_dim",
+)
+
+
+def _register() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    AutoConfig.register(ReGLAConfig.model_type, ReGLAConfig, exist_ok=True)
+
+
+_register()

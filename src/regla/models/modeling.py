@@ -1,0 +1,312 @@
+"""ReGLAModel and ReGLAForCausalLM: pre-norm blocks of a mixer and a SwiGLU MLP, in Llama's module names.
+
+    x = x + mixer(norm(x));    x = x + mlp(norm(x))        mixer: ReGLAAttention or softmax attention, by layer_types
+
+Shapes: B batch, T tokens of this call, L tokens seen by the cache before plus T.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from regla.layers.attention import ReGLAAttention
+from regla.layers.init import init_linear_attention
+from regla.models.cache import adopt_cache
+from regla.models.configuration import ReGLAConfig
+from regla.models.inputs import LayerMasks, check_packing, layer_masks, packed_boundaries, packed_positions, positions
+
+
+class ReGLADecoderLayer(GradientCheckpointingLayer):
+    """One block. `self_attn` is a `ReGLAAttention` or a `LlamaAttention`, by the layer's type."""
+
+    def __init__(self, config: ReGLAConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.layer_types is not None and config.head_dim is not None
+        self.layer_idx = layer_idx
+        self.is_linear = config.layer_types[layer_idx] == "linear_attention"
+        self.linear_rope = config.linear_rope
+        self.self_attn = _linear_mixer(config) if self.is_linear else LlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None,
+        causal_mask: Tensor | None,
+        token_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        x = self.input_layernorm(hidden_states)
+        if self.is_linear:
+            cached = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            mixed, state = self.self_attn(
+                x,
+                rotary=rotary if self.linear_rope else None,
+                mask=token_mask,
+                cu_seqlens=cu_seqlens,
+                state=None if cached is None else cached.read(),
+                return_state=cached is not None,
+            )
+            if cached is not None:
+                cached.write(state, x.shape[1])
+        else:
+            mixed, _ = self.self_attn(
+                x,
+                position_embeddings=rotary,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class ReGLAPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: ReGLAConfig
+    config_class = ReGLAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReGLADecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ReGLADecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
+    _is_stateful = True  # a recurrent state cannot be cropped, so no assisted generation
+
+    def __init__(self, config: ReGLAConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()  # again: attributes may have changed since the config was made
+        config.check_dtype()
+        super().__init__(config, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Give every parameter its start; transformers calls it for each module, inner ones first.
+
+        embeddings, projections and MLP: normal(0, initializer_range), biases 0, the padding token's embedding 0
+        norms: weight 1
+        linear mixers: `regla.layers.init.init_linear_attention`, with the config's gate_bias and refine_bias
+        RoPE: its frequencies, which are computed
+
+        Weights that came from a checkpoint carry `_is_hf_initialized` and stay as they are.
+        """
+        if isinstance(module, ReGLAAttention):
+            init_linear_attention(
+                module,
+                std=self.config.initializer_range,
+                gate_bias=self.config.gate_bias,
+                refine_bias=self.config.refine_bias,
+            )
+        else:
+            super()._init_weights(module)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes from outside its own package transformers passes over modules that hold no parameter themselves,
+        # and a mixer is one, in case they overwrite loaded weights. `_init_weights` does not.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    create_masks_for_generate = staticmethod(layer_masks)
+
+
+class ReGLAModel(ReGLAPreTrainedModel):
+    """Token embeddings, the blocks, and the final norm."""
+
+    def __init__(self, config: ReGLAConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(ReGLADecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config) if config.uses_rope else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | LayerMasks | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: [B, T] tokens; or inputs_embeds [B, T, hidden_size].
+            attention_mask: [B, L], 0 for padding, whose content then has no influence at all; or the dict of masks that
+                `generate` makes for static caches.
+            position_ids: [B or 1, T]. None: each row counts its real tokens from 0, those in the cache included.
+            past_key_values: a transformers cache, changed in place.
+            use_cache: return a cache. None: as the config says, except in training.
+            cu_seq_lens_q: [N + 1] int, boundaries 0, ..., T of the documents packed into one row (B = 1). Nothing
+                passes a boundary. Without it, boundaries are where given position_ids restart, if there is neither
+                mask nor cache.
+            kwargs: for the attention implementation of softmax layers.
+
+        Raises:
+            ValueError: float16; a mask that does not fit; packing with a cache or a mask; a foreign cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds are both given or both missing; pass exactly one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.dtype == torch.float16:
+            raise ValueError("the model runs in float16, too narrow for linear layers; use bfloat16 or float32")
+        B, T = inputs_embeds.shape[:2]
+
+        if cu_seq_lens_q is None and position_ids is not None and attention_mask is None and past_key_values is None:
+            cu_seq_lens_q = packed_boundaries(position_ids)
+        if cu_seq_lens_q is not None:
+            check_packing(B, attention_mask, past_key_values, use_cache)
+            use_cache = False
+        if self.gradient_checkpointing and self.training:
+            use_cache = False  # the second forward would write the cache again
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            adopt_cache(past_key_values, self.config)
+
+        restarts = None if cu_seq_lens_q is None else packed_positions(cu_seq_lens_q, T)
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
+            masks = layer_masks(self.config, inputs_embeds, attention_mask, past_key_values, restarts)
+        rotary = None
+        if self.rotary_emb is not None:
+            if position_ids is None:
+                position_ids = restarts
+            if position_ids is None:
+                position_ids = positions(attention_mask, past_key_values, inputs_embeds)
+            rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                rotary=rotary,
+                causal_mask=masks.get("full_attention"),
+                token_mask=masks.get("linear_attention"),
+                cu_seqlens=cu_seq_lens_q,
+                past_key_values=past_key_values,
+                cu_seq_lens_q=cu_seq_lens_q,
+                position_ids=position_ids if restarts is None else restarts,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
+    """`ReGLAModel` with a language-modelling head, its weight tied to the embeddings if the config says so."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ReGLAConfig) -> None:
+        super().__init__(config)
+        self.model = ReGLAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | LayerMasks | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, and the mean cross-entropy if labels are given.
+
+        Args:
+            labels: [B, T] tokens, shifted inside; -100 is left out.
+            logits_to_keep: how many tokens at the end get logits (0: all), or a 1-D tensor of their indices.
+
+        The other arguments and errors are `ReGLAModel.forward`'s. Logits are [B, T, vocab_size] in the model's dtype.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        # `generate` asks the cache for its length before the first forward.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            adopt_cache(model_kwargs["past_key_values"], self.config)
+
+
+def _linear_mixer(config: ReGLAConfig) -> ReGLAAttention:
+    return ReGLAAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        value_head_dim=config.value_head_dim,
+        feature_map=config.feature_map,
+        gate=config.gate,
+        gate_axis=config.gate_axis,
+        key_max=config.key_max,
+        norm=config.attention_norm,
+        norm_eps=config.rms_norm_eps,
+        conv_size=config.linear_conv_kernel_dim,
+        qk_norm=config.qk_norm,
+        output_gate=config.output_gate,
+        bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        gate_low_rank_dim=config.gate_low_rank_dim,
+        backend=config.backend,
+    )
+
+
+AutoModel.register(ReGLAConfig, ReGLAModel, exist_ok=True)
+AutoModelForCausalLM.register(ReGLAConfig, ReGLAForCausalLM, exist_ok=True)

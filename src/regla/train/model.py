@@ -1,0 +1,141 @@
+"""The model of a training run: its configuration, its size, and equal sizes for different mixers.
+
+ReGLA's layer has parameters that softmax attention lacks (gates, output gate, short convolution). So that mixers
+compare at equal parameters, a model with ReGLA layers takes them out of its MLP.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regla.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from regla.models.configuration import ReGLAConfig
+
+_WIDTH_MULTIPLES = (8, 1)  # of the MLP width: what GPUs like, then what a very small model needs
+_PARAMETER_TOLERANCE = 0.005
+
+
+def read_overrides(file: str | Path) -> dict[str, Any]:
+    """Arguments of ReGLAConfig in a JSON file, by name."""
+    try:
+        overrides = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); give --config a JSON file.") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); correct it.") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f'{file} holds a JSON {type(overrides).__name__}, expected an object such as {{"qk_norm": true}}.'
+        )
+    return overrides
+
+
+def layer_types(mixer: str, layers: int) -> list[str]:
+    """The mixer of each layer, in the configuration's words; `hybrid` starts with ReGLA."""
+    pattern = {
+        "regla": ["linear_attention"],
+        "hybrid": ["linear_attention", "full_attention"],
+        "softmax": ["full_attention"],
+    }[mixer]
+    return [pattern[layer % len(pattern)] for layer in range(layers)]
+
+
+def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> ReGLAConfig:
+    """The model that `config` asks for, before any MLP is narrowed.
+
+    Raises ValueError for an override that ReGLAConfig does not know, naming the nearest one, or that does not fit.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from regla.models.configuration import ReGLAConfig
+
+    _check_overrides(config.overrides)
+    arguments: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size or _default_width(config.hidden_size),
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads or config.heads,
+        "head_dim": config.head_dim or config.hidden_size // config.heads,
+        "max_position_embeddings": config.seq_len,
+        "tie_word_embeddings": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+        "layer_types": layer_types(config.mixer, config.layers),
+    } | dict(config.overrides)
+    if arguments["vocab_size"] < vocab_size:
+        raise ValueError(
+            f"vocab_size is {arguments['vocab_size']}, but the tokenizer has {vocab_size} tokens; "
+            "leave it out of --config or raise it."
+        )
+    try:
+        return ReGLAConfig(**arguments)
+    except StrictDataclassError as error:  # a value of the wrong type
+        raise ValueError(f"The configuration does not fit: {' '.join(str(error).split())}.") from error
+
+
+def match_softmax(config: ReGLAConfig) -> tuple[ReGLAConfig, int]:
+    """`config` with its MLP narrowed to the size of the softmax model of its shape, and the parameters of that."""
+    softmax = copy.deepcopy(config)
+    softmax.layer_types = layer_types("softmax", config.num_hidden_layers)
+    target = count_parameters(softmax)
+    return (config if config.layer_types == softmax.layer_types else equal_parameters(config, target)), target
+
+
+def count_parameters(config: ReGLAConfig) -> int:
+    """Parameters of a model of `config`, tied ones once; builds it without memory for its weights."""
+    import torch
+
+    from regla.models.modeling import ReGLAForCausalLM
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ReGLAForCausalLM(config).parameters())
+
+
+def equal_parameters(config: ReGLAConfig, target: int) -> ReGLAConfig:
+    """A copy of `config` with the MLP width that brings its parameter count nearest to `target`.
+
+    The width is a multiple of 8, or any number where a multiple of 8 misses `target` by more than 0.5 %. Raises
+    ValueError where no width comes as near, that is where the model without its MLP is larger already.
+    """
+    narrow, wide = (count_parameters(_with_width(config, width)) for width in (8, 16))
+    per_width = (wide - narrow) / 8  # the count is linear in the width
+    for multiple in _WIDTH_MULTIPLES:
+        width = multiple * round(((target - narrow) / per_width + 8) / multiple)
+        if width > 0 and abs(narrow + per_width * (width - 8) - target) <= _PARAMETER_TOLERANCE * target:
+            return _with_width(config, width)
+    raise ValueError(
+        f"No MLP width gives this model {target:,} parameters within 0.5 % (with width 8 it has {narrow:,}); "
+        "raise --intermediate-size."
+    )
+
+
+def _with_width(config: ReGLAConfig, width: int) -> ReGLAConfig:
+    resized = copy.deepcopy(config)
+    resized.intermediate_size = width
+    return resized
+
+
+def _default_width(hidden_size: int) -> int:
+    """8/3 of the hidden size, the width at which a gated MLP has the parameters of a plain one four times as wide."""
+    return 8 * max(1, round(hidden_size / 3))
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    from regla.models.configuration import ReGLAConfig
+
+    known = set(inspect.signature(ReGLAConfig.__init__).parameters) - {"self", "kwargs"}
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise ValueError(f"Unknown configuration key {key!r}; the nearest known one is {near[0]!r}.")

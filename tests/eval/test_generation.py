@@ -1,0 +1,78 @@
+"""Text from a saved folder, as the terminal shows it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from regla.eval.generation import generate
+from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.train.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["some words to learn"], 270)
+    tokenizer.save_pretrained(path)
+    config = ReGLAConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=None,  # so that the length is known
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    ReGLAForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def text(capsys: pytest.CaptureFixture, *arguments, **options) -> str:
+    generate(*arguments, device="cpu", **options)
+    return capsys.readouterr().out
+
+
+def greedy(folder: Path, ids: list[int], steps: int) -> str:
+    """The likeliest tokens after `ids`, from full forward passes without a cache."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = ReGLAForCausalLM.from_pretrained(folder).eval()
+    for _ in range(steps):
+        ids = [*ids, int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+    return tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_temperature_zero_continues_with_the_likeliest_tokens(folder: Path, capsys) -> None:
+    ids = AutoTokenizer.from_pretrained(folder)("some words")["input_ids"]
+    printed = text(capsys, folder, "some words", max_new_tokens=12, temperature=0)
+    assert printed == greedy(folder, ids, 12)
+
+
+def test_sampling_repeats_for_a_seed(folder: Path, capsys) -> None:
+    first, again, other = (
+        text(capsys, folder, "some", max_new_tokens=20, temperature=1.0, top_k=0, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert first.startswith("some")
+
+
+def test_top_k_of_one_is_the_likeliest_token(folder: Path, capsys) -> None:
+    likeliest = text(capsys, folder, "some", max_new_tokens=10, temperature=0)
+    assert text(capsys, folder, "some", max_new_tokens=10, temperature=5.0, top_k=1) == likeliest
+
+
+def test_an_empty_prompt_starts_a_text(folder: Path, capsys) -> None:
+    assert text(capsys, folder, "", max_new_tokens=10, temperature=0) == greedy(folder, [0], 10)
+
+
+def test_bad_input(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--max-new-tokens is 0"):
+        generate(folder, "some", max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"--temperature -1.0 and --top-k 50 must be 0 or more"):
+        generate(folder, "some", temperature=-1.0)
+    with pytest.raises(ValueError, match="is no model folder"):
+        generate(tmp_path, "some")

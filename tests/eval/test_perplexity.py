@@ -1,0 +1,151 @@
+"""Perplexity: equal to the sum over tokens done by hand, for any model and any cut into windows."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from regla.eval.perplexity import evaluate, first_id, mean_score, score, table, total_nats
+from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.train.data import HELD_OUT, Encoded, Text, encode_source
+from regla.train.embedded import embedded_text
+from regla.train.tokenizer import train_tokenizer
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,  # far from uniform predictions
+}
+
+
+def make_model(kind: str):
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE))
+    layer_types = ["linear_attention", "full_attention" if kind == "hybrid" else "linear_attention"]
+    return ReGLAForCausalLM(ReGLAConfig(**SHAPE, layer_types=layer_types))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(embedded_text().documents[:3], 300)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer) -> Path:
+    make_model("hybrid").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@torch.no_grad()
+def nats_by_hand(model, ids: np.ndarray, first: int, seq_len: int) -> float:
+    """One token at a time, in float64."""
+    model = model.double()
+    stream = [first, *ids.tolist()]
+    nats = 0.0
+    for position, target in enumerate(ids.tolist()):
+        window_start = position // seq_len * seq_len
+        logits = model(input_ids=torch.tensor([stream[window_start : position + 1]]), use_cache=False).logits[0, -1]
+        nats -= float(torch.log_softmax(logits.double(), -1)[target])
+    return nats
+
+
+@pytest.mark.parametrize("kind", ["regla", "hybrid", "llama"])
+@pytest.mark.parametrize("tokens", [40, 48, 5])  # windows of 16: two and a half, three, less than one
+def test_equals_a_sum_by_hand(kind: str, tokens: int) -> None:
+    model = make_model(kind)
+    ids = np.random.randint(0, 300, tokens).astype(np.int32)
+    nats = total_nats(model, ids, first=7, seq_len=16, batch_size=2, dtype="float32")
+    assert nats == pytest.approx(nats_by_hand(model, ids, 7, 16), rel=2e-6)
+
+
+def test_evaluation_leaves_dropout_out() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5)).train()
+    ids = np.random.randint(0, 300, 40).astype(np.int32)
+    options = {"first": 7, "seq_len": 16, "batch_size": 2, "dtype": "float32"}
+    assert total_nats(model, ids, **options) == total_nats(model, ids, **options)
+
+
+def test_bfloat16_is_near_and_not_the_same() -> None:
+    model = make_model("regla")
+    ids = np.random.randint(0, 300, 40).astype(np.int32)
+    exact, rounded = (
+        total_nats(model, ids, first=7, seq_len=16, batch_size=2, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.02)
+
+
+def test_units(tokenizer) -> None:
+    text = Text("a", ("The statement.", "Größe"))
+    encoded = encode_source(text, tokenizer)
+    model = make_model("llama")
+    result = score(model, encoded, first=0, seq_len=16, batch_size=2, dtype="float32")
+    nats = total_nats(model, encoded.ids, first=0, seq_len=16, batch_size=2, dtype="float32")
+    expected_tokens = sum(len(tokenizer(document)["input_ids"]) + 1 for document in text.documents)  # with end of text
+    assert (result.tokens, result.bytes) == (expected_tokens, 14 + 7)
+    assert result.loss == pytest.approx(nats / expected_tokens)
+    assert result.perplexity == pytest.approx(math.exp(nats / expected_tokens))
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 21)
+
+
+def test_the_mean_weighs_sources_alike() -> None:
+    model = make_model("llama")
+    texts = [Encoded("a", np.full(4, 1, np.int32), 10), Encoded("b", np.arange(30, dtype=np.int32), 50)]
+    a, b = (score(model, text, first=0, seq_len=16, batch_size=2, dtype="float32") for text in texts)
+    mean = mean_score([a, b])
+    assert (mean.tokens, mean.bytes) == (34, 60)
+    assert mean.loss == pytest.approx((a.loss + b.loss) / 2)
+    assert mean.perplexity == pytest.approx(math.sqrt(a.perplexity * b.perplexity))
+    assert mean.bits_per_byte == pytest.approx((a.bits_per_byte + b.bits_per_byte) / 2)
+    unknown = score(model, Encoded("c", texts[0].ids, None), first=0, seq_len=16, batch_size=2, dtype="float32")
+    assert unknown.bits_per_byte is None and mean_score([a, unknown]).bits_per_byte is None
+    lines = table([a, unknown]).splitlines()
+    assert [line.split()[0] for line in lines] == ["source", "a", "c", "mean"]
+    assert lines[1].split() == ["a", "4", f"{a.loss:.4f}", f"{a.perplexity:.2f}", f"{a.bits_per_byte:.4f}"]
+    assert lines[2].split()[-1] == "-"
+
+
+def test_files_are_scored_one_by_one(folder: Path, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("The first text.\n<|endoftext|>\nAnd more.")
+    (tmp_path / "b.txt").write_text("Quite another one, and longer than the first.")
+    encode_source(Text("a", ("The first text.", "And more.")), tokenizer).ids.astype("<u2").tofile(tmp_path / "a.bin")
+    files = [tmp_path / name for name in ("a.txt", "b.txt", "a.bin")]
+    scores = evaluate(folder, data=files, device="cpu", json_file=tmp_path / "scores.json")
+    assert [score.name for score in scores] == [str(file) for file in files]
+    assert scores[0].loss == scores[2].loss and scores[2].bits_per_byte is None
+
+    model = ReGLAForCausalLM.from_pretrained(folder)
+    ids = encode_source(Text("b", ("Quite another one, and longer than the first.",)), tokenizer).ids
+    by_hand = nats_by_hand(model, ids, first_id(tokenizer), 16)  # 16: the model's own length
+    assert scores[1].loss * scores[1].tokens == pytest.approx(by_hand, rel=2e-6)
+
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["seq_len"] == 16 and len(result["sources"]) == 3
+    assert result["sources"][1]["loss"] == scores[1].loss
+    assert result["mean"]["loss"] == pytest.approx(sum(score.loss for score in scores) / 3)
+    assert capsys.readouterr().out.strip() == table(scores)
+
+
+def test_by_default_the_held_out_part_of_the_embedded_text_is_scored(folder: Path) -> None:
+    (result,) = evaluate(folder, device="cpu", seq_len=512)
+    assert result.bytes == embedded_text().hold_out(HELD_OUT)[1].bytes
+
+
+def test_bad_input(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--seq-len is 0"):
+        evaluate(folder, seq_len=0)
+    with pytest.raises(ValueError, match="is no model folder"):
+        evaluate(tmp_path / "none")
+    with pytest.raises(ValueError, match="There is no folder for"):
+        evaluate(folder, json_file=tmp_path / "none" / "scores.json")
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"holds no readable model \(.*\); give another folder"):
+        evaluate(folder)

@@ -1,0 +1,100 @@
+"""Small models whose gates, features and positions matter: with the usual start every output is near an average."""
+
+import pytest
+import torch
+from torch import nn
+
+from regla.models import ReGLAConfig, ReGLAForCausalLM
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+L, F = "linear_attention", "full_attention"
+
+VARIANTS = {
+    "pure": {},
+    "pure, rope": {"linear_rope": True, "linear_conv_kernel_dim": 0, "output_gate": None},
+    "pure, 3 heads, both axes": {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "value_head_dim": 10,
+        "gate_axis": "both",
+        "qk_norm": True,
+        "attention_norm": "layernorm",
+        "attention_bias": True,
+    },
+    "hybrid": {"num_hidden_layers": 4, "layer_types": [L, F, L, F]},
+    "hybrid, rope": {"layer_types": [F, L], "linear_rope": True, "linear_conv_kernel_dim": 0, "gate_axis": "key"},
+    "hybrid, sum": {
+        "num_hidden_layers": 3,
+        "layer_types": [L, L, F],
+        "linear_rope": True,
+        "attention_norm": "sum",
+        "output_gate": "sigmoid",
+    },
+}
+
+
+def stir(model: nn.Module) -> nn.Module:
+    """Parameters large enough that forgetting, features and positions all show in the logits."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            elif "embed_tokens" in name:
+                parameter.normal_()
+            elif parameter.ndim == 1:
+                parameter.normal_(std=0.5)
+            else:
+                parameter.normal_(std=0.25)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _device() -> None:
+    """Models are tested on the CPU, outside of a device context: transformers and torch.compile see through none."""
+
+
+@pytest.fixture
+def build():
+    """`build("pure", bias=...)`: a stirred tiny model in eval mode, the same at every call with the same arguments."""
+
+    def make(variant: str = "pure", **overrides) -> ReGLAForCausalLM:
+        torch.manual_seed(7)
+        config = ReGLAConfig(**{**TINY, **VARIANTS[variant], **overrides})
+        return stir(ReGLAForCausalLM(config)).eval()
+
+    return make
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(variant, build) -> ReGLAForCausalLM:
+    return build(variant)
+
+
+@pytest.fixture
+def assert_same():
+    """Equal within 1e-4 of the largest logit."""
+
+    def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
+        assert actual.shape == expected.shape
+        error = (actual - expected).abs().max() / expected.abs().max()
+        assert error <= 1e-4, f"relative error {error:.1e}"  # a NaN fails too
+
+    return check

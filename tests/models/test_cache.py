@@ -1,0 +1,147 @@
+"""The cache layers: what they hold, what they can be asked for, and that they leave other models alone."""
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, Qwen3NextConfig, StaticCache
+from transformers.cache_utils import LinearAttentionLayer
+
+from regla.models import ReGLAConfig
+from regla.models.cache import ReGLACacheLayer, ReGLAStaticCacheLayer, adopt_cache
+
+
+def linear_layers(cache):
+    return [layer for layer in cache.layers if isinstance(layer, ReGLACacheLayer)]
+
+
+def states(cache):
+    """All tensors of the linear layers."""
+    return [part for layer in linear_layers(cache) for part in layer.read() if part is not None]
+
+
+def filled(model, length=9, static=False, rows=2):
+    cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.randint(3, 97, (rows, length)), past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_float32_and_their_size_is_constant(model, dtype):
+    model = model.to(dtype)
+    sizes = set()
+    for length in (1, 9, 200):
+        cache = filled(model, length)
+        for layer in linear_layers(cache):
+            assert layer.read().S.dtype == layer.read().m.dtype == torch.float32
+        # Storage, not shape: a view would keep more alive than it shows.
+        sizes.add(sum(part.untyped_storage().nbytes() for part in states(cache)))
+    assert len(sizes) == 1
+
+
+def test_tokens_are_counted(model):
+    cache = filled(model, 9)
+    assert cache.get_seq_length() == 9
+    assert [layer.get_seq_length() for layer in cache.layers] == [9] * len(cache.layers)
+    assert cache.has_previous_state()
+    model(torch.tensor([[4], [5]]), past_key_values=cache)
+    assert cache.get_seq_length() == 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_can_be_reordered_selected_and_repeated(model, static, assert_same):
+    ids = torch.randint(3, 97, (3, 9))
+    follow = torch.randint(3, 97, (3, 4))
+
+    def after(change, rows):
+        cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        change(cache)
+        actual = model(follow[: len(rows)], past_key_values=cache).logits
+        assert_same(actual, model(torch.cat([ids[rows], follow[: len(rows)]], 1)).logits[:, 9:])
+
+    after(lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0])
+    if not static:  # softmax layers of static caches have neither
+        after(lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0])
+        ids = ids[:1]
+        after(lambda cache: cache.batch_repeat_interleave(3), [0, 0, 0])
+
+
+def test_gradients_flow_through_calls(model, assert_same):
+    """Three calls through one cache have the gradients of one call: no state is overwritten behind autograd's back."""
+    ids = torch.randint(3, 97, (2, 17))
+    probe = torch.randn(2, 17, 97)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad((model(ids, use_cache=False).logits * probe).sum(), parameters)
+    cache = DynamicCache(config=model.config)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 9], 1)]
+    for one, other in zip(torch.autograd.grad((torch.cat(pieces, 1) * probe).sum(), parameters), expected, strict=True):
+        assert_same(one, other)
+
+
+def test_gradients_flow_through_calls_with_a_static_cache(build, assert_same):
+    model = build("pure, rope")  # transformers' own static layers write in place, so no hybrid here
+    ids = torch.randint(3, 97, (2, 17))
+    expected = torch.autograd.grad(model(ids, use_cache=False).logits.square().sum(), list(model.parameters()))
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 9], 1)]
+    actual = torch.autograd.grad(torch.cat(pieces, 1).square().sum(), list(model.parameters()))
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other)
+
+
+@torch.no_grad()
+def test_a_static_cache_stays_where_it_is(model):
+    cache = filled(model, 9, static=True)
+    places = [part.data_ptr() for part in states(cache)]
+    assert all(isinstance(layer, ReGLAStaticCacheLayer) for layer in linear_layers(cache))
+    model(torch.tensor([[4], [5]]), past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reset()
+    assert [part.data_ptr() for part in states(cache)] == places
+    assert all(part.count_nonzero() == 0 for part in states(cache))
+
+
+def test_other_models_keep_their_cache_layers(build):
+    filled(build("pure"))
+    qwen = Qwen3NextConfig(
+        num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], hidden_size=32, num_attention_heads=2
+    )
+    assert type(DynamicCache(config=qwen).layers[0]) is LinearAttentionLayer
+    assert type(StaticCache(config=qwen, max_cache_len=8).layers[0]) is LinearAttentionLayer
+
+
+def test_foreign_caches_are_refused(build):
+    model = build("hybrid")
+    ids = torch.tensor([[4, 5]])
+    with pytest.raises(ValueError, match=r"past_key_values is a tuple; expected a cache of transformers"):
+        model(ids, past_key_values=((), ()))
+    with pytest.raises(ValueError, match=r"past_key_values has 2 layers and the model 4"):
+        model(ids, past_key_values=filled(build("pure")))
+    used = DynamicCache(config=LlamaConfig(num_hidden_layers=4))
+    used.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    with pytest.raises(ValueError, match=r"layer 0 of past_key_values, a DynamicLayer, already holds another model's"):
+        model(ids, past_key_values=used)
+
+
+def test_a_state_cannot_be_cropped(build):
+    cache = filled(build("pure"))
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match=r"crop\(-1\) was asked of a linear layer's cache"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match=r"keys and values were given to a linear layer's cache"):
+        cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+
+
+def test_adopting_twice_changes_nothing(build):
+    model = build("hybrid")
+    cache = filled(model)
+    before = list(cache.layers)
+    adopt_cache(cache, model.config)
+    assert all(one is other for one, other in zip(before, cache.layers, strict=True))
+
+
+def test_a_state_without_convolution_or_with_sum_normaliser(build):
+    S = linear_layers(filled(build("hybrid, sum")))[0].read().S
+    assert S.shape[-1] > ReGLAConfig(hidden_size=48, num_attention_heads=4, head_dim=12).value_head_dim
+    assert linear_layers(filled(build("pure, rope")))[0].read().conv is None

@@ -1,0 +1,131 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from regla.models import ReGLAConfig, ReGLAForCausalLM, ReGLAModel
+
+
+def test_round_trip(tmp_path):
+    config = ReGLAConfig(
+        hidden_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        gate_axis="both",
+        output_gate=None,
+        value_head_dim=20,
+        gate_bias=-1.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1234.0},
+        dtype="bfloat16",
+    )
+    config.save_pretrained(tmp_path)
+    again = ReGLAConfig.from_pretrained(tmp_path)
+    for name, value in config.to_dict().items():
+        if name not in ("_name_or_path", "transformers_version"):
+            assert again.to_dict()[name] == value, name
+    assert (again.gate_axis, again.output_gate, again.value_head_dim, again.gate_bias) == ("both", None, 20, -1.5)
+    assert again.rope_parameters["rope_theta"] == 1234.0
+    assert again.dtype == torch.bfloat16
+
+
+def test_defaults():
+    config = ReGLAConfig(hidden_size=48, num_attention_heads=4, num_hidden_layers=3)
+    assert config.layer_types == ["linear_attention"] * 3
+    assert (config.num_key_value_heads, config.head_dim, config.value_head_dim) == (4, 12, 12)
+    assert (config.feature_map, config.gate, config.gate_axis, config.key_max) == (
+        "safe_exp",
+        "refined",
+        "value",
+        "decay",
+    )
+    assert (config.attention_norm, config.linear_conv_kernel_dim, config.output_gate) == ("rmsnorm", 4, "silu")
+    assert (config.linear_rope, config.qk_norm, config.gate_bias, config.refine_bias) == (False, False, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            {"num_hidden_layers": 2, "layer_types": ["linear_attention", "sliding_attention"]},
+            "layer_types[1] is 'sliding_attention'; expected 'linear_attention' or 'full_attention'",
+        ),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["mamba"]},
+            "layer_types[0] is 'mamba'; expected 'linear_attention' or 'full_attention'",
+        ),
+        (
+            {"num_hidden_layers": 3, "layer_types": ["linear_attention"]},
+            "layer_types has 1 entries; expected one for each of the 3 layers: change layer_types or num_hidden_layers",
+        ),
+        ({"feature_map": "exp"}, "feature_map is 'exp'; expected one of 'safe_exp', "),
+        ({"gate": "forget"}, "gate is 'forget'; expected one of "),
+        ({"gate_axis": "time"}, "gate_axis is 'time'; expected one of 'value', 'key', 'both'"),
+        ({"key_max": "global"}, "key_max is 'global'; expected one of 'decay', 'running', 'sequence'"),
+        ({"attention_norm": "batch"}, "attention_norm is 'batch'; expected one of "),
+        ({"output_gate": "tanh"}, "output_gate is 'tanh'; expected one of None, 'silu', 'sigmoid'"),
+        ({"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', "),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "num_attention_heads is 4; expected a multiple of num_key_value_heads = 3",
+        ),
+        ({"hidden_size": 0}, "hidden_size is 0; expected a whole number above 0"),
+        ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1; expected at least 2 taps, or 0 for none"),
+        ({"head_dim": 15, "linear_rope": True}, "head_dim is 15; RoPE turns pairs of channels: make it even"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor in rope_parameters is 0.25",
+        ),
+        (
+            {"dtype": "float16"},
+            "dtype is float16, too narrow for the outputs of linear layers; use bfloat16 or float32",
+        ),
+    ],
+)
+def test_bad_values(arguments, sentence):
+    with pytest.raises(ValueError) as error:
+        ReGLAConfig(**{"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, **arguments})
+    assert str(error.value).startswith(sentence)
+
+
+def test_values_changed_later_are_checked_by_the_model(build):
+    config = build("pure").config
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="layer_types has 2 entries; expected one for each of the 3 layers"):
+        ReGLAModel(config)
+
+
+def test_float16_is_refused(build):
+    model = build("pure")
+    with pytest.raises(ValueError, match=r"the model runs in float16.* use bfloat16 or float32"):
+        model.half()(torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match=r"dtype is float16.* use bfloat16 or float32"):
+        ReGLAForCausalLM._from_config(model.config, dtype=torch.float16)
+
+
+AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
+NO_TRANSFORMERS = "assert 'transformers' not in sys.modules"
+
+FIRST = {
+    "regla first": f"import regla, regla.ops, regla.layers; {NO_TRANSFORMERS}; {AUTO}",
+    "transformers first": f"{AUTO}; import regla",
+    "generation, which imports the Auto classes, first": f"import regla, transformers.generation.utils; {AUTO}",
+}
+
+
+@pytest.mark.parametrize("order", FIRST)
+def test_importing_regla_registers_it(order, tmp_path):
+    """Whichever is imported first, Auto classes know the model type; torch-only use never loads transformers."""
+    config = ReGLAConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=5, intermediate_size=8)
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": "float32"}, default=str))
+    program = f"""
+import sys
+{FIRST[order]}
+config = AutoConfig.from_pretrained({str(tmp_path)!r})
+print(type(config).__module__, type(AutoModelForCausalLM.from_config(config)).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["regla.models.configuration", "ReGLAForCausalLM"], done.stderr

@@ -1,0 +1,143 @@
+"""Folders: what is written, that it loads unchanged, and that it loads in a program that never imported regla."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from regla.models import ReGLAConfig, ReGLAForCausalLM, ReGLAModel
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def saved(request, variant, build, tmp_path):
+    model = build(variant, tie_word_embeddings=request.param)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_loading_changes_nothing(saved):
+    model, folder = saved
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(again) is ReGLAForCausalLM
+    parameters = dict(again.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameters.pop(name), parameter), name
+    assert not parameters
+    ids = torch.randint(3, 97, (2, 9))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_tied_weights_stay_tied(build, tmp_path):
+    model = build("hybrid", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = ReGLAForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_bare_model(build, tmp_path):
+    model = build("hybrid")
+    model.save_pretrained(tmp_path)
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert type(bare) is ReGLAModel
+    ids = torch.randint(3, 97, (2, 9))
+    assert torch.equal(model.lm_head(bare(ids).last_hidden_state), model(ids).logits)
+
+
+def test_missing_weights_start_like_new_ones_and_the_others_are_kept(build, tmp_path):
+    build("hybrid", gate_bias=-1.25, initializer_range=0.03, tie_word_embeddings=True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    missing = [
+        "model.layers.0.self_attn.gate.proj.bias",
+        "model.layers.0.self_attn.gate.refine_proj.weight",
+        "model.layers.0.self_attn.norm.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.2.input_layernorm.weight",
+    ]
+    save_file({name: value for name, value in weights.items() if name not in missing}, path, {"format": "pt"})
+    model, report = ReGLAForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == set(missing)
+    for name, parameter in model.named_parameters():
+        if name in missing:
+            assert not torch.equal(parameter, weights[name]), name
+        else:
+            assert torch.equal(parameter, weights[name]), name
+    bias, refine, norm, q, outer_norm = (model.get_parameter(name).detach() for name in missing)
+    assert torch.equal(bias, torch.full_like(bias, -1.25))
+    assert refine.std() == pytest.approx(0.03, rel=0.1)
+    assert q.std() == pytest.approx(0.03, rel=0.1)
+    assert torch.equal(norm, torch.ones_like(norm))
+    assert torch.equal(outer_norm, torch.ones_like(outer_norm))
+
+
+def test_dtype_of_loading(build, tmp_path):
+    build("hybrid").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"dtype is float16.* use bfloat16 or float32"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+
+
+def test_more_tokens(build):
+    model = build("hybrid", tie_word_embeddings=True)
+    ids = torch.randint(3, 97, (2, 9))
+    before = model(ids).logits
+    model.resize_token_embeddings(101, mean_resizing=False)
+    after = model(ids).logits
+    assert after.shape == (2, 9, 101)
+    torch.testing.assert_close(after[..., :97], before)
+    assert model.config.vocab_size == 101
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_config_alone_takes_its_module_along(tmp_path):
+    ReGLAConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1).save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_regla_hub.py").is_file()
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "modeling_regla_hub.ReGLAConfig",
+        "AutoModel": "modeling_regla_hub.ReGLAModel",
+        "AutoModelForCausalLM": "modeling_regla_hub.ReGLAForCausalLM",
+    }
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ReGLAConfig
+
+
+STRANGER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder, copy = sys.argv[1:]
+assert not any(name.split(".")[0] == "regla" for name in sys.modules)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+ids = torch.arange(5, 14)[None]
+print(model(ids).logits[0, -1, :5].tolist())
+print(model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist())
+model.save_pretrained(copy)
+"""
+
+
+def test_a_program_that_never_imported_regla(build, tmp_path):
+    model = build("hybrid")
+    folder, copy = tmp_path / "folder", tmp_path / "copy"
+    model.save_pretrained(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(folder), str(copy)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 0, done.stderr
+    logits, tokens = (json.loads(line) for line in done.stdout.splitlines())
+    ids = torch.arange(5, 14)[None]
+    torch.testing.assert_close(torch.tensor(logits), model(ids).logits[0, -1, :5])
+    assert tokens == model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()
+    # What such a program saves loads in the next one: it is the same folder, with none of the package's files.
+    assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
+    for name in ("config.json", "modeling_regla_hub.py"):
+        assert (copy / name).read_text() == (folder / name).read_text()

@@ -1,0 +1,117 @@
+"""The model of a run: overrides, and equal parameters for all mixers."""
+
+from pathlib import Path
+
+import pytest
+
+from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.train.config import TrainConfig
+from regla.train.model import count_parameters, equal_parameters, match_softmax, model_config, read_overrides
+
+SHAPES = {
+    "default": {},
+    "tiny": {"hidden_size": 48, "layers": 2, "heads": 3},
+    "grouped": {"hidden_size": 144, "layers": 3, "heads": 9, "kv_heads": 3},
+    "pilot": {"hidden_size": 512, "layers": 8, "heads": 8},
+    "wide heads": {"hidden_size": 64, "layers": 2, "heads": 2, "head_dim": 48, "intermediate_size": 400},
+}
+
+
+def build(**arguments) -> ReGLAConfig:
+    return model_config(TrainConfig(out="unused", **arguments), vocab_size=1000, end_of_text=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mixer", ["regla", "hybrid"])
+def test_all_mixers_have_equal_parameters(shape: str, mixer: str) -> None:
+    softmax = build(mixer="softmax", **SHAPES[shape])
+    asked = build(mixer=mixer, **SHAPES[shape])
+    matched, target = match_softmax(asked)
+    assert target == count_parameters(softmax)
+    assert abs(count_parameters(matched) / target - 1) <= 0.005
+    assert matched.intermediate_size < asked.intermediate_size == softmax.intermediate_size
+    assert matched.layer_types == asked.layer_types
+    assert match_softmax(softmax) == (softmax, target)
+
+
+def test_widths_are_multiples_of_eight_where_that_is_near_enough() -> None:
+    matched, _ = match_softmax(build(mixer="regla", **SHAPES["pilot"]))
+    assert matched.intermediate_size % 8 == 0
+
+
+def test_no_width_is_near_enough() -> None:
+    with pytest.raises(ValueError, match=r"No MLP width gives this model 5,000 parameters within 0.5 % .* raise"):
+        equal_parameters(build(), 5_000)
+
+
+def test_parameters_are_counted_as_the_model_has_them() -> None:
+    config = build(mixer="hybrid", **SHAPES["tiny"])
+    assert config.tie_word_embeddings
+    assert count_parameters(config) == sum(p.numel() for p in ReGLAForCausalLM(config).parameters())
+
+
+def test_mixers() -> None:
+    linear, full = "linear_attention", "full_attention"
+    assert build(mixer="regla", layers=3).layer_types == [linear, linear, linear]
+    assert build(mixer="hybrid", layers=3).layer_types == [linear, full, linear]
+    assert build(mixer="softmax", layers=3).layer_types == [full, full, full]
+
+
+def test_overrides_win() -> None:
+    config = build(hidden_size=64, overrides={"linear_conv_kernel_dim": 0, "hidden_size": 96, "output_gate": None})
+    assert (config.linear_conv_kernel_dim, config.hidden_size, config.output_gate) == (0, 96, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"linear_conv_kernel": 0}, "Unknown configuration key 'linear_conv_kernel'.*'linear_conv_kernel_dim'"),
+        ({"gate_axes": "key"}, "Unknown configuration key 'gate_axes'.*'gate_axis'"),
+        ({"gate_axis": "both ways"}, "gate_axis is 'both ways'"),
+        ({"hidden_size": "large"}, "The configuration does not fit: .*hidden_size"),
+        ({"vocab_size": 10}, "vocab_size is 10, but the tokenizer has 1000 tokens"),
+    ],
+)
+def test_overrides_that_do_not_fit(overrides: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build(overrides=overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_override_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"qk_norm": true}')
+    assert read_overrides(file) == {"qk_norm": True}
+    file.write_text("{qk_norm: true}")
+    with pytest.raises(ValueError, match=r"a.json is not JSON"):
+        read_overrides(file)
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=r"a.json holds a JSON list, expected an object"):
+        read_overrides(file)
+    with pytest.raises(ValueError, match=r"none.json cannot be read"):
+        read_overrides(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": 0}, "--layers is 0, expected a number above 0"),
+        ({"lr": -1.0}, "--lr is -1.0"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"warmup": -1}, "--warmup is -1, expected 0 or more"),
+        ({"mixer": "mamba"}, "--mixer is 'mamba', expected one of regla, hybrid, softmax"),
+        ({"steps": 1, "tokens": 1}, "Both --steps and --tokens"),
+        ({"tokenizer": "a", "vocab_size": 300}, "Both --tokenizer and --vocab-size"),
+        ({"hidden_size": 100, "heads": 3}, "--hidden-size 100 is no multiple of --heads 3"),
+        ({"heads": 4, "kv_heads": 3}, "--heads 4 is no multiple of --kv-heads 3"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(out="unused", **arguments)
+
+
+def test_length_of_a_run() -> None:
+    config = TrainConfig(out="unused", tokens=1000, batch_size=2, accumulate=3, seq_len=10)
+    assert (config.tokens_per_step, config.total_steps, config.warmup_steps) == (60, 17, 1)
+    assert TrainConfig(out="unused", steps=50, warmup=7).warmup_steps == 7
