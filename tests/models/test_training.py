@@ -54,6 +54,8 @@ def test_training_makes_no_cache_unless_asked(build):
     assert model(ids, use_cache=True).past_key_values.get_seq_length() == 5
     assert model.eval()(ids).past_key_values.get_seq_length() == 5
     assert model.eval()(ids, use_cache=False).past_key_values is None
+    model.train().gradient_checkpointing_enable()
+    assert model(ids, use_cache=True).past_key_values is None  # an empty one would look like a full one
 
 
 def test_learning_by_heart(build):

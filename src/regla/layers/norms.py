@@ -16,7 +16,7 @@ def prescale(h: Tensor) -> Tensor:
     """h [..., V] -> h / max_i |h_i| in float32 at least; zeros stay zeros. The maximum takes no gradient."""
     h = h.to(torch.promote_types(h.dtype, torch.float32))
     largest = h.detach().abs().amax(-1, keepdim=True)
-    return h / largest.clamp_min(torch.finfo(h.dtype).tiny)
+    return h / torch.where(largest < torch.finfo(h.dtype).tiny, 1.0, largest)
 
 
 class OutputNorm(nn.Module):

@@ -1,0 +1,148 @@
+"""The mixer in all its combinations: streaming equals the whole, padding and packing leave no trace."""
+
+import itertools
+
+import pytest
+import torch
+
+from regla.layers import FEATURE_MAPS, GATES, NORMS, ReGLAAttention, init_linear_attention
+from regla.layers.norms import HeadLayerNorm, HeadRMSNorm, SumNorm, prescale
+from regla.layers.positions import apply_rotary
+from regla.ops import regla_attention
+
+HIDDEN = 48
+COMBINATIONS = [
+    (feature_map, gate, axis, norm)
+    for feature_map, gate, norm in itertools.product(FEATURE_MAPS, GATES, NORMS)
+    for axis in (("value", "key", "both") if gate in ("refined", "sigmoid") else ("value",))
+    # The sum normaliser divides by what these maps let pass through zero: no tolerance holds there.
+    if not (norm == "sum" and feature_map in ("identity", "relu"))
+]
+
+
+def mixer(**options) -> ReGLAAttention:
+    layer = ReGLAAttention(HIDDEN, 6, **({"num_kv_heads": 2, "value_head_dim": 12} | options))
+    init_linear_attention(layer, std=0.4)
+    return layer
+
+
+def error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("feature_map", "gate", "axis", "norm"), COMBINATIONS)
+def test_every_combination_streams_and_ignores_padding(feature_map, gate, axis, norm):
+    layer = mixer(
+        feature_map=feature_map, gate=gate, gate_axis=axis, norm=norm, conv_size=3, qk_norm=True, output_gate="silu"
+    ).double()
+    x = torch.randn(2, 37, HIDDEN, dtype=torch.float64)  # some combinations let sums cancel: digits to spare
+    whole, _ = layer(x)
+    state, parts = None, []
+    for lo, hi in itertools.pairwise([0, 1, 9, 10, 37]):
+        part, state = layer(x[:, lo:hi], state=state, return_state=True)
+        parts.append(part)
+    assert error(torch.cat(parts, 1), whole) < 1e-9
+    mask = torch.ones(2, 42, dtype=torch.bool)
+    mask[:, :5] = False
+    padded, _ = layer(torch.cat([torch.full((2, 5, HIDDEN), torch.nan, dtype=x.dtype), x], 1), mask=mask)
+    assert error(padded[:, 5:], whole) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("feature_map", ["safe_exp", "one_plus_elu"])
+def test_packing_equals_separate_sequences(feature_map, norm):
+    layer = mixer(feature_map=feature_map, norm=norm, conv_size=4)
+    bounds = [0, 1, 3, 40, 70]
+    x = torch.randn(1, 70, HIDDEN)
+    packed, _ = layer(x, cu_seqlens=torch.tensor(bounds))
+    separate = torch.cat([layer(x[:, lo:hi])[0] for lo, hi in itertools.pairwise(bounds)], 1)
+    assert error(packed, separate) < 1e-5
+
+
+def test_padding_gives_no_gradient_and_takes_none():
+    layer = mixer(conv_size=4, output_gate="sigmoid")
+    x = torch.randn(1, 20, HIDDEN)
+    x[:, :6] = torch.nan
+    mask = torch.arange(20)[None] >= 6
+    x.requires_grad_()
+    y, _ = layer(x, mask=mask)
+    y[:, 6:].square().sum().backward()
+    assert (x.grad[:, :6] == 0).all() and x.grad[:, 6:].isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@torch.no_grad()
+def test_the_layer_is_the_equation():
+    """A mixer without optional parts is W_o Norm(regla_attention(W_q x, W_k x, W_v x, W_g x + b_g, W_r x + b_r))."""
+    layer = mixer(num_kv_heads=6, value_head_dim=8)
+    x = torch.randn(2, 20, HIDDEN)
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.gate.proj, layer.gate.refine_proj)
+    h, _ = regla_attention(*(projection(x).unflatten(-1, (6, 8)) for projection in projections))
+    normalised = h / h.square().mean(-1, keepdim=True).sqrt()
+    y, _ = layer(x)
+    assert error(y, layer.o_proj(normalised.flatten(2))) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+@pytest.mark.parametrize("norm", [HeadRMSNorm, HeadLayerNorm])
+def test_norms_forget_any_factor(norm, scale):
+    h = torch.randn(2, 3, 4, 16)
+    module = norm(4, 16, 1e-6)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    assert torch.allclose(module(h * scale), module(h), rtol=1e-5, atol=1e-5)
+
+
+def test_norms_of_nothing_are_finite():
+    h = torch.zeros(1, 2, 3, 8, requires_grad=True)
+    for norm in (HeadRMSNorm, HeadLayerNorm):
+        y = norm(3, 8, 1e-6)(h)
+        assert (y == 0).all()
+        assert torch.autograd.grad(y.sum(), h)[0].isfinite().all()
+    assert (prescale(h) == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["none", "scalar", "sigmoid"])
+def test_sum_norm_is_a_weighted_mean(gate):
+    """o_t = sum_s w_ts v_s / sum_s w_ts: for constant values, these values."""
+    layer = mixer(norm="sum", gate=gate, num_kv_heads=6, value_head_dim=8)
+    v, gv = layer.norm.prepare(torch.ones(1, 30, 6, 8), layer.gate(torch.randn(1, 30, HIDDEN)).gv)
+    q, k = torch.randn(2, 1, 30, 6, 8).unbind(0)
+    gk = layer.gate(torch.randn(1, 30, HIDDEN)).gk
+    h, _ = layer.feature_map(q, k, v, gk, gv, None, None, None, False)
+    assert torch.allclose(SumNorm(6, 8, 0.0)(h), torch.ones(1, 30, 6, 8), rtol=1e-5)
+
+
+def test_rotary_is_llamas_and_partial():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    x, angles = torch.randn(2, 5, 3, 8), torch.randn(1, 5, 4)
+    angles = torch.cat([angles, angles], -1)
+    cos, sin = angles.cos(), angles.sin()
+    expected, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+    assert torch.allclose(apply_rotary(x, cos, sin), expected)
+    wide = torch.cat([x, x], -1)
+    turned = apply_rotary(wide, cos, sin)
+    assert torch.allclose(turned[..., :8], expected) and torch.equal(turned[..., 8:], x)
+
+
+def test_errors():
+    for options, message in (
+        ({"gate": "forget"}, "gate is 'forget'; expected one of 'none', 'scalar'"),
+        ({"feature_map": "exp"}, "feature_map is 'exp'; expected one of 'safe_exp'"),
+        ({"norm": "batch"}, "norm is 'batch'; expected one of 'rmsnorm'"),
+        ({"gate_axis": "row"}, "gate_axis is 'row'; expected one of 'value', 'key', 'both'"),
+        ({"output_gate": "tanh"}, "output_gate is 'tanh'; expected one of None, 'silu', 'sigmoid'"),
+        ({"num_kv_heads": 4}, "num_heads is 6; expected a multiple of num_kv_heads = 4"),
+        ({"conv_size": 1}, r"conv_size is 1; expected 0 \(none\) or at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mixer(**options)
+    with pytest.raises(ValueError, match="hidden_size 50 is no multiple of num_heads = 6: give head_dim"):
+        ReGLAAttention(50, 6)
+    with pytest.raises(ValueError, match="cu_seqlens is given with a state"):
+        mixer()(torch.randn(1, 4, HIDDEN), cu_seqlens=torch.tensor([0, 4]), return_state=True)
