@@ -66,6 +66,17 @@ examples:
   regla generate runs/regla --prompt "A class" --temperature 0 --max-new-tokens 200
 """
 
+_LINEARIZE = """\
+Put ReGLA into the layers of a pretrained softmax model (Llama family) and save it as a Hugging Face folder.
+
+The pretrained projections move over, key and value heads shared as before. Before anything is written, softmax
+attention run through the transferred weights must reproduce the original's logits. The gates are new: train before use.
+
+examples:
+  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol
+  regla linearize model.gguf --out runs/all-linear --keep none
+"""
+
 _TOKENIZE = """\
 Write text files as token files (NAME.bin: little-endian uint16 ids, every document ended by the end-of-text token)
 and the tokenizer beside them, for `regla train --tokenizer DIR --data DIR/NAME.bin`.
@@ -141,6 +152,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     generate.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+
+    linearize = command("linearize", "turn a softmax model into a linear one", _LINEARIZE, _linearize)
+    linearize.add_argument("model", metavar="MODEL", help="name on the hub, folder or .gguf file")
+    linearize.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
+    linearize.add_argument(
+        "--keep",
+        default="every-2",
+        metavar="RULE",
+        help="layers that keep softmax: every-N or none (default: %(default)s)",
+    )
 
     tokenize = command("tokenize", "turn text files into token files", _TOKENIZE, _tokenize)
     tokenize.add_argument("files", nargs="+", metavar="FILE", help=".txt files")
@@ -221,6 +242,12 @@ def _generate(args: argparse.Namespace) -> None:
     from regla.eval.generation import generate
 
     generate(**_options(args))
+
+
+def _linearize(args: argparse.Namespace) -> None:
+    from regla.linearize import linearize
+
+    linearize(**_options(args))
 
 
 def _tokenize(args: argparse.Namespace) -> None:

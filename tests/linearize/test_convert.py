@@ -1,10 +1,15 @@
 """Conversion of Llama models: weights in the right places, proven by softmax; what comes out works and saves."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from regla.cli import main
 from regla.linearize import check_transfer, convert, layer_types
+from regla.train.tokenizer import train_tokenizer
 
 
 def llama(**changes) -> LlamaForCausalLM:
@@ -89,6 +94,44 @@ def test_saves_loads_and_generates(tmp_path):
     tokens = torch.randint(97, (2, 7))
     assert torch.equal(loaded(tokens).logits, converted(tokens).logits)
     assert loaded.generate(tokens, max_new_tokens=5, do_sample=False).shape == (2, 12)
+
+
+def test_from_folder_to_folder(tmp_path):
+    """What the command does: folder in, folder out with the tokenizer, loadable by a program that never saw regla."""
+    original = llama()
+    tokenizer = train_tokenizer(["some words to make a tokenizer of"] * 3, 300)
+    original.resize_token_embeddings(len(tokenizer))
+    original.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    assert main(["linearize", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--keep", "none"]) == 0
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer, logging\n"
+        "logging.set_verbosity_error(); folder = sys.argv[1]\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "tokens = AutoTokenizer.from_pretrained(folder)('some words', return_tensors='pt')\n"
+        "print(model.config.layer_types.count('linear_attention'), model.generate(**tokens, max_new_tokens=3).shape[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, length = map(int, done.stdout.split()[-2:])
+    assert count == 4 and length == len(tokenizer("some words")["input_ids"]) + 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.gguf", "--out", "new"], "There is no file missing.gguf"),
+        (["missing-folder", "--out", "new"], "missing-folder cannot be loaded"),
+        (["missing.gguf", "--out", "."], "is not empty"),
+    ],
+)
+def test_command_line_errors(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["linearize", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_layer_types():

@@ -8,7 +8,7 @@ import torch
 
 from regla.eval.perplexity import first_id
 from regla.train.device import pick_device
-from regla.train.folders import load_model, load_tokenizer
+from regla.models.folders import load_model, load_tokenizer
 
 
 def generate(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regla.train.data import END_OF_TEXT, Text, read_source
-from regla.train.folders import check_new, load_tokenizer, new_folder
+from regla.models.folders import check_new, load_tokenizer, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
