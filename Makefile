@@ -29,9 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 		--constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-# One thread per worker: more workers than cores slow each other down.
+# One thread per worker: more workers than cores slow each other down. What measures time runs after them, alone.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -33,10 +33,10 @@ def log_refined_gate(a, c):
 def regla(q, k, v, gk, gv, S, m, mask=None):
     """The paper's h_t (up to a factor per token and head), and (S, m) with m from its recursion, token by token.
 
-    S, m: the state before the first token, S in units of 2^-72 exp(m). None: none.
+    S, m: the state before the first token, S in units of 2^-48 exp(m). None: none.
     """
     B, T, H, K = k.shape
-    unit = 2.0**-72  # of the states that regla.ops hands out
+    unit = 2.0**-48  # of the states that regla.ops hands out
     absolute = torch.zeros(B, H, K, v.shape[-1], dtype=k.dtype) if S is None else S * unit * m.exp()[..., None, None]
     m = torch.full((B, H), -1e30, dtype=k.dtype) if m is None else m
     features = k.exp()

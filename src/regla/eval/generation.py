@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from regla.eval.perplexity import first_id
-from regla.train.device import pick_device
 from regla.models.folders import load_model, load_tokenizer
+from regla.train.device import pick_device
 
 
 def generate(

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regla.models.folders import load_model, load_tokenizer
 from regla.train.data import HELD_OUT, Encoded, encode_source, end_of_text_id, read_source
 from regla.train.device import autocast, pick_device
 from regla.train.embedded import embedded_text
-from regla.models.folders import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

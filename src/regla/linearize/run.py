@@ -22,7 +22,8 @@ def linearize(model: str, out: str, keep: str = "every-2") -> ReGLAForCausalLM:
         keep: the layers that keep softmax attention, see `regla.linearize.layer_types`.
 
     Raises:
-        ValueError: the model cannot be loaded or converted, the check failed, or `out` is not empty. Nothing is written.
+        ValueError: the model cannot be loaded or converted, the check failed, or `out` is not empty; nothing is
+            written then.
     """
     check_new(out)
     original, tokenizer = _load(model)

@@ -89,7 +89,7 @@ def safe_exp_attention(
         h_t = scale * S_t^T exp(q_t - max_i q_{t,i})
 
     h_t equals what the paper's formula gives up to one positive factor per token and head, which a scale-free
-    normalisation removes; without one, h depends on m, and m takes no gradient. The state is kept as 2^72 S_t: what
+    normalisation removes; without one, h depends on m, and m takes no gradient. The state is kept as 2^48 S_t: what
     comes back as S goes back in as S, and is of use nowhere else. See `regla_attention` for arguments,
     shapes, dtypes and errors; gk, gv as in `gated_linear_attention`.
     """
@@ -166,7 +166,7 @@ def regla_attention(
         gate_axis: "value", "key" or "both": which axis of the state decays.
         scale: factor on h; None means the variance reduction factor 1 / (e sqrt(K (e^2 - 1))).
         initial_state: (S [N, H, K, V], m [N, H]) before the first token, as returned; (0, 0) is empty.
-        output_final_state: return (S, m) after the last token; S is in units of 2^-72 exp(m).
+        output_final_state: return (S, m) after the last token; S is in units of 2^-48 exp(m).
         mask: [B, T] bool, True for real tokens. A padding token writes nothing, decays nothing, and its h is 0.
         cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending.
         key_max: "decay" (default), "running" or "sequence" (not causal): see `safe_exp_key`.

@@ -171,12 +171,15 @@ def _backward(
     B, T, H, K = k.shape
     V, N = v.shape[-1], T // C
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gk, gv) if x is not None]
+    # In units in which d_o is about 1: small gradients, decayed, would become denormal numbers, which are slow.
+    unit = torch.ldexp(torch.ones_like(d_final[0, 0, 0, 0]), -torch.frexp(d_o.abs().amax()).exponent.clamp(-90, 90))
+    d_final = d_final * unit
     d_initial = torch.zeros_like(d_final)
     d_state = d_final if first is None else torch.zeros_like(d_final[:1])
     with torch.autocast(v.device.type, enabled=False):
         for lo, hi in reversed(_slabs(B * H * C * max(K, V), N, v.device)):
             x = _Slab(q, k, v, gk, gv, C, lo, hi, states.dtype)
-            d_out = _blocks(d_o, lo, hi, C, H, states.dtype) * scale
+            d_out = _blocks(d_o, lo, hi, C, H, states.dtype) * (scale * unit)
             x.local_backward(d_out)
             d_read = x.read_backward(d_out)
             after = torch.empty_like(d_read)
@@ -191,8 +194,8 @@ def _backward(
                     d_state = torch.where(first[n], 0.0, d_state)
             values = x.state_backward(states[:, :, lo:hi], after)
             for grad, value in zip(grads, [y for y in values if y is not None], strict=True):
-                _put(grad, value, lo, hi, C)
-    return [*grads, d_state if first is None else d_initial]
+                _put(grad, value / unit, lo, hi, C)
+    return [*grads, (d_state if first is None else d_initial) / unit]
 
 
 @_backward.register_fake

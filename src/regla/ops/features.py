@@ -7,6 +7,7 @@ decay of exp(m_{t-1} - m_t) on every channel. m is a unit, as a common exponent 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from torch import Tensor
 #: Stands for "no key yet": far below any key, and finite, because inf - inf is not a number.
 NO_KEY = -1e30
 
-#: The features are held 2^72 = e^49.9 above their unit exp(m_t). m comes down by what the slowest channel of each token
+#: The features are held 2^48 = e^33.3 above their unit exp(m_t). m comes down by what the slowest channel of each token
 #: decays, and since that is now one channel, now another, it stays above what the state really holds after an outlier
 #: key: without the lift, the features of ordinary keys behind an outlier of +88 would fall below float32's smallest
 #: normal number, and lose digits for as long as m takes to come down. A power of two rounds nothing.
-LIFT = 72
+LIFT = 48
 
 KEY_MAX = ("decay", "running", "sequence")
 
@@ -40,7 +41,7 @@ def safe_exp_query(q: Tensor) -> Tensor:
         of a head, which a scale-free normalisation removes.
     """
     q = q.to(torch.promote_types(q.dtype, torch.float32))
-    return (q - q.detach().amax(-1, keepdim=True)).exp()
+    return _Exp.apply(q, q.detach().amax(-1, keepdim=True), 0)
 
 
 def safe_exp_key(
@@ -73,13 +74,27 @@ def safe_exp_key(
     m, unit, final = key_stabiliser(
         k, log_decay, key_max=key_max, initial_max=initial_max, mask=mask, cu_seqlens=cu_seqlens
     )
-    return _masked((k.to(m.dtype) - m[..., None]).exp(), mask), unit, final
+    return _masked(_Exp.apply(k.to(m.dtype), m[..., None], 0), mask), unit, final
 
 
 def lifted_key_features(k: Tensor, m: Tensor, mask: Tensor | None) -> Tensor:
     """2^LIFT exp(k_t - m_t), [B, T, H, K]: the same features where the range of float32 is wider, see `LIFT`."""
-    half = ((k.to(m.dtype) - m[..., None]) / 2).exp() * 2.0 ** (LIFT // 2)
-    return _masked(half.square(), mask)
+    return _masked(_Exp.apply(k.to(m.dtype), m[..., None], LIFT), mask)
+
+
+class _Exp(torch.autograd.Function):
+    """2^lift exp(x - unit), the unit taking no gradient; in two factors, since exp(x - unit) alone may underflow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unit: Tensor, lift: int) -> Tensor:
+        features = (x - unit).mul_(0.5).exp_().mul_(2.0 ** (lift // 2)).square_()
+        ctx.save_for_backward(features)
+        return features
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (features,) = ctx.saved_tensors
+        return d * features, None, None
 
 
 def _masked(features: Tensor, mask: Tensor | None) -> Tensor:

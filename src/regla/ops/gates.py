@@ -38,17 +38,19 @@ class _LogRefinedGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, c: Tensor) -> Tensor:
         ctx.save_for_backward(a, c)
-        forget, keep = torch.sigmoid(-a), torch.sigmoid(a)  # 1 - g, g
-        u = forget * (forget + 2 * torch.sigmoid(-c) * keep)  # 1 - F
+        forget, coarse = torch.sigmoid(-a), torch.sigmoid(-c)  # 1 - g, 1 - r
+        u = forget * (forget + 2 * coarse * (1 - forget))  # 1 - F
         # Near F = 1 log F is -u, and u is exact there; towards F = 0 the logarithms of the factors are.
         log_g = logsigmoid(a)
-        towards_zero = log_g + torch.logaddexp(log_g, math.log(2) + logsigmoid(c) + logsigmoid(-a))
-        return torch.where(u < 0.5, torch.log1p(-u.clamp_max(0.5)), towards_zero)
+        towards_zero = log_g + torch.logaddexp(log_g, log_g - a + (logsigmoid(c) + math.log(2)))
+        near_one = torch.log1p(-u.clamp_max(0.5))
+        is_near_one = ((0.5 - u) * 1e30).clamp(0, 1)  # 0 or 1; several times faster on a CPU than a choice by `where`
+        return torch.lerp(towards_zero, near_one, is_near_one)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         a, c = ctx.saved_tensors
-        forget, coarse = torch.sigmoid(-a), torch.sigmoid(-c)  # 1 - g, 1 - r
+        forget, coarse = torch.sigmoid(-a), torch.sigmoid(-c)
         # Share of the second term in g + 2 r (1 - g)
-        share = torch.sigmoid(math.log(2) + logsigmoid(c) - a)
+        share = torch.sigmoid(logsigmoid(c) - a + math.log(2))
         return d * forget * (2 * coarse * (1 - share) + share), d * share * coarse

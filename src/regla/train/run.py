@@ -19,12 +19,12 @@ import transformers
 
 import regla
 from regla.eval.perplexity import first_id, mean_score, score, table
+from regla.models.folders import check_new, load_tokenizer, new_folder
 from regla.models.modeling import ReGLAForCausalLM
 from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
 from regla.train.data import HELD_OUT, Source, Text, encode_source, end_of_text_id, read_source
 from regla.train.device import pick_device
 from regla.train.embedded import embedded_text
-from regla.models.folders import check_new, load_tokenizer, new_folder
 from regla.train.loop import Progress, optimise
 from regla.train.model import count_parameters, match_softmax, model_config
 from regla.train.tokenizer import train_tokenizer

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regla.train.data import END_OF_TEXT, Text, read_source
 from regla.models.folders import check_new, load_tokenizer, new_folder
+from regla.train.data import END_OF_TEXT, Text, read_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
