@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,8 +104,7 @@ def measure_memory(lengths: tuple[int, ...] = (8192, 16384, 32768)) -> list[dict
 
 
 def _forward_peak(T: int) -> int:
-    """Peak resident bytes that inputs, forward pass and output add to a process that has run a short one."""
-    import resource
+    """Resident bytes that inputs, forward pass and output add at their peak, in a process that has run a short one."""
 
     def run(length: int) -> None:
         q, k, v, gate, refine = (torch.randn(1, length, 4, 64) for _ in range(5))
@@ -112,9 +112,17 @@ def _forward_peak(T: int) -> int:
             regla_attention(q, k, v, gate, refine, backend="chunked")
 
     run(512)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_bytes()
     run(T)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _peak_bytes() - before
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process (Linux). `getrusage` would also count what the parent had."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM; the memory benchmark needs Linux")
 
 
 def _bytes(cache_layer: Any) -> int:
