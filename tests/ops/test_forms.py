@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regla.layers.norms import HeadRMSNorm
 from regla.ops import gate_decays, gated_linear_attention, regla_attention, safe_exp_attention
+from regla.ops.features import LIFT
 
 from . import definition
 
@@ -244,6 +245,19 @@ def test_recovery_after_an_outlier(axis, outlier):
     # The running maximum never comes down: the same outlier leaves later keys nothing to be told apart by.
     h, (_, m) = regla_attention(*inputs, gate_axis=axis, key_max="running", output_final_state=True)
     assert (m == outlier).all()
+
+
+def test_the_lift_keeps_digits_behind_an_outlier(monkeypatch):
+    """The stabiliser by itself does not: it comes down by the slowest channel of each token, the state by its own."""
+    inputs = make(257, (2, 2, 16, 64), "value", "plain")
+    inputs[1][0, 20, :, 3] = 108.0
+    expected = normalised(reference(inputs, "value", None, None)[0])
+    worst = {}
+    for lift in (0, LIFT):
+        monkeypatch.setattr("regla.ops.features.LIFT", lift)
+        monkeypatch.setattr("regla.ops.attention.LIFT", lift)
+        worst[lift] = definition.per_token(normalised(regla_attention(*inputs)[0]), expected)
+    assert worst[LIFT] < 1e-5 and worst[0] > 1e-4
 
 
 @pytest.mark.parametrize("cuts", [[100], [1, 2, 3], [64, 128], [63, 65, 199]])
