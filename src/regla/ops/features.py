@@ -7,7 +7,6 @@ decay of exp(m_{t-1} - m_t) on every channel. m is a unit, as a common exponent 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ def safe_exp_query(q: Tensor) -> Tensor:
         of a head, which a scale-free normalisation removes.
     """
     q = q.to(torch.promote_types(q.dtype, torch.float32))
-    return _Exp.apply(q, q.detach().amax(-1, keepdim=True), 0)
+    return (q - q.detach().amax(-1, keepdim=True)).exp()
 
 
 def safe_exp_key(
@@ -74,27 +73,13 @@ def safe_exp_key(
     m, unit, final = key_stabiliser(
         k, log_decay, key_max=key_max, initial_max=initial_max, mask=mask, cu_seqlens=cu_seqlens
     )
-    return _masked(_Exp.apply(k.to(m.dtype), m[..., None], 0), mask), unit, final
+    return _masked((k.to(m.dtype) - m[..., None]).exp(), mask), unit, final
 
 
 def lifted_key_features(k: Tensor, m: Tensor, mask: Tensor | None) -> Tensor:
     """2^LIFT exp(k_t - m_t), [B, T, H, K]: the same features where the range of float32 is wider, see `LIFT`."""
-    return _masked(_Exp.apply(k.to(m.dtype), m[..., None], LIFT), mask)
-
-
-class _Exp(torch.autograd.Function):
-    """2^lift exp(x - unit), the unit taking no gradient; in two factors, since exp(x - unit) alone may underflow."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, unit: Tensor, lift: int) -> Tensor:
-        features = (x - unit).mul_(0.5).exp_().mul_(2.0 ** (lift // 2)).square_()
-        ctx.save_for_backward(features)
-        return features
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (features,) = ctx.saved_tensors
-        return d * features, None, None
+    half = ((k.to(m.dtype) - m[..., None]) / 2).exp() * 2.0 ** (LIFT // 2)  # exp(k - m) by itself may underflow
+    return _masked(half.square(), mask)
 
 
 def _masked(features: Tensor, mask: Tensor | None) -> Tensor:
