@@ -7,12 +7,11 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
-PROMPT ?= The following statement
 
 .PHONY: help setup test lint format quickstart clean
 
 help:
-	@echo "make quickstart  train a small ReGLA and a softmax model of equal size, compare them, generate text (minutes)"
+	@echo "make quickstart  small ReGLA, hybrid and softmax models side by side: train, compare, stream, plot (minutes)"
 	@echo "make test        linters, types, layering and tests"
 	@echo "make lint        linters, types and layering alone"
 	@echo "make format      rewrite the sources in the house format"
@@ -45,12 +44,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 quickstart: $(STAMP)
-	rm -rf $(RUNS)
-	$(BIN)/regla train --out $(RUNS)/regla
-	$(BIN)/regla train --mixer softmax --out $(RUNS)/softmax
-	$(BIN)/regla eval $(RUNS)/regla
-	$(BIN)/regla eval $(RUNS)/softmax
-	$(BIN)/regla generate $(RUNS)/regla --prompt "$(PROMPT)"
+	$(BIN)/regla quickstart --out $(RUNS)
 
 clean:
 	rm -rf $(VENV) $(RUNS) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

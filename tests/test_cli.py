@@ -67,10 +67,12 @@ def test_every_option_reaches_the_run(corpus: Path, tmp_path: Path, monkeypatch:
     line = (
         "train --out o --data a.txt b.txt --valid c.txt --vocab-size 500 --mixer hybrid --hidden-size 96 --layers 3 "
         "--heads 6 --kv-heads 2 --head-dim 8 --intermediate-size 200 --tokens 1000 --seq-len 64 --batch-size 2 "
-        "--accumulate 3 --lr 0.5 --warmup 7 --weight-decay 0.2 --seed 9 --device cpu --dtype bfloat16 --compile"
+        "--accumulate 3 --lr 0.5 --warmup 7 --weight-decay 0.2 --seed 9 --device cpu --dtype bfloat16 --compile "
+        "--activation-checkpointing --save-every 4 --eval-every 5 --resume --tensorboard "
+        "--dataset d:e --text-field body"
     )
     assert main([*line.split(), "--config", str(tmp_path / "c.json")]) == 0
-    assert main(["train", "--out", "o", "--steps", "11", "--tokenizer", "t"]) == 0
+    assert main(["train", "--out", "o", "--steps", "11", "--tokenizer", "t", "--resume", "previous"]) == 0
     assert seen[0] == TrainConfig(
         out="o",
         data=("a.txt", "b.txt"),
@@ -95,8 +97,15 @@ def test_every_option_reaches_the_run(corpus: Path, tmp_path: Path, monkeypatch:
         device="cpu",
         dtype="bfloat16",
         compile=True,
+        activation_checkpointing=True,
+        save_every=4,
+        eval_every=5,
+        resume="latest",
+        tensorboard=True,
+        dataset="d:e",
+        text_field="body",
     )
-    assert seen[1] == TrainConfig(out="o", steps=11, tokenizer="t")
+    assert seen[1] == TrainConfig(out="o", steps=11, tokenizer="t", resume="previous")
 
 
 BAD = {
@@ -113,12 +122,24 @@ BAD = {
         "train --out o --data corpus.txt --vocab-size 300 --config c.json",
         "the nearest known one is 'qk_norm'",
     ),
+    "no field": ("train --out o --data r.jsonl", "Line 1 of r.jsonl has no field 'text' (it has body)"),
+    "broken record": ("train --out o --data r.jsonl --text-field body", "Line 2 of r.jsonl is not JSON"),
+    "resume what": ("train --out o --resume newest", "invalid choice: 'newest'"),
+    "resume nothing": ("train --out full --data corpus.txt --resume", "full holds no checkpoint to resume from"),
+    "save never": ("train --out o --save-every 0", "--save-every is 0, expected a number above 0."),
     "full folder": ("train --out full --data corpus.txt", "full is not empty; give --out a new folder"),
     "file for folder": ("train --out short.txt --data corpus.txt", "short.txt is a file"),
     "tokenizer": ("train --out o --data corpus.txt --tokenizer none", "There is no tokenizer folder none"),
     "large vocabulary": ("tokenize --vocab-size 70000 --out o short.txt", "does not fit token files of uint16"),
     "no model": ("eval full", "full is no model folder"),
     "broken model": ("generate broken --prompt a", "broken holds no readable model"),
+    "no prompt": ("generate broken", "one of the arguments --prompt --prompts is required"),
+    "two kinds of prompt": ("generate broken --prompt a --prompts p.txt", "not allowed with argument --prompt"),
+    "missing prompts": ("generate broken --prompts none.txt", "none.txt cannot be read"),
+    "no prompt in the file": ("generate broken --prompts empty.txt", "empty.txt holds no prompt"),
+    "JSON of one prompt": ("generate broken --prompt a --json", "--json goes with --prompts FILE"),
+    "empty stream": ("eval full --stream 0", "--stream is 0, expected a number above 0."),
+    "quickstart elsewhere": ("quickstart --out full", "full holds something else than a quickstart"),
     "window": ("eval full --seq-len 0", "--seq-len is 0, expected a number above 0."),
 }
 
@@ -132,6 +153,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     Path("empty.txt").touch()
     Path("short.txt").write_text("Too short.")
     Path("c.json").write_text('{"qk_nrom": true}')
+    Path("r.jsonl").write_text('{"body": "A text."}\n{"body": "Ano\n')
     for name, content in (("full", "notes.md"), ("broken", "config.json")):
         Path(name).mkdir()
         Path(name, content).write_text("{}")
@@ -167,7 +189,7 @@ def test_failure_on_the_way_ends_with_1(corpus: Path, tmp_path: Path, capsys: py
     assert last.startswith("regla: error: ") and "lower --lr or lengthen --warmup" in last
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "generate", "tokenize"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "generate", "quickstart", "doctor", "linearize", "tokenize"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
     assert exit_code([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out

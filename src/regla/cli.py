@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from regla.train.config import DEFAULT_STEPS, DEFAULT_VOCAB_SIZE, DEVICES, DTYPES, MIXERS, TrainConfig
+from regla.train.config import DEFAULT_STEPS, DEFAULT_VOCAB_SIZE, DEVICES, DTYPES, MIXERS, RESUME, TrainConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
@@ -20,6 +21,7 @@ examples:
   regla train --out runs/regla                        train on the English that ships with Python
   regla eval runs/regla                               perplexity on its held-out part
   regla generate runs/regla --prompt "The statement"  continue a text
+  regla quickstart                                    see all of it in minutes: train, compare, stream, plot
 
 `regla COMMAND --help` explains each command.
 """
@@ -37,6 +39,7 @@ examples:
   regla train --out runs/softmax --mixer softmax
   regla train --out runs/mine --data book.txt notes.txt --steps 1000
   regla train --out runs/plain --config plain.json            where plain.json holds {"linear_conv_kernel_dim": 0}
+  regla train --out runs/wiki --dataset wikitext:wikitext-103-raw-v1 --steps 5000
 
 34M parameters, 26M tokens on a GPU, from tokens prepared by `regla tokenize`:
   regla tokenize --vocab-size 16384 --out tokens train.txt valid.txt
@@ -44,37 +47,80 @@ examples:
     --hidden-size 512 --layers 8 --heads 8 --seq-len 1024 --batch-size 64 --steps 400 --lr 2e-3 --warmup 60 \\
     --device cuda --dtype bfloat16 --compile
 
-Ctrl-C ends the run after the current step and saves the model as it is then (exit code 130).
+DIR/log.jsonl has a line per step. DIR/checkpoints keeps the last two checkpoints, one every --save-every steps.
+Ctrl-C or SIGTERM ends the run after the current step and saves a checkpoint and the model as it is then (exit code 130
+or 143). After that, or after a crash, the same command with --resume goes on from the newest checkpoint as if nothing
+had happened (on a CPU to the same weights, bit for bit); where none was saved yet, it starts from the first step.
+  regla train --out runs/mine --data book.txt notes.txt --steps 1000 --resume
 """
 
 _EVAL = """\
 Perplexity of a causal language model in a Hugging Face folder (ReGLA or any other), by file and as the mean over files.
 
 Each file is cut into windows of --seq-len tokens that do not overlap; every token is predicted once, from those before
-it in its window. `loss` is in nats per token. `bits/byte` compares models with different tokenizers.
+it in its window. `loss` is in nats per token. `bits/byte` and `per word` (the perplexity of words between spaces)
+compare models with different tokenizers.
+
+--by-position shows the perplexity of the tokens 0-127, 128-255, 256-511, ... of the windows: what context is worth.
+--stream N scores the first N tokens of each file as one sequence instead, far beyond the length trained on if you like:
+it is fed in chunks of --seq-len tokens through the cache, whose size does not grow in ReGLA layers.
 
 examples:
   regla eval runs/regla                                       the held-out tenth of the embedded text
   regla eval runs/regla --data wiki.txt books.txt --json scores.json
+  regla eval runs/regla --data book.txt --stream 100000 --by-position
 """
 
 _GENERATE = """\
-Continue a text with the model in a Hugging Face folder; prints it token by token.
+Continue a text with the model in a Hugging Face folder; prints it token by token. Or continue many: --prompts takes a
+UTF-8 file with one prompt a line (empty lines are passed over), runs --batch-size of them at a time and prints each
+with its continuation, with --json as one JSON object a line: {"prompt": ..., "continuation": ...}.
 
 examples:
   regla generate runs/regla --prompt "The statement"
   regla generate runs/regla --prompt "A class" --temperature 0 --max-new-tokens 200
+  regla generate runs/regla --prompts prompts.txt --json > continuations.jsonl
+"""
+
+_QUICKSTART = """\
+See ReGLA learn, in about three minutes on two CPU cores and without a download: trains a small ReGLA, a hybrid and a
+softmax model on equal parameters and tokens of the English that ships with Python, compares their validation
+perplexities and speeds, shows that streaming equals the full forward pass, plots the losses and the cost of the next
+token against the length of the context, and generates a sample.
+
+DIR gets the models (regla, hybrid, softmax), loss.png, decoding.png and quickstart.json with every figure. A second
+quickstart replaces the first.
+
+examples:
+  regla quickstart
+  regla quickstart --out runs/longer --steps 600
+"""
+
+_DOCTOR = """\
+Say what this machine offers regla: versions, devices, whether bfloat16 is supported, which backend would run and why,
+and which optional packages are there and what each is for. Exit code 0.
+
+examples:
+  regla doctor
+  regla doctor --json
 """
 
 _LINEARIZE = """\
-Put ReGLA into the layers of a pretrained softmax model (Llama family) and save it as a Hugging Face folder.
+Put ReGLA into layers of a pretrained softmax model (Llama, SmolLM2, Mistral, Qwen2), train it to do what the original
+does, and save it as a Hugging Face folder (weights, config, tokenizer, generation config, model card, linearize.json).
 
-The pretrained projections move over, key and value heads shared as before. Before anything is written, softmax
-attention run through the transferred weights must reproduce the original's logits. The gates are new: train before use.
+The pretrained projections move over, key and value heads shared as before; softmax attention run through them must
+reproduce the original's logits. Then queries and keys are fitted to the feature map on a few thousand tokens, and the
+figures of each layer are printed. Training is in two stages: attention transfer (each new layer learns its original's
+output), then distillation (the whole model learns the original's predictions). Without --steps it only converts.
 
 examples:
-  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol
-  regla linearize model.gguf --out runs/all-linear --keep none
+  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol --steps 300
+  regla linearize model.gguf --out runs/smol --data wiki.txt books.txt --steps 300 --dtype bfloat16
+  regla linearize models/llama --out runs/all-linear --keep none --steps 1000
+  regla linearize models/llama --out runs/plan --steps 1000 --dry-run
+
+Ctrl-C ends the training after the current step and saves the model as it is then (exit code 130).
 """
 
 _TOKENIZE = """\
@@ -97,14 +143,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 1 failed on the way, 2 bad input, 130 interrupted."""
+    """Run one command; the exit code: 0 done, 1 failed on the way, 2 bad input, 130 interrupted, 143 terminated."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', which tell nothing about small models
     try:
         args.command(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("regla: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signum", signal.SIGINT)
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         print(f"regla: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -129,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", "score a model: perplexity", _EVAL, _evaluate)
     evaluate.add_argument("folder", metavar="MODEL_DIR")
     evaluate.add_argument(
-        "--data", nargs="+", default=[], metavar="PATH", help=".txt or .bin files (default: embedded text)"
+        "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
     )
     evaluate.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens of a window (default: the model's, at most 1024)"
@@ -137,12 +183,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="windows at a time (default: %(default)s)"
     )
+    evaluate.add_argument("--by-position", action="store_true", help="perplexity by the position of the token, too")
+    evaluate.add_argument(
+        "--stream", type=int, metavar="N", help="one sequence of N tokens per file, in chunks of --seq-len"
+    )
     evaluate.add_argument("--json", dest="json_file", metavar="FILE", help="write the figures there, too")
     _where_arguments(evaluate)
 
     generate = command("generate", "continue a text", _GENERATE, _generate)
     generate.add_argument("folder", metavar="MODEL_DIR")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompts.add_argument("--prompts", dest="prompts_file", metavar="FILE", help="or a file of them, one a line")
+    generate.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="of --prompts, at a time (default: %(default)s)"
+    )
+    generate.add_argument("--json", action="store_true", dest="as_json", help="with --prompts: JSON lines")
     generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: %(default)s")
     generate.add_argument(
         "--temperature", type=float, default=0.8, metavar="X", help="0: likeliest token (default: %(default)s)"
@@ -153,21 +209,26 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     generate.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
 
+    quickstart = command("quickstart", "train, compare, stream and plot small models", _QUICKSTART, _quickstart)
+    quickstart.add_argument("--out", default="runs/quickstart", metavar="DIR", help="default: %(default)s")
+    quickstart.add_argument(
+        "--steps", type=int, default=250, metavar="N", help="of 1,024 tokens, for each model (default: %(default)s)"
+    )
+
+    doctor = command("doctor", "say what would run here, and why", _DOCTOR, _doctor)
+    doctor.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
+
     linearize = command("linearize", "turn a softmax model into a linear one", _LINEARIZE, _linearize)
     linearize.add_argument("model", metavar="MODEL", help="name on the hub, folder or .gguf file")
     linearize.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
-    linearize.add_argument(
-        "--keep",
-        default="every-2",
-        metavar="RULE",
-        help="layers that keep softmax: every-N or none (default: %(default)s)",
-    )
+    _linearize_arguments(linearize)
 
     tokenize = command("tokenize", "turn text files into token files", _TOKENIZE, _tokenize)
-    tokenize.add_argument("files", nargs="+", metavar="FILE", help=".txt files")
+    tokenize.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet files")
     tokenize.add_argument("--out", required=True, metavar="DIR", help="new folder for the tokens and the tokenizer")
     tokenize.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer to use")
     tokenize.add_argument("--vocab-size", type=int, metavar="N", help="or the size of one to train, at most 65536")
+    _text_field_argument(tokenize)
     return parser
 
 
@@ -181,8 +242,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text")
     text.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
     text.add_argument(
-        "--data", nargs="+", default=[], metavar="PATH", help=".txt or .bin files (default: embedded text)"
+        "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
     )
+    text.add_argument("--dataset", metavar="NAME[:CONFIG]", help="Hugging Face data set, streamed; or a folder of one")
+    _text_field_argument(text)
     text.add_argument(
         "--valid", nargs="+", default=[], metavar="PATH", help="default: the last tenth of each data file"
     )
@@ -215,7 +278,68 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add(run, "--weight-decay", float, "of weights; norms and biases do not decay")
     add(run, "--seed", int, "of initial weights and crops")
     run.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    run.add_argument(
+        "--activation-checkpointing", action="store_true", help="less memory, more time: compute activations twice"
+    )
     _where_arguments(run)
+
+    keep = parser.add_argument_group("checkpoints and log")
+    add(keep, "--save-every", int, "steps between checkpoints (default: a tenth of the run, but at least 50)")
+    keep.add_argument(
+        "--resume",
+        nargs="?",
+        const=RESUME[0],
+        choices=RESUME,
+        help="go on in --out from its latest checkpoint, or the previous one, should that be damaged",
+    )
+    add(keep, "--eval-every", int, "steps between validations in the log (default: at the end alone)")
+    keep.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
+
+
+def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(group: Any, flag: str, kind: type, text: str) -> None:
+        """An option of one value; left out, LinearizeConfig has the default."""
+        metavar = "X" if kind is float else "N"
+        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--keep",
+        default="every-2",
+        metavar="RULE",
+        help="layers that keep softmax: every-N or none (default: %(default)s)",
+    )
+    add(model, "--gate-bias", float, "start of the forget gates' biases (default: 3, a memory of about 20 tokens)")
+    add(model, "--calibration-tokens", int, "tokens the feature map is fitted to and checked on (default: 4096)")
+    model.add_argument("--dry-run", action="store_true", help="print parameters, memory and cache sizes; write nothing")
+
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
+    )
+    text.add_argument(
+        "--valid", nargs="+", default=[], metavar="PATH", help="default: the last tenth of each data file"
+    )
+    add(text, "--valid-tokens", int, "of each validation file that are scored, at most (default: 100000)")
+
+    run = parser.add_argument_group("run")
+    add(run, "--steps", int, "optimiser steps of both stages together (default: 0, convert only)")
+    add(run, "--transfer-steps", int, "how many of them are attention transfer (default: a third)")
+    add(run, "--seq-len", int, "tokens of a sequence (default: 512)")
+    add(run, "--batch-size", int, "sequences per step (default: 16)")
+    add(run, "--lr", float, "peak learning rate of the new layers; all else learns at a tenth (default: 1e-3)")
+    add(run, "--seed", int, "of new weights and crops (default: 0)")
+    run.add_argument("--compile", action="store_true", help="torch.compile the distillation")
+    _where_arguments(run)
+
+
+def _text_field_argument(group: Any) -> None:
+    group.add_argument(
+        "--text-field",
+        default=_DEFAULTS["text_field"],
+        metavar="NAME",
+        help="of the text in .jsonl, .parquet and data sets (default: %(default)s)",
+    )
 
 
 def _where_arguments(group: Any) -> None:
@@ -239,15 +363,35 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from regla.eval.generation import generate
+    from regla.eval.generation import generate, generate_batch
 
-    generate(**_options(args))
+    options = _options(args)
+    of_a_batch = {name: options.pop(name) for name in ("prompts_file", "batch_size", "as_json")}
+    if args.prompts_file is not None:
+        del options["prompt"]
+        generate_batch(**options, **of_a_batch)
+    elif args.as_json:
+        raise ValueError("--json goes with --prompts FILE; leave it out or put the prompt into a file.")
+    else:
+        generate(**options)
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from regla.quickstart import quickstart
+
+    quickstart(**_options(args))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from regla.doctor import doctor
+
+    doctor(**_options(args))
 
 
 def _linearize(args: argparse.Namespace) -> None:
-    from regla.linearize import linearize
+    from regla.train.recipes import LinearizeConfig, linearize
 
-    linearize(**_options(args))
+    linearize(LinearizeConfig(**_options(args) | {"data": tuple(args.data), "valid": tuple(args.valid)}))
 
 
 def _tokenize(args: argparse.Namespace) -> None:

@@ -1,12 +1,13 @@
 """Text from a saved folder, as the terminal shows it."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from regla.eval.generation import generate
+from regla.eval.generation import generate, generate_batch
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.train.tokenizer import train_tokenizer
 
@@ -76,3 +77,38 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
         generate(folder, "some", temperature=-1.0)
     with pytest.raises(ValueError, match="is no model folder"):
         generate(tmp_path, "some")
+
+
+def test_a_batch_is_each_prompt_alone(folder: Path, tmp_path: Path, capsys) -> None:
+    prompts = ["some words", "to", "words to learn, and some more of them"]
+    (tmp_path / "p.txt").write_text("\n".join([prompts[0], "", *prompts[1:], ""]), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    alone = [greedy(folder, tokenizer(prompt)["input_ids"], 12).removesuffix("\n") for prompt in prompts]
+    for batch_size in (2, 8):
+        generate_batch(
+            folder, tmp_path / "p.txt", batch_size=batch_size, max_new_tokens=12, temperature=0, device="cpu"
+        )
+        assert capsys.readouterr().out == "\n".join(alone) + "\n"
+    texts = generate_batch(folder, tmp_path / "p.txt", as_json=True, max_new_tokens=12, temperature=0, device="cpu")
+    rows = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert rows == [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
+    assert [row["prompt"] + row["continuation"] for row in rows] == alone
+
+
+def test_a_sampled_batch_repeats_for_a_seed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("some\nwords\n", encoding="utf-8")
+    first, again, other = (
+        generate_batch(folder, tmp_path / "p.txt", max_new_tokens=20, top_k=0, seed=seed, device="cpu")
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_bad_prompts(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xe4")
+    for name, message in (("none", "cannot be read"), ("empty", "holds no prompt"), ("latin", "is not UTF-8 text")):
+        with pytest.raises(ValueError, match=message):
+            generate_batch(folder, tmp_path / f"{name}.txt")
+    with pytest.raises(ValueError, match="--batch-size is 0"):
+        generate_batch(folder, tmp_path / "empty.txt", batch_size=0)

@@ -9,7 +9,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from regla.eval.perplexity import evaluate, first_id, mean_score, score, table, total_nats
+from regla.eval.perplexity import (
+    evaluate,
+    first_id,
+    mean_score,
+    position_scores,
+    position_table,
+    score,
+    stream_nats,
+    table,
+    token_nats,
+    total_nats,
+)
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.train.data import HELD_OUT, Encoded, Text, encode_source
 from regla.train.embedded import embedded_text
@@ -149,3 +160,76 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"holds no readable model \(.*\); give another folder"):
         evaluate(folder)
+
+
+@pytest.mark.parametrize("kind", ["regla", "hybrid", "llama"])
+def test_positions_are_counted_in_each_window(kind: str) -> None:
+    model = make_model(kind)
+    ids = np.random.randint(0, 300, 700).astype(np.int32)
+    text = Encoded("a", ids, None)
+    result = score(model, text, first=7, seq_len=300, batch_size=2, dtype="float32", by_position=True)
+    assert [(bin_.first, bin_.last) for bin_ in result.positions] == [(0, 127), (128, 255), (256, 299)]
+    assert [bin_.tokens for bin_ in result.positions] == [128 * 2 + 100, 128 * 2, 44 * 2]  # windows of 300, 300, 100
+    nats = token_nats(model, ids, first=7, seq_len=300, batch_size=2, dtype="float32")
+    by_hand = [*nats[128:256].tolist(), *nats[428:556].tolist()]
+    assert result.positions[1].loss == pytest.approx(sum(by_hand) / 256, rel=1e-6)
+    assert result.positions[1].perplexity == pytest.approx(math.exp(result.positions[1].loss))
+    total = sum(bin_.loss * bin_.tokens for bin_ in result.positions)
+    assert total == pytest.approx(result.loss * result.tokens)
+
+
+@pytest.mark.parametrize("tokens", [5, 128, 129])
+def test_the_last_bin_of_positions_ends_with_the_text(tokens: int) -> None:
+    bins = position_scores(torch.ones(tokens), 1024)
+    assert bins[-1].last == tokens - 1 and sum(bin_.tokens for bin_ in bins) == tokens
+
+
+@pytest.mark.parametrize("kind", ["regla", "hybrid", "llama"])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_streaming_scores_as_one_window_does(kind: str, chunk: int) -> None:
+    """Twice the length that the configuration names."""
+    model = make_model(kind).double()
+    ids = np.random.randint(0, 300, 32).astype(np.int32)
+    streamed = stream_nats(model, ids, first=7, chunk=chunk, dtype="float32")
+    whole = token_nats(model, ids, first=7, seq_len=32, batch_size=1, dtype="float32")
+    assert streamed.shape == whole.shape
+    torch.testing.assert_close(streamed, whole, rtol=1e-5, atol=1e-5)  # logits are rounded to float32
+    cut_off = token_nats(model, ids, first=7, seq_len=16, batch_size=1, dtype="float32")
+    assert (cut_off[17:] - whole[17:]).abs().max() > 1e-3  # so the context beyond 16 tokens did count
+
+
+def test_the_stream_of_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = embedded_text().documents[0]
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    options = {"data": [tmp_path / "a.txt"], "device": "cpu", "by_position": True}
+    (part,) = evaluate(folder, stream=200, json_file=tmp_path / "s.json", **options)
+    assert part.tokens == 200 and part.bytes is None and part.word_perplexity is None
+    assert [(bin_.first, bin_.last) for bin_ in part.positions] == [(0, 127), (128, 199)]
+    printed = capsys.readouterr().out
+    assert position_table([part]) in printed and "128-199" in printed
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert result["stream"] == 200 and result["sources"][0]["positions"][1]["last"] == 199
+
+    (whole,) = evaluate(folder, stream=10**6, **options)
+    assert whole.bytes == len(text.encode()) and whole.words == len(text.split())
+    (window,) = evaluate(folder, seq_len=whole.tokens, **options)
+    assert whole.loss == pytest.approx(window.loss, rel=1e-5)
+
+
+def test_perplexity_of_words(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("Five words,  in two\ndocuments\n<|endoftext|>\nhere.", encoding="utf-8")
+    (result,) = evaluate(folder, data=[tmp_path / "a.txt"], device="cpu")
+    assert result.words == 6
+    assert result.word_perplexity == pytest.approx(math.exp(result.loss * result.tokens / 6))
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.endswith("per word") and line.endswith(f"{result.word_perplexity:.2f}")
+    other = score(make_model("llama"), Encoded("b", np.ones(9, np.int32), 9), first=0, seq_len=16, batch_size=2,
+                  dtype="float32", words=3)  # fmt: skip
+    mean = mean_score([result, other])
+    assert mean.words == 9
+    assert mean.word_perplexity == pytest.approx(math.sqrt(result.word_perplexity * other.word_perplexity))
+
+
+def test_bad_stream(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--stream is 0, expected a number above 0"):
+        evaluate(folder, stream=0)

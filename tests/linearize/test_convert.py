@@ -96,6 +96,17 @@ def test_saves_loads_and_generates(tmp_path):
     assert loaded.generate(tokens, max_new_tokens=5, do_sample=False).shape == (2, 12)
 
 
+def test_a_temperature_without_sampling_can_be_saved(tmp_path):
+    """Some checkpoints come with one; transformers would load but not save it."""
+    original = llama(eos_token_id=None)
+    original.generation_config.temperature = 0.6
+    with pytest.raises(ValueError):
+        original.save_pretrained(tmp_path / "original")
+    convert(original).save_pretrained(tmp_path / "converted")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").generation_config
+    assert saved.temperature == 0.6 and saved.do_sample
+
+
 def test_from_folder_to_folder(tmp_path):
     """What the command does: folder in, folder out with the tokenizer, loadable by a program that never saw regla."""
     original = llama()
@@ -103,7 +114,21 @@ def test_from_folder_to_folder(tmp_path):
     original.resize_token_embeddings(len(tokenizer))
     original.save_pretrained(tmp_path / "in")
     tokenizer.save_pretrained(tmp_path / "in")
-    assert main(["linearize", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--keep", "none"]) == 0
+    assert (
+        main(
+            [
+                "linearize",
+                str(tmp_path / "in"),
+                "--out",
+                str(tmp_path / "out"),
+                "--keep",
+                "none",
+                "--valid-tokens",
+                "500",
+            ]
+        )
+        == 0
+    )
     program = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer, logging\n"
         "logging.set_verbosity_error(); folder = sys.argv[1]\n"

@@ -35,7 +35,15 @@ VARIANTS = {
         "attention_bias": True,
     },
     "hybrid": {"num_hidden_layers": 4, "layer_types": [L, F, L, F]},
-    "hybrid, rope": {"layer_types": [F, L], "linear_rope": True, "linear_conv_kernel_dim": 0, "gate_axis": "key"},
+    "hybrid, rope": {
+        "layer_types": [F, L],
+        "linear_rope": True,
+        "linear_conv_kernel_dim": 0,
+        "gate_axis": "key",
+        "qk_calibration": True,
+        "attention_bias": True,
+        "attention_out_bias": False,
+    },
     "hybrid, sum": {
         "num_hidden_layers": 3,
         "layer_types": [L, L, F],

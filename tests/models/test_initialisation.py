@@ -22,6 +22,8 @@ DISTRIBUTIONS = {
     r"model\.layers\.\d\.self_attn\.conv\.weight": ("normal", STD),
     r"model\.layers\.\d\.self_attn\.output_gate\.weight": ("normal", STD),
     r"model\.layers\.\d\.self_attn\.[qk]_norm\.weight": ("constant", 1.0),
+    r"model\.layers\.\d\.self_attn\.qk_calibration\.[qk]_mean": ("constant", 0.0),
+    r"model\.layers\.\d\.self_attn\.qk_calibration\.[qk]_scale": ("constant", 1.0),
     r"model\.layers\.\d\.self_attn\.norm\.weight": ("constant", 1.0),
     r"model\.layers\.\d\.self_attn\.norm\.bias": ("constant", 0.0),
     r"model\.layers\.\d\.self_attn\.gate\.refine_proj\.bias": ("constant", 0.75),
@@ -76,7 +78,7 @@ def check(name, parameter):
         {"gate": "fast_decay", "output_gate": "sigmoid"},
         {"gate": "gla"},
         {"gate": "scalar", "attention_norm": "sum"},
-        {"gate": "none", "attention_norm": "none"},
+        {"gate": "none", "attention_norm": "none", "qk_calibration": True},
         {"tie_word_embeddings": True},
     ],
     ids=lambda overrides: ", ".join(f"{k}={v}" for k, v in overrides.items()) or "default",
@@ -92,7 +94,7 @@ def test_the_list_has_no_name_too_many():
         name
         for overrides in (
             {"qk_norm": True, "attention_norm": "layernorm", "attention_bias": True, "mlp_bias": True},
-            {},
+            {"qk_calibration": True},
         )
         for name, _ in build(**overrides).named_parameters()
     ]

@@ -1,11 +1,13 @@
 """Sources of tokens: what is read, how it is split, and what each token stands for."""
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from regla.train.data import Text, Tokens, encode, encode_source, read_source
+from regla.train.data import Text, Tokens, encode, encode_source, read_dataset, read_source
 from regla.train.embedded import embedded_text
 from regla.train.tokenizer import train_tokenizer
 
@@ -82,6 +84,16 @@ def test_embedded_text_is_prose_without_repetitions() -> None:
         ("a.bin", b"\x01\x00\x02", r"a.bin has 3 bytes, expected two for each token"),
         ("a.bin", b"", r"a.bin has 0 bytes"),
         ("a.pdf", b"%PDF", r"unknown kind '.pdf'; give .txt .* or .bin"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"Line 2 of .*a.jsonl is not JSON .*; correct it"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', r"Line 1 of .*a.jsonl is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n\n{"body": "b", "id": 1}',
+            r"Line 3 of .*a.jsonl has no field 'text' \(it has body, id\)",
+        ),
+        ("a.jsonl", b"[1]", r"Line 1 of .*a.jsonl has no field 'text' \(it has no fields\)"),
+        ("a.jsonl", b'{"text": 3}', r"Field 'text' in line 1 of .*a.jsonl is of type int, expected text"),
+        ("a.jsonl", b"\n", r"a.jsonl holds no text"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -99,3 +111,67 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer) -> None:
     source = Tokens("a.bin", np.array([1, 5000], dtype=np.uint16))
     with pytest.raises(ValueError, match=r"a.bin holds token id 5000, but the tokenizer has only \d+ tokens"):
         source.tokens(tokenizer)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"body": document, "id": 1}) for document in DOCUMENTS) + "\n\n")
+    assert read_source(file, "body") == Text(str(file), DOCUMENTS)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"body": DOCUMENTS, "id": [1, 2, 3]}), file, row_group_size=2)
+    assert read_source(file, "body") == Text(str(file), DOCUMENTS)
+    with pytest.raises(ValueError, match=r"a.parquet has no field 'text' \(it has body, id\); .* with --text-field"):
+        read_source(file)
+    with pytest.raises(ValueError, match=r"Field 'id' in row 1 of .*a.parquet is of type int, expected text"):
+        read_source(file, "id")
+    file.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"a.parquet is no readable Parquet file"):
+        read_source(file)
+
+
+def test_a_data_set_is_streamed_as_far_as_it_is_needed(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    lines = "\n".join(json.dumps({"body": f"Document {number:03d}"}) for number in range(100))
+    (tmp_path / "train.jsonl").write_text(lines)
+    everything = read_dataset(str(tmp_path), "body")
+    assert everything == Text(str(tmp_path), tuple(f"Document {number:03d}" for number in range(100)))
+    some = read_dataset(str(tmp_path), "body", characters=30)
+    assert some.documents == ("Document 000", "Document 001", "Document 002")
+    with pytest.raises(ValueError, match=r"Record 1 of .* has no field 'text' \(it has body\)"):
+        read_dataset(str(tmp_path))
+
+
+def test_a_data_set_that_cannot_be_read(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(
+        ValueError, match=r"The data set no/such:set cannot be read \(.*; check its name and the network"
+    ):
+        read_dataset("no/such:set")
+    with pytest.raises(ValueError, match=r"The data set .* cannot be read"):
+        read_dataset(str(tmp_path))  # an empty folder
+
+
+def test_name_and_configuration_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    seen = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, **options: seen.append((names, options)) or [{"text": "A text."}]
+    )
+    assert read_dataset("user/name:config").documents == read_dataset("name").documents == ("A text.",)
+    assert seen == [
+        (("user/name", "config"), {"split": "train", "streaming": True}),
+        (("name", None), {"split": "train", "streaming": True}),
+    ]
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_packages_that_are_not_installed(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(ValueError, match=rf"needs the package {package}, which is not installed; run `pip install"):
+        read_source(tmp_path / "a.parquet") if package == "pyarrow" else read_dataset("name")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from regla.models import ReGLAForCausalLM
 from regla.train.config import TrainConfig
@@ -162,6 +163,61 @@ def test_bfloat16_products_train() -> None:
     model, progress = run(steps=20, dtype="bfloat16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert progress.losses[-1] < 0.8 * progress.losses[0]
+
+
+@pytest.mark.parametrize("mixer", ["regla", "hybrid", "softmax"])
+def test_activation_checkpointing_changes_no_number(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = []
+    plain_forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: forwards.append(0) or plain_forward(mlp, x))
+    plain_model, plain = run(steps=3, mixer=mixer)
+    assert len(forwards) == 3 * 2
+    model, progress = run(steps=3, mixer=mixer, activation_checkpointing=True)
+    assert len(forwards) == 3 * 2 + 3 * 2 * 2  # again in the backward pass
+    assert progress.losses == plain.losses
+    for name, weight in plain_model.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_another_loss() -> None:
+    """Twice the loss has twice the gradient, and the optimiser sees the crops that the default loss sees."""
+    model, config = tiny_model(steps=2)
+    seen = []
+
+    def doubled(model: nn.Module, crop_BL: Tensor) -> Tensor:
+        seen.append(crop_BL)
+        return 2 * next_token_loss(model, crop_BL)
+
+    progress = Progress()
+    optimise(model, TOKENS_N, config, progress=progress, stop=lambda: False, loss=doubled)
+    _, plain = run(steps=2)
+    assert progress.losses[0] == pytest.approx(2 * plain.losses[0])
+    for batch, crop_BL in enumerate(seen):
+        assert torch.equal(crop_BL, crops(TOKENS_N, seed=0, batch=batch, batch_size=4, length=17))
+
+
+def test_groups_train_at_their_own_rate_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = tiny_model(steps=3, mixer="hybrid", weight_decay=0.0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    first, second = model.model.layers
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def look(optimizer: torch.optim.AdamW) -> None:
+        rates.append({id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    groups = [{"params": first.parameters(), "lr_scale": 1.0}, {"params": second.parameters(), "lr_scale": 0.1}]
+    optimise(model, TOKENS_N, config, progress=Progress(), stop=lambda: False, groups=groups)
+    for number, seen in enumerate(rates):
+        rate = learning_rate(number, steps=3, warmup=config.warmup_steps, peak=config.lr)
+        assert all(seen[id(parameter)] == rate for parameter in first.parameters())
+        assert all(seen[id(parameter)] == pytest.approx(rate / 10) for parameter in second.parameters())
+        assert len(seen) == len([*first.parameters(), *second.parameters()])
+    after = model.state_dict()
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"])
 
 
 @pytest.mark.slow

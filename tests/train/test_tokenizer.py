@@ -44,6 +44,13 @@ def test_tokens_written_with_their_tokenizer_decode_to_the_documents(tmp_path: P
     np.testing.assert_array_equal(np.fromfile(again / "a.bin", dtype="<u2"), raw)
 
 
+def test_records_are_tokenised_as_text_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one document\n<|endoftext|>\nanother document")
+    (tmp_path / "b.jsonl").write_text('{"body": "one document"}\n{"body": "another document"}\n')
+    tokenize_files([tmp_path / "a.txt", tmp_path / "b.jsonl"], tmp_path / "out", vocab_size=270, text_field="body")
+    assert (tmp_path / "out" / "a.bin").read_bytes() == (tmp_path / "out" / "b.bin").read_bytes()
+
+
 def test_bad_input(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("text")

@@ -1,14 +1,20 @@
-"""Text from a trained model, printed as it comes."""
+"""Text from a trained model: one prompt printed as it comes, or many in batches."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from regla.eval.perplexity import first_id
 from regla.models.folders import load_model, load_tokenizer
+from regla.train.data import end_of_text_id
 from regla.train.device import pick_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def generate(
@@ -26,22 +32,90 @@ def generate(
     It ends after `max_new_tokens` tokens, or before if the model ends the text. `temperature` 0 takes the likeliest
     token every time; otherwise one of the `top_k` likeliest (0: of all) is drawn, repeatably for a seed.
     """
-    if max_new_tokens <= 0:
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}, expected a number above 0.")
-    if temperature < 0 or top_k < 0:
-        raise ValueError(f"--temperature {temperature} and --top-k {top_k} must be 0 or more.")
+    sampling = _sampling(max_new_tokens, temperature, top_k)
     where = pick_device(device)
     model, tokenizer = load_model(folder, where), load_tokenizer(folder)
     from transformers import TextStreamer
 
-    ids = tokenizer(prompt)["input_ids"] or [first_id(tokenizer)]
-    input_ids_1T = torch.tensor([ids], device=where)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    input_ids_1T = torch.tensor([_ids(tokenizer, prompt)], device=where)
     torch.manual_seed(seed)
     model.generate(
         input_ids_1T,
         attention_mask=torch.ones_like(input_ids_1T),
-        max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
+
+
+def generate_batch(
+    folder: str | Path,
+    prompts_file: str | Path,
+    *,
+    batch_size: int = 8,
+    as_json: bool = False,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[str]:
+    """Print every prompt of a file with its continuation, in order, and return the continuations.
+
+    `prompts_file`: UTF-8, one prompt a line, empty lines are passed over. `batch_size` prompts run at a time, padded on
+    the left, which changes no logit. `as_json`: one object {"prompt", "continuation"} a line. The rest is `generate`'s.
+    """
+    sampling = _sampling(max_new_tokens, temperature, top_k)
+    if batch_size <= 0:
+        raise ValueError(f"--batch-size is {batch_size}, expected a number above 0.")
+    prompts = read_prompts(prompts_file)
+    where = pick_device(device)
+    model, tokenizer = load_model(folder, where), load_tokenizer(folder)
+    padding = end_of_text_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    torch.manual_seed(seed)
+    continuations: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        rows = [_ids(tokenizer, prompt) for prompt in batch]
+        longest = max(map(len, rows))
+        input_ids_BT = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=where)
+        mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=where)
+        output_BL = model.generate(input_ids_BT, attention_mask=mask_BT, pad_token_id=padding, **sampling)
+        texts = tokenizer.batch_decode(output_BL[:, longest:], skip_special_tokens=True)
+        for prompt, text in zip(batch, texts, strict=True):
+            print(
+                json.dumps({"prompt": prompt, "continuation": text}, ensure_ascii=False) if as_json else prompt + text
+            )
+        continuations.extend(texts)
+    return continuations
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """The lines of a UTF-8 file that are not blank."""
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error.strerror}); give --prompts a file with one prompt a line."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+    prompts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt; write one a line.")
+    return prompts
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A text begins with the beginning-of-text token if it begins with nothing else."""
+    return tokenizer(prompt)["input_ids"] or [first_id(tokenizer)]
+
+
+def _sampling(max_new_tokens: int, temperature: float, top_k: int) -> dict[str, Any]:
+    """Arguments of transformers' `generate`."""
+    if max_new_tokens <= 0:
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}, expected a number above 0.")
+    if temperature < 0 or top_k < 0:
+        raise ValueError(f"--temperature {temperature} and --top-k {top_k} must be 0 or more.")
+    if not temperature:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_k": top_k}

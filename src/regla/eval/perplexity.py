@@ -1,10 +1,11 @@
-"""Perplexity of any causal language model of Hugging Face, by source.
+"""Perplexity of any causal language model of Hugging Face, by source and by position.
 
     loss = -1/N sum_i ln p(x_i | x_{i-1}, x_{i-2}, ... back to the start of its window)
-    perplexity = exp(loss)          bits per byte = loss * N / (ln 2 * bytes)
+    perplexity = exp(loss)   bits per byte = loss * N / (ln 2 * bytes)   perplexity per word = exp(loss * N / words)
 
 Every one of a source's N tokens, end-of-text tokens included, is predicted exactly once: window w holds the tokens
 wT .. wT+T-1 and takes the one before them as its first input (before the first token: the beginning-of-text token).
+Streaming is one window of N tokens, fed in chunks through the cache. Words are what stands between white space.
 Shape legend: N tokens of a source, T predicted tokens of a window, B windows, V vocabulary.
 """
 
@@ -14,6 +15,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regla.eval.streaming import stream as stream_chunks
 from regla.models.folders import load_model, load_tokenizer
-from regla.train.data import HELD_OUT, Encoded, encode_source, end_of_text_id, read_source
+from regla.train.data import HELD_OUT, Encoded, Source, Text, encode_source, end_of_text_id, read_source
 from regla.train.device import autocast, pick_device
 from regla.train.embedded import embedded_text
 
@@ -31,6 +34,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LONGEST_DEFAULT = 1024
+_FIRST_BIN = 128  # positions; every further bin ends at twice the one before
+
+
+@dataclass(frozen=True)
+class PositionScore:
+    """Tokens of all windows at the positions first .. last, counted from 0."""
+
+    first: int
+    last: int
+    tokens: int
+    loss: float
+    """Nats per token."""
+    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -45,22 +61,92 @@ class Score:
     perplexity: float
     bits_per_byte: float | None
     """None where only the tokens are known, not the text."""
+    words: int | None = None
+    word_perplexity: float | None = None
+    """None where the words are not known."""
+    positions: tuple[PositionScore, ...] = ()
+    """Empty unless asked for."""
 
 
-def score(model: PreTrainedModel, text: Encoded, *, first: int, seq_len: int, batch_size: int, dtype: str) -> Score:
+def score(
+    model: PreTrainedModel,
+    text: Encoded,
+    *,
+    first: int,
+    seq_len: int,
+    batch_size: int,
+    dtype: str,
+    words: int | None = None,
+    by_position: bool = False,
+) -> Score:
     """Score one source in windows of `seq_len` tokens; `first` is the id that stands before its first token."""
-    nats = total_nats(model, text.ids, first=first, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
-    loss = nats / len(text.ids)
-    bits_per_byte = None if text.bytes is None else nats / math.log(2) / text.bytes
-    return Score(text.name, len(text.ids), text.bytes, loss, _exp(loss), bits_per_byte)
+    nats_N = token_nats(model, text.ids, first=first, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
+    positions = position_scores(nats_N, seq_len) if by_position else ()
+    return _score(text.name, nats_N, text.bytes, words, positions)
+
+
+def score_stream(
+    model: PreTrainedModel,
+    text: Encoded,
+    *,
+    first: int,
+    length: int,
+    chunk: int,
+    dtype: str,
+    words: int | None = None,
+    by_position: bool = False,
+) -> Score:
+    """Score the first `length` tokens of one source (or all it has) as one sequence, in chunks through the cache.
+
+    Bytes and words of a part are not known, so their figures are left out unless the whole source is scored.
+    """
+    nats_N = stream_nats(model, text.ids[:length], first=first, chunk=chunk, dtype=dtype)
+    whole = len(nats_N) == len(text.ids)
+    positions = position_scores(nats_N, len(nats_N)) if by_position else ()
+    return _score(text.name, nats_N, text.bytes if whole else None, words if whole else None, positions)
+
+
+def _score(
+    name: str, nats_N: Tensor, size: int | None, words: int | None, positions: tuple[PositionScore, ...]
+) -> Score:
+    nats = float(nats_N.double().sum())
+    loss = nats / len(nats_N)
+    return Score(
+        name=name,
+        tokens=len(nats_N),
+        bytes=size,
+        loss=loss,
+        perplexity=_exp(loss),
+        bits_per_byte=nats / math.log(2) / size if size else None,
+        words=words,
+        word_perplexity=_exp(nats / words) if words else None,
+        positions=positions,
+    )
+
+
+def position_scores(nats_N: Tensor, seq_len: int) -> tuple[PositionScore, ...]:
+    """Mean loss at the positions 0-127, 128-255, 256-511, ... of windows of `seq_len` tokens. nats_N: float [N]."""
+    position_N = torch.arange(len(nats_N)) % seq_len
+    longest = min(seq_len, len(nats_N))
+    edges = [0]
+    while edges[-1] < longest:
+        edges.append(min(max(_FIRST_BIN, 2 * edges[-1]), longest))
+    scores = []
+    for start, end in pairwise(edges):
+        part = nats_N[(position_N >= start) & (position_N < end)].double()
+        loss = float(part.mean())
+        scores.append(PositionScore(start, end - 1, len(part), loss, _exp(loss)))
+    return tuple(scores)
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """Every source weighs the same: the mean of their losses and bits per byte, and the perplexity of the mean loss."""
+    """Every source weighs the same: the means of their losses and bits per byte, the perplexity of the mean loss."""
     loss = sum(score.loss for score in scores) / len(scores)
     sizes = [score.bytes for score in scores if score.bytes is not None]
     bits = [score.bits_per_byte for score in scores if score.bits_per_byte is not None]
     known = len(bits) == len(scores)
+    per_word = [math.log(score.word_perplexity) for score in scores if score.word_perplexity is not None]
+    words_known = len(per_word) == len(scores)
     return Score(
         name="mean",
         tokens=sum(score.tokens for score in scores),
@@ -68,18 +154,32 @@ def mean_score(scores: Sequence[Score]) -> Score:
         loss=loss,
         perplexity=_exp(loss),
         bits_per_byte=sum(bits) / len(bits) if known else None,
+        words=sum(score.words or 0 for score in scores) if words_known else None,
+        word_perplexity=_exp(sum(per_word) / len(per_word)) if words_known else None,
     )
 
 
-@torch.no_grad()
+def count_words(source: Source) -> int | None:
+    """Runs of characters between white space; None where only the tokens are known."""
+    return sum(len(document.split()) for document in source.documents) if isinstance(source, Text) else None
+
+
 def total_nats(
     model: PreTrainedModel, ids_N: np.ndarray, *, first: int, seq_len: int, batch_size: int, dtype: str
 ) -> float:
     """-sum_i ln p(x_i): log-probabilities in float32, their sum in float64. The model is put into evaluation mode."""
+    nats_N = token_nats(model, ids_N, first=first, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
+    return float(nats_N.double().sum())
+
+
+@torch.no_grad()
+def token_nats(
+    model: PreTrainedModel, ids_N: np.ndarray, *, first: int, seq_len: int, batch_size: int, dtype: str
+) -> Tensor:
+    """-ln p(x_i) of every token, float32 [N] on the CPU. The model is put into evaluation mode."""
     model.eval()
     device = model.device
-    targets_N = torch.from_numpy(ids_N.astype(np.int64))
-    inputs_N = torch.cat([torch.tensor([first]), targets_N[:-1]])
+    inputs_N, targets_N = _inputs_and_targets(ids_N, first)
     whole = len(ids_N) // seq_len * seq_len
     windows = [
         slice(start, min(start + seq_len * batch_size, whole)) for start in range(0, whole, seq_len * batch_size)
@@ -87,16 +187,34 @@ def total_nats(
     batches = [(inputs_N[part].view(-1, seq_len), targets_N[part].view(-1, seq_len)) for part in windows]
     if whole < len(ids_N):  # the last window is shorter
         batches.append((inputs_N[None, whole:], targets_N[None, whole:]))
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = []
     for inputs_BT, targets_BT in batches:
-        nats += _batch_nats(model, inputs_BT.to(device), targets_BT.to(device), dtype)
-    return float(nats)
+        with autocast(device, dtype):
+            logits_BTV = model(input_ids=inputs_BT.to(device), use_cache=False).logits
+        nats.append(_nats(logits_BTV, targets_BT.to(device)))
+    return torch.cat(nats).cpu()
 
 
-def _batch_nats(model: PreTrainedModel, inputs_BT: Tensor, targets_BT: Tensor, dtype: str) -> Tensor:
-    with autocast(model.device, dtype):
-        logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none").double().sum()
+@torch.no_grad()
+def stream_nats(model: PreTrainedModel, ids_N: np.ndarray, *, first: int, chunk: int, dtype: str) -> Tensor:
+    """`token_nats` of all tokens as one window, fed in chunks of `chunk` tokens through the cache."""
+    inputs_N, targets_N = _inputs_and_targets(ids_N, first)
+    streamed = stream_chunks(model, inputs_N[None], chunk=chunk, dtype=dtype)
+    targets = targets_N[None].split(chunk, dim=1)
+    nats = [
+        _nats(logits_1CV, targets_1C.to(model.device))
+        for (logits_1CV, _), targets_1C in zip(streamed, targets, strict=True)
+    ]
+    return torch.cat(nats).cpu()
+
+
+def _inputs_and_targets(ids_N: np.ndarray, first: int) -> tuple[Tensor, Tensor]:
+    targets_N = torch.from_numpy(ids_N.astype(np.int64))
+    return torch.cat([torch.tensor([first]), targets_N[:-1]]), targets_N
+
+
+def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
 
 
 def evaluate(
@@ -107,13 +225,17 @@ def evaluate(
     batch_size: int = 16,
     device: str = "auto",
     dtype: str = "float32",
+    by_position: bool = False,
+    stream: int | None = None,
     json_file: str | Path | None = None,
 ) -> list[Score]:
     """Score the model in `folder` on each file of `data`, by default on the held-out tenth of the embedded text.
 
     Prints a table, and writes the same figures to `json_file`. `seq_len` None: the model's own length, at most 1024.
+    `by_position`: a second table, see `position_scores`. `stream`: the first so many tokens of every source as one
+    sequence in chunks of `seq_len`, see `score_stream`.
     """
-    for name, value in (("--seq-len", seq_len), ("--batch-size", batch_size)):
+    for name, value in (("--seq-len", seq_len), ("--batch-size", batch_size), ("--stream", stream)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}, expected a number above 0.")
     if json_file is not None and not Path(json_file).parent.is_dir():
@@ -123,15 +245,22 @@ def evaluate(
     model, tokenizer = load_model(folder, where), load_tokenizer(folder)
     length = seq_len or min(getattr(model.config, "max_position_embeddings", _LONGEST_DEFAULT), _LONGEST_DEFAULT)
     texts = [encode_source(source, tokenizer) for source in sources]
-    scores = [
-        score(model, text, first=first_id(tokenizer), seq_len=length, batch_size=batch_size, dtype=dtype)
-        for text in texts
-    ]
+    scores = []
+    for source, text in zip(sources, texts, strict=True):
+        options: dict[str, Any] = {"first": first_id(tokenizer), "dtype": dtype, "by_position": by_position}
+        options["words"] = count_words(source)
+        if stream is None:
+            scores.append(score(model, text, seq_len=length, batch_size=batch_size, **options))
+        else:
+            scores.append(score_stream(model, text, length=stream, chunk=length, **options))
     print(table(scores))
+    if by_position:
+        print("\n" + position_table(scores))
     if json_file is not None:
         result: dict[str, Any] = {
             "model": str(folder),
             "seq_len": length,
+            "stream": stream,
             "device": where.type,
             "dtype": dtype,
             "sources": [asdict(score) for score in scores],
@@ -150,10 +279,29 @@ def table(scores: Sequence[Score]) -> str:
     """One line per source and, for several, their mean."""
     rows = [*scores, mean_score(scores)] if len(scores) > 1 else list(scores)
     width = max(len("source"), *(len(row.name) for row in rows))
-    lines = [f"{'source':<{width}}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}"]
+    with_words = any(row.word_perplexity is not None for row in rows)
+    head = f"{'source':<{width}}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}"
+    lines = [head + (f"  {'per word':>10}" if with_words else "")]
     for row in rows:
         bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-        lines.append(f"{row.name:<{width}}  {row.tokens:>12,}  {row.loss:>8.4f}  {row.perplexity:>10.2f}  {bits:>9}")
+        words = "-" if row.word_perplexity is None else f"{row.word_perplexity:.2f}"
+        line = f"{row.name:<{width}}  {row.tokens:>12,}  {row.loss:>8.4f}  {row.perplexity:>10.2f}  {bits:>9}"
+        lines.append(line + (f"  {words:>10}" if with_words else ""))
+    return "\n".join(lines)
+
+
+def position_table(scores: Sequence[Score]) -> str:
+    """Perplexity of every bin of positions, one column per source; a shorter source's last bin ends where it does."""
+    widths = [max(len(score.name), 10) for score in scores]
+    names = "  ".join(f"{score.name:>{width}}" for score, width in zip(scores, widths, strict=True))
+    lines = [f"{'positions':<15}  {names}"]
+    longest = max(scores, key=lambda score: len(score.positions))
+    for index, bin_ in enumerate(longest.positions):
+        cells = [
+            f"{score.positions[index].perplexity:.2f}" if index < len(score.positions) else "-" for score in scores
+        ]
+        values = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{f'{bin_.first}-{bin_.last}':<15}  {values}")
     return "\n".join(lines)
 
 

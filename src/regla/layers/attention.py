@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regla.layers.calibration import QKCalibration
 from regla.layers.feature_maps import FEATURE_MAPS
 from regla.layers.gates import GATE_AXES, GATES
 from regla.layers.norms import NORMS
@@ -27,7 +28,8 @@ class ReGLAState(NamedTuple):
 
 class ReGLAAttention(nn.Module):
     """Gated linear attention in the paper's form: project -> (short convolution) -> (q/k normalisation) -> (RoPE) ->
-    feature map and gated recurrence -> norm -> (output gate) -> out; parts in brackets are optional.
+    (q/k calibration) -> feature map and gated recurrence -> norm -> (output gate) -> out; parts in brackets are
+    optional.
 
     Args:
         hidden_size: channels of the input and the output.
@@ -43,6 +45,7 @@ class ReGLAAttention(nn.Module):
         norm_eps: eps of the norms.
         conv_size: tokens the short convolution of q, k and v sees; 0 for none.
         qk_norm: RMS-normalise q and k per head with a learnt gain.
+        qk_calibration: shift and scale q and k before the feature map (`QKCalibration`), for pretrained projections.
         output_gate: None, "silu" or "sigmoid".
         bias, out_bias: biases of the q, k, v projections, and of the output's.
         gate_low_rank_dim: rank of the "gla" gate.
@@ -72,6 +75,7 @@ class ReGLAAttention(nn.Module):
         norm_eps: float = 1e-6,
         conv_size: int = 0,
         qk_norm: bool = False,
+        qk_calibration: bool = False,
         output_gate: str | None = None,
         bias: bool = False,
         out_bias: bool = False,
@@ -104,6 +108,7 @@ class ReGLAAttention(nn.Module):
         self.conv = ShortConvolution(qkv_channels, conv_size) if conv_size else None
         self.q_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
+        self.qk_calibration = QKCalibration(num_heads, num_kv_heads, K) if qk_calibration else None
         self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, gate_low_rank_dim)
         self.feature_map = FEATURE_MAPS[feature_map](key_max, backend)
         self.norm = NORMS[norm](num_heads, V, norm_eps)
@@ -148,6 +153,8 @@ class ReGLAAttention(nn.Module):
             q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if self.qk_calibration is not None:
+            q, k = self.qk_calibration(q, k)
         decays = self.gate(x)
         if decays.write is not None:
             v = v * decays.write.to(v.dtype)

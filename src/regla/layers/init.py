@@ -15,6 +15,7 @@ def init_linear_attention(
         weights of q, k, v, o, output gate, gates   normal(0, std)
         short convolution                           normal(0, std) around its identity path
         gains of the norms                          1
+        calibration of q and k                      the identity: means 0, scales 1
         biases of q, k, v, o and of layer norms     0
         bias of the forget gates                    gate_bias   (0: g = 1/2, a memory of about one token)
         bias of the refining gate                   refine_bias (0: r = 1/2, the refined gate equals the plain one)
@@ -26,6 +27,8 @@ def init_linear_attention(
         owner, _, kind = name.rpartition(".")
         if owner in ("q_norm", "k_norm", "norm"):
             (init.ones_ if kind == "weight" else init.zeros_)(parameter)
+        elif owner == "qk_calibration":
+            (init.ones_ if kind.endswith("scale") else init.zeros_)(parameter)
         elif owner == "gate.refine_proj" and kind == "bias":
             init.constant_(parameter, refine_bias)
         elif owner.startswith("gate.") and kind == "bias":

@@ -8,15 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-#: Arguments that ReGLAConfig shares with LlamaConfig, by name and meaning.
-LLAMA_ARGUMENTS = (
+#: Arguments that ReGLAConfig shares with the configs of all families, by name and meaning.
+SHARED_ARGUMENTS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "head_dim",
     "hidden_act",
     "max_position_embeddings",
     "initializer_range",
@@ -27,9 +26,7 @@ LLAMA_ARGUMENTS = (
     "eos_token_id",
     "tie_word_embeddings",
     "rope_parameters",
-    "attention_bias",
     "attention_dropout",
-    "mlp_bias",
 )
 
 
@@ -41,11 +38,39 @@ class Family:
     arguments: Callable[[PreTrainedConfig], dict[str, Any]]
 
 
+def _shared(config: PreTrainedConfig) -> dict[str, Any]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {name: getattr(config, name) for name in SHARED_ARGUMENTS} | {"head_dim": head_dim}
+
+
 def _llama(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in LLAMA_ARGUMENTS}
+    return _shared(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
-FAMILIES: dict[str, Family] = {"llama": Family(arguments=_llama)}
+def _mistral(config: PreTrainedConfig) -> dict[str, Any]:
+    _no_window(config, config.sliding_window)
+    return _shared(config)
+
+
+def _qwen2(config: PreTrainedConfig) -> dict[str, Any]:
+    _no_window(config, config.sliding_window if "sliding_attention" in config.layer_types else None)
+    return _shared(config) | {"attention_bias": True, "attention_out_bias": False}
+
+
+def _no_window(config: PreTrainedConfig, window: int | None) -> None:
+    """Softmax over a sliding window is another function as soon as a text is longer than the window."""
+    if window is not None and window < config.max_position_embeddings:
+        raise ValueError(
+            f"sliding_window is {window}, shorter than max_position_embeddings = {config.max_position_embeddings}; "
+            "conversion supports full attention only: choose a model without a window"
+        )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(arguments=_llama),
+    "mistral": Family(arguments=_mistral),
+    "qwen2": Family(arguments=_qwen2),
+}
 
 
 def family_of(config: PreTrainedConfig) -> Family:

@@ -19,6 +19,17 @@ from regla.layers.positions import apply_rotary
 from regla.models import ReGLAForCausalLM
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within the context float32 matrices are multiplied in float32, even where TF32 is allowed elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class SoftmaxThroughMixer(nn.Module):
     """Causal softmax attention by a mixer's own q, k, v and o projections, head layout and RoPE; for checks alone."""
 
@@ -60,6 +71,7 @@ def softmax_in_place_of_mixers(model: ReGLAForCausalLM) -> Iterator[None]:
 
 
 @torch.no_grad()
+@exact_products()
 def check_transfer(
     original: PreTrainedModel, converted: ReGLAForCausalLM, input_ids: Tensor | None = None, tolerance: float = 1e-4
 ) -> float:

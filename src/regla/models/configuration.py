@@ -41,6 +41,9 @@ class ReGLAConfig(PreTrainedConfig):
         linear_rope: rotate queries and keys of linear layers too, before the feature map.
         linear_conv_kernel_dim: taps of the causal convolution on q, k and v of linear layers; 0 leaves it out.
         qk_norm: normalise q and k of linear layers, with a learnt gain.
+        qk_calibration: shift and scale q and k of linear layers before the feature map; conversions set it from data.
+        attention_out_bias: a bias on the output projection of attention, linear and softmax; None means as on q, k, v
+            (attention_bias).
         output_gate: None, "silu" or "sigmoid": a gate on the normalised output of linear layers.
         value_head_dim: channels of one value head in linear layers; None means head_dim.
         gate_low_rank_dim: rank of low-rank gates.
@@ -86,6 +89,8 @@ class ReGLAConfig(PreTrainedConfig):
     linear_rope: bool = False
     linear_conv_kernel_dim: int = 4
     qk_norm: bool = False
+    qk_calibration: bool = False
+    attention_out_bias: bool | None = None
     output_gate: str | None = "silu"
     value_head_dim: int | None = None
     gate_low_rank_dim: int = 16
@@ -100,6 +105,8 @@ class ReGLAConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.value_head_dim is None:
             self.value_head_dim = self.head_dim
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
         kwargs["auto_map"] = AUTO_MAP

@@ -37,7 +37,7 @@ class ReGLADecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.is_linear = config.layer_types[layer_idx] == "linear_attention"
         self.linear_rope = config.linear_rope
-        self.self_attn = _linear_mixer(config) if self.is_linear else LlamaAttention(config, layer_idx)
+        self.self_attn = _linear_mixer(config) if self.is_linear else _softmax_mixer(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -285,6 +285,14 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
             adopt_cache(model_kwargs["past_key_values"], self.config)
 
 
+def _softmax_mixer(config: ReGLAConfig, layer_idx: int) -> LlamaAttention:
+    mixer = LlamaAttention(config, layer_idx)
+    if config.attention_out_bias != config.attention_bias:  # LlamaAttention has one switch for all four projections
+        o_proj = mixer.o_proj
+        mixer.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=bool(config.attention_out_bias))
+    return mixer
+
+
 def _linear_mixer(config: ReGLAConfig) -> ReGLAAttention:
     return ReGLAAttention(
         config.hidden_size,
@@ -300,9 +308,10 @@ def _linear_mixer(config: ReGLAConfig) -> ReGLAAttention:
         norm_eps=config.rms_norm_eps,
         conv_size=config.linear_conv_kernel_dim,
         qk_norm=config.qk_norm,
+        qk_calibration=config.qk_calibration,
         output_gate=config.output_gate,
         bias=config.attention_bias,
-        out_bias=config.attention_bias,
+        out_bias=bool(config.attention_out_bias),
         gate_low_rank_dim=config.gate_low_rank_dim,
         backend=config.backend,
     )

@@ -14,6 +14,8 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 DEFAULT_VOCAB_SIZE = 2048
 DEFAULT_STEPS = 300
+RESUME = ("latest", "previous")
+SHORTEST_SAVE = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +26,13 @@ class TrainConfig:
     """
 
     out: str
-    """Folder for the model; must be new or empty."""
+    """Folder for the model; must be new or empty, unless `resume` goes on in it."""
     data: tuple[str, ...] = ()
-    """Text (.txt) or token (.bin) files; none: the embedded text."""
+    """Text (.txt), records (.jsonl, .parquet) or tokens (.bin); where `dataset` is None, too: the embedded text."""
+    dataset: str | None = None
+    """NAME or NAME:CONFIG of a Hugging Face data set, or a folder of one: as much of it as the run needs."""
+    text_field: str = "text"
+    """Where a record has its text."""
     valid: tuple[str, ...] = ()
     """Files to validate on; none: the last tenth of every data file, which is then not trained on."""
     tokenizer: str | None = None
@@ -66,12 +72,32 @@ class TrainConfig:
     dtype: str = "float32"
     """Of matrix products; weights, states and the loss stay float32."""
     compile: bool = False
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass: less memory, more time, the same numbers."""
+
+    save_every: int | None = None
+    """Steps between checkpoints; None: a tenth of the run, but at least SHORTEST_SAVE."""
+    resume: str | None = None
+    """Go on in `out`, from its newest checkpoint (`latest`) or the one before that (`previous`)."""
+    eval_every: int | None = None
+    """Steps between validations in the log; None: only one, at the end."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard, too."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "seq_len", "batch_size", "accumulate", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{_flag(name)} is {getattr(self, name)}, expected a number above 0.")
-        for name in ("kv_heads", "head_dim", "intermediate_size", "vocab_size", "steps", "tokens"):
+        for name in (
+            "kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+            "steps",
+            "tokens",
+            "save_every",
+            "eval_every",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{_flag(name)} is {value}, expected a number above 0.")
@@ -79,9 +105,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{_flag(name)} is {value}, expected 0 or more.")
-        for name, allowed in (("mixer", MIXERS), ("device", DEVICES), ("dtype", DTYPES)):
+        for name, allowed in (("mixer", MIXERS), ("device", DEVICES), ("dtype", DTYPES), ("resume", (None, *RESUME))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{_flag(name)} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+                raise ValueError(
+                    f"{_flag(name)} is {getattr(self, name)!r}, expected one of {', '.join(map(str, allowed))}."
+                )
         if self.steps is not None and self.tokens is not None:
             raise ValueError("Both --steps and --tokens are given; give one of them.")
         if self.tokenizer is not None and self.vocab_size is not None:
@@ -103,6 +131,10 @@ class TrainConfig:
         if self.tokens is not None:
             return -(-self.tokens // self.tokens_per_step)
         return DEFAULT_STEPS if self.steps is None else self.steps
+
+    @property
+    def save_steps(self) -> int:
+        return max(SHORTEST_SAVE, self.total_steps // 10) if self.save_every is None else self.save_every
 
     @property
     def warmup_steps(self) -> int:

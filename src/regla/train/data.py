@@ -1,4 +1,4 @@
-"""Sources of tokens: UTF-8 text and pre-tokenised files, both with the same two operations.
+"""Sources of tokens: text, records with a text field, pre-tokenised files, data sets; all with the same operations.
 
 A source is anything with `name`, `bytes`, `hold_out(fraction)` and `tokens(tokenizer)`. A new kind of file needs one
 reader in `READERS`. Shape legend: N tokens of one source.
@@ -6,11 +6,12 @@ reader in `READERS`. Shape legend: N tokens of one source.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,6 +25,9 @@ HELD_OUT = 0.1
 """Share of a source that is kept for validation where no other text is given for it."""
 
 _SEPARATOR = re.compile(r"^<\|endoftext\|>\r?$", re.MULTILINE)
+TEXT_FIELD = "text"
+"""Name of the text in a record of a .jsonl or .parquet file or a data set."""
+
 _ENCODE_CHARACTERS = 4_000_000  # per call of the tokenizer: bounds the Python lists of ids to some 100 MB
 _CUT_SEARCH = 1_000  # characters before a held-out cut in which a line break is looked for
 
@@ -182,11 +186,114 @@ def read_tokens(path: Path) -> Tokens:
     return Tokens(str(path), np.fromfile(path, dtype="<u2"))
 
 
-READERS: dict[str, Callable[[Path], Source]] = {".txt": read_text, ".bin": read_tokens}
+def read_jsonl(path: Path, text_field: str) -> Text:
+    """A JSON object on each line, whose `text_field` is one document."""
+
+    def records() -> Iterator[tuple[str, Any]]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"line {number} of {path}", json.loads(line)
+                    except ValueError as error:
+                        raise ValueError(f"Line {number} of {path} is not JSON ({error}); correct it.") from error
+
+    return _text_of_records(str(path), records(), text_field)
 
 
-def read_source(path: str | Path) -> Source:
-    """The source in one file, by its suffix."""
+def read_parquet(path: Path, text_field: str) -> Text:
+    """A table with a column `text_field` of documents; read a few rows at a time, that column alone."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{path} needs the package pyarrow, which is not installed; run `pip install 'regla[data]'`."
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise ValueError(_no_field(str(path), names, text_field))
+            rows = (row for batch in table.iter_batches(columns=[text_field]) for row in batch.to_pylist())
+            return _text_of_records(
+                str(path), ((f"row {number} of {path}", row) for number, row in enumerate(rows, 1)), text_field
+            )
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no readable Parquet file ({error}); give another.") from error
+
+
+def read_dataset(name: str, text_field: str = TEXT_FIELD, *, characters: int | None = None) -> Text:
+    """The split `train` of a Hugging Face data set, streamed until its documents have `characters`.
+
+    name: NAME or NAME:CONFIG on the hub, or a folder of data files. Only as much as asked for is downloaded and kept.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            "--dataset needs the package datasets, which is not installed; run `pip install 'regla[data]'`."
+        ) from error
+    path, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+
+    def records() -> Iterator[tuple[str, Any]]:
+        size = 0
+        stream = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
+        for number, record in enumerate(stream, 1):
+            yield f"record {number} of {name}", record
+            size += len(record[text_field])
+            if characters is not None and size >= characters:
+                break
+
+    try:
+        return _text_of_records(name, records(), text_field)
+    except UnusableRecordError:
+        raise
+    except Exception as error:  # whatever the hub, the network and the readers of many formats raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"The data set {name} cannot be read ({type(error).__name__}: {reason}); check its name and the network."
+        ) from error
+
+
+class UnusableRecordError(ValueError):
+    """A record without the text that was asked for."""
+
+
+def _text_of_records(name: str, records: Iterable[tuple[str, Any]], text_field: str) -> Text:
+    """records: where each stands, and its fields."""
+
+    def texts() -> Iterator[str]:
+        for where, record in records:
+            if not isinstance(record, dict) or text_field not in record:
+                names = list(record) if isinstance(record, dict) else []
+                raise UnusableRecordError(_no_field(where.capitalize(), names, text_field))
+            if not isinstance(record[text_field], str):
+                kind = type(record[text_field]).__name__
+                raise UnusableRecordError(f"Field {text_field!r} in {where} is of type {kind}, expected text.")
+            yield record[text_field]
+
+    documents = _documents(texts())
+    if not documents:
+        raise UnusableRecordError(f"{name} holds no text; give one with text in it.")
+    return Text(name, documents)
+
+
+def _no_field(where: str, names: Sequence[str], text_field: str) -> str:
+    known = f"it has {', '.join(names)}" if names else "it has no fields"
+    return f"{where} has no field {text_field!r} ({known}); name the field of the text with --text-field."
+
+
+READERS: dict[str, Callable[[Path, str], Source]] = {
+    ".txt": lambda path, _: read_text(path),
+    ".bin": lambda path, _: read_tokens(path),
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+
+
+def read_source(path: str | Path, text_field: str = TEXT_FIELD) -> Source:
+    """The source in one file, by its suffix; `text_field` is that of the text in .jsonl and .parquet files."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no file {path}; give the path of a text or token file.")
@@ -194,6 +301,6 @@ def read_source(path: str | Path) -> Source:
     if reader is None:
         raise ValueError(
             f"{path} is of an unknown kind {path.suffix!r}; "
-            "give .txt (UTF-8 text) or .bin (tokens from `regla tokenize`)."
+            "give .txt (UTF-8 text), .jsonl, .parquet or .bin (tokens from `regla tokenize`)."
         )
-    return reader(path)
+    return reader(path, text_field)

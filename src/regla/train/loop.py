@@ -1,4 +1,4 @@
-"""The training loop: cross-entropy over random crops of one row of tokens.
+"""The training loop: any loss over random crops of one row of tokens, cross-entropy unless another is given.
 
 Shape legend: N tokens in all, B sequences, L = T + 1 tokens of a crop, T predicted ones, V vocabulary.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from regla.train.checkpoint import Checkpoints
 from regla.train.config import TrainConfig
 from regla.train.device import autocast
 
@@ -25,10 +26,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _READ_EVERY = 10  # steps between looks at the loss, each of which waits for the device
-_FINAL_STEPS = 20  # steps whose mean is the final training loss
+FINAL_STEPS = 20  # steps whose mean is the final training loss
 _LAST_LR = 0.1  # of the peak
 _MAX_GRADIENT_NORM = 1.0
 _CALMER = "lower --lr or lengthen --warmup"
+
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+"""(model, crop_BL int64) to the mean loss, a scalar with a gradient. Input are the crop's tokens but its last one."""
+
+
+class Group(TypedDict):
+    """Parameters that share a learning rate: `lr_scale` times that of the run."""
+
+    params: Iterable[nn.Parameter]
+    lr_scale: float
 
 
 @dataclass
@@ -36,31 +48,38 @@ class Progress:
     """What a run has done so far; right also after an error or an interrupt."""
 
     steps: int = 0
+    """Of the whole run; those before a resume count."""
     losses: list[float] = field(default_factory=list)
-    """Cross-entropy of each step in nats, before its update."""
+    """The loss of each step in nats, before its update; of the steps before a resume only the last 20."""
     seconds: list[float] = field(default_factory=list)
-    """From the start of the first step to the end of each (on a GPU: of each group of steps read together)."""
+    """From the start of this process's first step to the end of each (on a GPU: of each group read together)."""
+    seconds_before: float = 0.0
+    """Spent before a resume."""
 
     def read(self, losses: list[Tensor], started: float) -> None:
         """Take over the losses of the latest steps; waits for the device to finish them."""
         self.losses.extend(torch.stack(losses).tolist())
         self.seconds.extend([time.perf_counter() - started] * len(losses))
         if not math.isfinite(sum(self.losses[-len(losses) :])):
-            raise FloatingPointError(f"The loss is no longer finite (by step {len(self.losses)}); {_CALMER}.")
+            raise FloatingPointError(f"The loss is no longer finite (by step {self.steps}); {_CALMER}.")
 
     @property
     def train_loss(self) -> float | None:
         """Mean of the last 20 steps."""
-        last = self.losses[-_FINAL_STEPS:]
+        last = self.losses[-FINAL_STEPS:]
         return sum(last) / len(last) if last else None
 
+    @property
+    def total_seconds(self) -> float:
+        return self.seconds_before + (self.seconds[-1] if self.seconds else 0.0)
+
     def tokens_per_second(self, tokens_per_step: int) -> float | None:
-        """Without the first ten steps (compilation, cold caches) where there are more."""
-        first = _READ_EVERY if len(self.losses) > _READ_EVERY else 0
-        if not self.losses:
+        """Of this process, without its first ten steps (compilation, cold caches) where there are more."""
+        first = _READ_EVERY if len(self.seconds) > _READ_EVERY else 0
+        if not self.seconds:
             return None
         seconds = self.seconds[-1] - (self.seconds[first - 1] if first else 0.0)
-        return (len(self.losses) - first) * tokens_per_step / seconds
+        return (len(self.seconds) - first) * tokens_per_step / seconds
 
 
 def crops(tokens_N: Tensor, *, seed: int, batch: int, batch_size: int, length: int) -> Tensor:
@@ -90,37 +109,75 @@ def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
     return peak * (_LAST_LR + (1 - _LAST_LR) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(model: nn.Module, *, weight_decay: float, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; weights decay, vectors (norm gains, biases) do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
+def make_optimizer(
+    model: nn.Module, *, weight_decay: float, device: torch.device, groups: Sequence[Group] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over `groups`, by default all parameters of `model` that need a gradient, at one learning rate.
+
+    Weights decay, vectors (norm gains, biases) do not.
+    """
+    split = []
+    for group in groups or [Group(params=model.parameters(), lr_scale=1.0)]:
+        parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
+        for vectors, decay in ((False, weight_decay), (True, 0.0)):
+            chosen = [parameter for parameter in parameters if (parameter.ndim <= 1) == vectors]
+            if chosen:
+                split.append({"params": chosen, "weight_decay": decay, "lr_scale": group["lr_scale"]})
+    return torch.optim.AdamW(split, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
 def optimise(
-    model: PreTrainedModel, tokens_N: Tensor, config: TrainConfig, *, progress: Progress, stop: Callable[[], bool]
+    model: PreTrainedModel,
+    tokens_N: Tensor,
+    config: TrainConfig,
+    *,
+    progress: Progress,
+    stop: Callable[[], bool],
+    loss: Loss = next_token_loss,
+    groups: Sequence[Group] | None = None,
+    checkpoints: Checkpoints | None = None,
+    evaluate: Callable[[], float] | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Train `model` in place on `tokens_N` (int32, on its device) until the last step, or `stop()` after any step.
 
+    `loss(model, crop_BL)` is minimised: int64 crops of `config.seq_len + 1` tokens to a scalar. It runs under the
+    autocast of `config.dtype`, is divided by `config.accumulate` here, and is compiled where `config.compile` says so.
+    `groups`, each `{"params": parameters, "lr_scale": factor}`, are what is trained and how fast in relation to
+    `config.lr`; other parameters stay as they are. None: all of `model` at `config.lr`.
+
+    `checkpoints` are what the run goes on from and what it saves every `config.save_steps` steps and where `stop()`
+    ends it. `evaluate()` is called every `config.eval_every` steps and returns a validation loss. `log` receives
+    `{"step", "tokens", "loss", "lr", "gradient_norm", "tokens_per_second", "seconds"}` and, where there is
+    one, `"validation_loss"`, each time the losses are read: after every step on a CPU, every tenth elsewhere; `loss`
+    and `tokens_per_second` are the means since the record before.
+
     Raises FloatingPointError if the loss or what leads to it is no longer finite, at the latest ten steps after it
-    happened.
+    happened and before anything of it is saved; OSError where a checkpoint cannot be written.
     """
     device = tokens_N.device
-    optimizer = make_optimizer(model, weight_decay=config.weight_decay, device=device)
-    loss_of = torch.compile(next_token_loss, dynamic=False) if config.compile else next_token_loss
+    optimizer = make_optimizer(model, weight_decay=config.weight_decay, device=device, groups=groups)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loss_of = torch.compile(loss, dynamic=False) if config.compile else loss
+    if checkpoints is not None:
+        checkpoints.restore(model, optimizer, progress)
+    if config.activation_checkpointing:
+        # Newer transformers warn about the second name, older ones lack the first.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     model.train()
     steps = config.total_steps
     unread: list[Tensor] = []
-    started = time.perf_counter()
+    read_at = started = time.perf_counter()
     shown_every = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
     total = steps * config.tokens_per_step
-    with tqdm(total=total, unit="tok", unit_scale=True, desc="train", mininterval=shown_every) as bar:
-        for step in range(steps):
+    first = progress.steps
+    done = first * config.tokens_per_step
+    with tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="train", mininterval=shown_every) as bar:
+        for step in range(first, steps):
+            rate = learning_rate(step, steps=steps, warmup=config.warmup_steps, peak=config.lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps=steps, warmup=config.warmup_steps, peak=config.lr)
+                group["lr"] = rate * group["lr_scale"]
             step_loss = torch.zeros((), device=device)
             for micro in range(config.accumulate):
                 crop_BL = crops(
@@ -132,24 +189,47 @@ def optimise(
                 )
                 try:
                     with autocast(device, config.dtype):
-                        loss = loss_of(model, crop_BL) / config.accumulate
+                        part = loss_of(model, crop_BL) / config.accumulate
                 except ValueError as error:
-                    if step == 0:
+                    if step == first:
                         raise
                     # Every step has the same shapes, so behind the first only the numbers can be at fault.
                     raise FloatingPointError(f"Step {step + 1} failed: {error}; {_CALMER}.") from error
-                loss.backward()
-                step_loss += loss.detach()
-            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+                part.backward()
+                step_loss += part.detach()
+            norm = nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.steps = step + 1
             unread.append(step_loss)
-            last = progress.steps == steps or stop()
-            if last or device.type == "cpu" or progress.steps % _READ_EVERY == 0:
+            complete = progress.steps == steps
+            last = complete or stop()
+            save = checkpoints is not None and not complete and (last or progress.steps % config.save_steps == 0)
+            score = evaluate is not None and config.eval_every is not None and progress.steps % config.eval_every == 0
+            if last or save or score or device.type == "cpu" or progress.steps % _READ_EVERY == 0:
                 progress.read(unread, started)
+                now = time.perf_counter()
+                record = {
+                    "step": progress.steps,
+                    "tokens": progress.steps * config.tokens_per_step,
+                    "loss": sum(progress.losses[-len(unread) :]) / len(unread),
+                    "lr": rate,
+                    "gradient_norm": float(norm),
+                    "tokens_per_second": len(unread) * config.tokens_per_step / (now - read_at),
+                    "seconds": progress.total_seconds,
+                }
+                read_at = now
                 unread.clear()
                 bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
+                if score and evaluate is not None:
+                    record["validation_loss"] = evaluate()
+                    model.train()
+                if log is not None:
+                    log(record)
+                if save and checkpoints is not None:
+                    checkpoints.save(model, optimizer, progress)
+                if score or save:
+                    read_at = time.perf_counter()
             bar.update(config.tokens_per_step)
             if last:
                 break

@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 
 import regla
-from regla.eval.perplexity import first_id, mean_score, score, table
+from regla.eval.perplexity import Score, first_id, mean_score, score, table
 from regla.models.folders import check_new, load_tokenizer, new_folder
 from regla.models.modeling import ReGLAForCausalLM
+from regla.train.checkpoint import FOLDER as CHECKPOINTS
+from regla.train.checkpoint import Checkpoints, found_in
 from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
-from regla.train.data import HELD_OUT, Source, Text, encode_source, end_of_text_id, read_source
+from regla.train.data import HELD_OUT, Source, Text, encode_source, end_of_text_id, read_dataset, read_source
 from regla.train.device import pick_device
 from regla.train.embedded import embedded_text
+from regla.train.log import FILE as LOG
+from regla.train.log import TENSORBOARD, TrainingLog, check_tensorboard
 from regla.train.loop import Progress, optimise
 from regla.train.model import count_parameters, match_softmax, model_config
+from regla.train.signals import Interrupted, Signals
 from regla.train.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "training.json"
+_OF_A_BEGINNING = (LOG, TENSORBOARD, CHECKPOINTS)  # what a run writes before its model
+_CHARACTERS_PER_TOKEN = 8  # of a data set: more than English text has in any tokenizer, so that crops repeat little
+_WITHOUT_EFFECT = {  # options that do not change what a step computes; the data count by their tokens
+    *("out", "data", "valid", "tokenizer", "device", "compile", "activation_checkpointing"),
+    *("save_every", "resume", "eval_every", "tensorboard", "text_field", "dataset"),
+}
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train a model as `config` says, save it to `config.out`, score it, and return what `training.json` there holds.
 
-    Everything that can be wrong with the input is found before the first step. Ctrl-C ends the run after the current
-    step, saves the model as it is then and raises KeyboardInterrupt; any other error behind the first step saves it,
-    too, unless the weights are spoilt (FloatingPointError).
+    Everything that can be wrong with the input is found before the first step. While it runs, `out` holds the log
+    (`log.jsonl`) and the last two checkpoints. Ctrl-C and SIGTERM end the run after the current step, save a checkpoint
+    and the model as it is then, and raise Interrupted. Any other error behind the first step saves the model, too,
+    unless the weights are spoilt (FloatingPointError) or the disk is full (OSError): those name the last checkpoint.
+
+    On a CPU a resumed run ends in the same weights, bit for bit, as one that nothing disturbed.
     """
-    check_new(config.out)
+    _check_out(config)
+    if config.tensorboard:
+        check_tensorboard()
     device = pick_device(config.device)
     train_sources, valid_sources = _sources(config)
     tokenizer = _tokenizer(config, train_sources, valid_sources)
@@ -60,13 +74,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     model = ReGLAForCausalLM(model_configuration).to(device)
     parameters = count_parameters(model_configuration)
-    out = new_folder(config.out)
+    checkpoints = Checkpoints(config.out, _settings(config, train_ids_N), resume=config.resume)
+    out = Path(config.out) if config.resume is not None and Path(config.out).is_dir() else new_folder(config.out)
     print(
         f"{config.mixer}: {parameters:,} parameters ({parameters / softmax_parameters - 1:+.2%} against softmax), "
         f"MLP width {model_configuration.intermediate_size}, vocabulary {model_configuration.vocab_size:,}; "
         f"{len(train_ids_N):,} tokens of text; "
         f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens on {device.type}"
     )
+    if config.resume is not None:
+        print(f"Goes on from {checkpoints.resumed or 'the start: there is no checkpoint yet'}.")
 
     summary: dict[str, Any] = {
         "arguments": asdict(config),
@@ -85,49 +102,71 @@ def train(config: TrainConfig) -> dict[str, Any]:
     progress = Progress()
 
     def save() -> None:
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        summary.update(
-            steps=progress.steps,
-            complete=progress.steps == config.total_steps,
-            tokens=progress.steps * config.tokens_per_step,
-            seconds=progress.seconds[-1] if progress.seconds else None,
-            tokens_per_second=progress.tokens_per_second(config.tokens_per_step),
-            train_loss=progress.train_loss,
-        )
-        _write(out, summary)
-
-    with _interrupts() as interrupted:
         try:
-            optimise(model, torch.from_numpy(train_ids_N).to(device), config, progress=progress, stop=interrupted)
-        except FloatingPointError:
-            raise
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+            summary.update(
+                steps=progress.steps,
+                complete=progress.steps == config.total_steps,
+                tokens=progress.steps * config.tokens_per_step,
+                seconds=progress.total_seconds,
+                tokens_per_second=progress.tokens_per_second(config.tokens_per_step),
+                train_loss=progress.train_loss,
+            )
+            _write(out, summary)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"The model cannot be written to {out} ({error}). {checkpoints.kept}") from error
+
+    def validate() -> list[Score]:
+        return [
+            score(
+                model,
+                text,
+                first=first_id(tokenizer),
+                seq_len=config.seq_len,
+                batch_size=config.batch_size,
+                dtype=config.dtype,
+            )
+            for text in valid_texts
+        ]
+
+    with Signals() as signals:
+        try:
+            with TrainingLog(out, after=checkpoints.step, tensorboard=config.tensorboard) as log:
+                optimise(
+                    model,
+                    torch.from_numpy(train_ids_N).to(device),
+                    config,
+                    progress=progress,
+                    stop=lambda: signals.received is not None,
+                    checkpoints=checkpoints,
+                    evaluate=lambda: mean_score(validate()).loss,
+                    log=log,
+                )
+        except (FloatingPointError, OSError) as error:
+            _tidy(out)
+            raise type(error)(f"{error} {checkpoints.kept}") from error
         except BaseException as error:
-            if progress.steps:
+            if progress.steps > checkpoints.step:
                 save()
                 print(
-                    f"Stopped by {type(error).__name__} in step {progress.steps + 1}; the model as it was is in {out}."
+                    f"Stopped by {type(error).__name__} in step {progress.steps + 1}; the model as it was is in {out}. "
+                    f"{checkpoints.kept}"
                 )
+            _tidy(out)
             if isinstance(error, torch.OutOfMemoryError):
                 advice = "lower --batch-size and raise --accumulate to match"
                 raise MemoryError(f"The memory of the GPU is full; {advice}.") from error
             raise
         save()
-    if not summary["complete"]:
-        print(f"Interrupted after {progress.steps} of {config.total_steps} steps; the model as it is now is in {out}.")
-        raise KeyboardInterrupt
-
-    scores = [
-        score(
-            model,
-            text,
-            first=first_id(tokenizer),
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            dtype=config.dtype,
+    if not summary["complete"] and signals.received is not None:
+        print(
+            f"Interrupted after {progress.steps} of {config.total_steps} steps; the model as it is now is in {out}. "
+            f"{checkpoints.kept}"
         )
-        for text in valid_texts
-    ]
+        raise Interrupted(signals.received)
+
+    scores = validate()
     mean = mean_score(scores)
     summary |= {
         "validation": [asdict(row) for row in scores],
@@ -140,11 +179,46 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
+def _check_out(config: TrainConfig) -> None:
+    """Raise ValueError unless `config.out` is new, or is to be resumed and holds nothing but a run's beginning."""
+    out = Path(config.out)
+    found = found_in(out / CHECKPOINTS)
+    if config.resume is None:
+        if found:
+            raise ValueError(
+                f"{out} is not empty; give --out a new folder, or --resume to go on from its {found[-1].name}."
+            )
+        check_new(out)
+    elif out.is_dir() and not found and any(entry.name not in _OF_A_BEGINNING for entry in out.iterdir()):
+        raise ValueError(f"{out} holds no checkpoint to resume from; give --out the folder of a run, or a new one.")
+
+
+def _settings(config: TrainConfig, train_ids_N: np.ndarray) -> dict[str, Any]:
+    """What the weights of a run depend on, by option."""
+    options = {
+        "--config" if name == "overrides" else "--" + name.replace("_", "-"): value
+        for name, value in asdict(config).items()
+        if name not in _WITHOUT_EFFECT
+    }
+    return options | {"--data (SHA-256 of its tokens)": hashlib.sha256(train_ids_N.data).hexdigest()}
+
+
+def _tidy(out: Path) -> None:
+    """Empty the folder of a run that left nothing to use, so that the same command may run again."""
+    if not found_in(out / CHECKPOINTS) and not (out / SUMMARY).exists():
+        for entry in (path for name in _OF_A_BEGINNING if (path := out / name).exists()):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 def _sources(config: TrainConfig) -> tuple[list[Source], list[Source]]:
     """What to train and to validate on."""
-    data: list[Source] = [read_source(file) for file in config.data] or [embedded_text()]
+    data: list[Source] = [read_source(file, config.text_field) for file in config.data]
+    if config.dataset is not None:
+        needed = config.total_steps * config.tokens_per_step * _CHARACTERS_PER_TOKEN
+        data.append(read_dataset(config.dataset, config.text_field, characters=needed))
+    data = data or [embedded_text()]
     if config.valid:
-        return data, [read_source(file) for file in config.valid]
+        return data, [read_source(file, config.text_field) for file in config.valid]
     parts = [source.hold_out(HELD_OUT) for source in data]
     return [first for first, _ in parts], [last for _, last in parts]
 
@@ -161,27 +235,3 @@ def _tokenizer(config: TrainConfig, data: list[Source], valid: list[Source]) -> 
 
 def _write(out: Path, summary: dict[str, Any]) -> None:
     (out / SUMMARY).write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only sets the flag that is yielded, so that no update is cut short; a second interrupts.
-
-    Signals reach the main thread alone; in any other the flag stays False.
-    """
-    asked = False
-
-    def on_interrupt(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regla.models.folders import check_new, load_tokenizer, new_folder
-from regla.train.data import END_OF_TEXT, Text, read_source
+from regla.train.data import END_OF_TEXT, TEXT_FIELD, Text, read_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,12 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 
 
 def tokenize_files(
-    files: Sequence[str | Path], out: str | Path, *, tokenizer: str | Path | None = None, vocab_size: int | None = None
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    text_field: str = TEXT_FIELD,
 ) -> dict[Path, int]:
     """Write NAME.bin (little-endian uint16) for each text file and the tokenizer beside them; the tokens in each file.
 
@@ -62,9 +67,9 @@ def tokenize_files(
     check_new(out)
     targets: dict[Path, Text] = {}
     for file in files:
-        source = read_source(file)
+        source = read_source(file, text_field)
         if not isinstance(source, Text):
-            raise ValueError(f"{file} is not text; give .txt files to tokenize.")
+            raise ValueError(f"{file} is not text; give .txt, .jsonl or .parquet files to tokenize.")
         target = Path(out) / f"{Path(file).stem}.bin"
         if target in targets:
             raise ValueError(f"Two files would both be written to {target}; rename one of them.")

@@ -1,0 +1,148 @@
+"""`regla doctor`: what this machine offers, which backend would run, and why. It changes nothing and never fails."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+
+import regla
+from regla.ops.attention import BACKENDS, gated_linear_attention
+
+_REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "matplotlib")
+_OPTIONAL = {
+    "gguf": "reads GGUF files for `regla linearize`",
+    "datasets": "reads data sets of the Hugging Face hub for `regla train`",
+    "pyarrow": "reads .parquet files for `regla train`",
+    "tensorboard": "writes logs that TensorBoard shows",
+    "peft": "fine-tunes with adapters (LoRA)",
+    "accelerate": "runs transformers' Trainer",
+    "triton": "lets torch.compile make GPU kernels",
+}
+_MODULES = {"huggingface-hub": "huggingface_hub"}
+
+
+def doctor(*, as_json: bool = False) -> dict[str, Any]:
+    """Print what `examine` finds, as text or JSON, and return it."""
+    found = examine()
+    print(json.dumps(found, indent=2) if as_json else describe(found))
+    return found
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, backends by use and optional packages, in JSON's types."""
+    return {
+        "regla": regla.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _REQUIRED},
+        "cuda": torch.version.cuda,
+        "devices": _devices(),
+        "default_device": "cuda" if torch.cuda.is_available() else "cpu",
+        "backends": _backends(),
+        "optional": {name: {"version": _version(name), "for": use} for name, use in _OPTIONAL.items()},
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The findings as text."""
+    lines = [
+        f"regla {found['regla']}, Python {found['python']}, {found['platform']}",
+        "",
+        "Packages",
+        *(f"  {name:<16} {version or 'missing'}" for name, version in found["packages"].items()),
+        f"  {'CUDA':<16} {found['cuda'] or 'none: this PyTorch is built without it'}",
+        "",
+        "Devices (--device auto takes " + found["default_device"] + ")",
+    ]
+    for device in found["devices"]:
+        bf16 = "supported" if device["bfloat16"] else "not supported in hardware"
+        lines.append(f"  {device['name']:<5} {device['description']}; bfloat16 {bf16}")
+    lines += ["", "Backends (what backend='auto' runs here)"]
+    for row in found["backends"]:
+        lines.append(f"  {row['use']:<27} {row['backend']:<10} {row['why']}")
+    lines += ["", "Optional packages"]
+    for name, row in found["optional"].items():
+        lines.append(f"  {name:<12} {row['version'] or 'absent':<12} {row['for']}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package that can be imported; None for want of one. Nothing is imported."""
+    if importlib.util.find_spec(_MODULES.get(package, package)) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    cores = os.cpu_count()
+    capabilities = torch.cpu.get_capabilities()
+    name = capabilities.get("cpu_name") or platform.machine()
+    rows: list[dict[str, Any]] = [
+        {
+            "name": "cpu",
+            "description": f"{name}, {cores} cores, {torch.get_num_threads()} threads",
+            # Without such instructions bfloat16 works, slowly.
+            "bfloat16": any(bool(value) for key, value in capabilities.items() if "bf16" in key),
+        }
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            capability = f"compute capability {properties.major}.{properties.minor}"
+            rows.append(
+                {
+                    "name": f"cuda:{index}",
+                    "description": f"{properties.name}, {memory}, {capability}",
+                    "bfloat16": properties.major >= 8,  # the first generation with bfloat16 matrix units
+                }
+            )
+    return rows
+
+
+def _backends() -> list[dict[str, str]]:
+    """What runs for what, on the default device."""
+    rows = []
+    for use, length, why in (
+        ("training, reading a prompt", 2, "many tokens at once: matrix products over chunks of tokens"),
+        ("decoding token by token", 1, "a single token is one step of the recurrence"),
+    ):
+        rows.append({"use": use, "backend": chosen_backend(length), "why": why})
+    if "triton" not in BACKENDS:
+        why = "this version has no kernels; a GPU runs the forms above, fastest with --compile"
+        rows.append({"use": "backend='triton'", "backend": "none", "why": why})
+    return rows
+
+
+def chosen_backend(length: int) -> str:
+    """The backend that "auto" runs for sequences of `length` tokens on the default device.
+
+    It is found by running the operation on a tiny input, with a witness in front of every backend.
+    """
+    called: list[str] = []
+    backends = dict(BACKENDS)
+
+    def witness(name: str) -> Any:
+        def run(*args: Any) -> Any:
+            called.append(name)
+            return backends[name](*args)
+
+        return run
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x_BTHK = torch.ones(1, length, 1, 16, device=device)
+    BACKENDS.update({name: witness(name) for name in backends})
+    try:
+        gated_linear_attention(x_BTHK, x_BTHK, x_BTHK)
+    finally:
+        BACKENDS.update(backends)
+    return called[0]

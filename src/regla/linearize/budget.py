@@ -1,0 +1,67 @@
+"""What a conversion will take, computed from configurations alone."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from regla.models import ReGLAConfig, ReGLAForCausalLM
+
+#: Lengths at which caches are compared.
+LENGTHS = (1024, 8 * 1024, 64 * 1024, 512 * 1024)
+
+_ADAM_BYTES = 16  # per parameter in training: float32 weight, gradient, and two moments
+_TEACHER_BYTES = 4
+_LOGITS = 6  # float32 tensors of [batch, T, vocabulary] that a distillation step holds at its peak
+
+
+def parameter_counts(original: PreTrainedConfig, converted: ReGLAConfig) -> tuple[int, int]:
+    """Parameters of both models, tied ones once; builds them without memory for their weights."""
+    with torch.device("meta"):
+        models = AutoModelForCausalLM.from_config(original), ReGLAForCausalLM(converted)
+    first, second = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    return first, second
+
+
+def cache_bytes(config: ReGLAConfig, tokens: int, element_bytes: int = 2) -> int:
+    """Bytes that one sequence of `tokens` leaves behind: keys and values of softmax layers (`element_bytes` each, 2 for
+    bfloat16), and the float32 states (S [H, K, V], m [H]) of linear ones, whatever their length."""
+    assert config.layer_types is not None and config.num_key_value_heads and config.head_dim and config.value_head_dim
+    linear = config.layer_types.count("linear_attention")
+    softmax = len(config.layer_types) - linear
+    state = 4 * config.num_key_value_heads * (config.head_dim * config.value_head_dim + 1)
+    keys_and_values = 2 * config.num_key_value_heads * config.head_dim * element_bytes
+    return linear * state + softmax * keys_and_values * tokens
+
+
+def budget(original: PreTrainedConfig, converted: ReGLAConfig, *, steps: int, batch_size: int, seq_len: int) -> str:
+    """Parameters, memory, tokens and caches, as text."""
+    before, after = parameter_counts(original, converted)
+    all_softmax = ReGLAConfig(**converted.to_dict() | {"layer_types": ["full_attention"] * original.num_hidden_layers})
+    training = after * _ADAM_BYTES + before * _TEACHER_BYTES
+    training += _LOGITS * 4 * batch_size * seq_len * original.vocab_size
+    tokens = steps * batch_size * seq_len
+    flops = (6 * after + 2 * before) * tokens
+    kinds = converted.layer_types or []
+    lines = [
+        f"layers            {len(kinds)}, {kinds.count('linear_attention')} of them to become ReGLA",
+        f"parameters        {before:,} now, {after:,} then ({after / before - 1:+.1%})",
+        f"weights           {_size(4 * after)} in float32, {_size(2 * after)} in bfloat16",
+        f"training tokens   {tokens:,} ({steps:,} steps of {batch_size} x {seq_len})",
+        f"training memory   {_size(training)} and the activations (weights, gradients, Adam, the original, logits)",
+        f"training compute  {flops / 1e15:.3g} PFLOP",
+        "",
+        f"{'cache of one sequence, bfloat16 keys and values':<47}  {'original':>10}  {'converted':>10}",
+    ]
+    for length in LENGTHS:
+        sizes = [_size(cache_bytes(config, length)) for config in (all_softmax, converted)]
+        lines.append(f"{f'{length // 1024}k tokens':>47}  {sizes[0]:>10}  {sizes[1]:>10}")
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"

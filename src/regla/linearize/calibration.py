@@ -1,0 +1,204 @@
+"""Fits the feature map and the output norm of converted layers to what the pretrained attention does.
+
+Pretrained queries and keys enter the safe exponential badly as they are: a few channels of a key carry large constants,
+which softmax forgets and an exponential of the channels does not. A layer then has one key feature instead of K.
+
+    q' = (q - mean q) * q_scale,  k' = (k - mean k) * k_scale        behind RoPE, per channel and per head
+    q_scale, k_scale = argmin KL(softmax attention || linear attention, ungated, sum-normalised)    on a small grid
+    weight of the output norm = RMS of softmax's output / RMS of ours, per head and channel
+
+Shape legend: B sequences, T tokens, R queries sampled of each sequence, H key heads, G query heads to each, K channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from regla.layers import ReGLAAttention
+from regla.layers.positions import apply_rotary
+from regla.linearize.observe import Attention, observed_attention
+from regla.linearize.transfer import exact_products, linear_layers
+from regla.models import ReGLAForCausalLM
+
+#: What scales are chosen from.
+SCALES = (0.0625, 0.125, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+
+#: Least effective number of key features, as a share of the head's channels: 16 of 64.
+LEAST_FEATURES = 0.25
+
+_QUERIES = 32  # R: of each sequence, spread evenly; all its keys are looked at
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """The figures of one layer, on sequences that its calibration did not see."""
+
+    layer: int
+    channels: int
+    features_before: float
+    """Effective key features of the worst head: exp of the entropy of the mean over tokens of phi(k) / sum phi(k)."""
+    features_after: float
+    kl_before: float
+    """KL(softmax attention || linear attention), nats per query, mean over heads."""
+    kl_after: float
+    kl_uniform: float
+    """The same for attention that looks at every past token alike."""
+
+    @property
+    def holds(self) -> bool:
+        """At least a quarter of the features effective, and nearer to softmax attention than uniform attention is."""
+        return self.features_after >= LEAST_FEATURES * self.channels and self.kl_after < self.kl_uniform
+
+
+@torch.no_grad()
+@exact_products()
+def calibrate(original: PreTrainedModel, converted: ReGLAForCausalLM, tokens_BT: Tensor) -> list[LayerCalibration]:
+    """Set `qk_calibration` and the output norm's weight of every linear layer of `converted`, in place.
+
+    Args:
+        original: the model that was converted.
+        converted: what `regla.linearize.convert` made of it, with its weights as they were transferred.
+        tokens_BT: [B, T] token ids, a few thousand, B at least 2. The first half of the sequences sets the numbers,
+            the other half gives the figures that are returned.
+
+    Raises:
+        ValueError: fewer than two sequences; a feature map, norm or calibration that is not there to be set.
+    """
+    config = converted.config
+    for name, expected in (("feature_map", "safe_exp"), ("attention_norm", "rmsnorm"), ("qk_calibration", True)):
+        if getattr(config, name) != expected:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; calibration is for {expected!r}")
+    if len(tokens_BT) < 2:
+        raise ValueError(f"{len(tokens_BT)} sequence given; calibration needs at least 2: half of them to check it on")
+    layers = linear_layers(converted)
+    rows: list[LayerCalibration] = []
+
+    def see(number: int, attention: Attention) -> None:
+        rows.append(_calibrate_layer(number, cast(ReGLAAttention, layers[number].self_attn), attention))
+
+    training = original.training
+    original.eval()
+    try:
+        with observed_attention(original, layers, see):
+            original.model(tokens_BT.to(original.device), use_cache=False)
+    finally:
+        original.train(training)
+    return rows
+
+
+def calibration_table(rows: Sequence[LayerCalibration]) -> str:
+    """One line per layer; the last column says where the contract fails."""
+    lines = [
+        f"{'':>5}  {'effective features':^19}  {'KL to softmax attention':^31}",
+        f"{'layer':>5}  {'before':>9} {'after':>9}  {'before':>9} {'after':>9} {'uniform':>11}",
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.layer:>5}  {row.features_before:>9.1f} {row.features_after:>9.1f}  {row.kl_before:>9.2f} "
+            f"{row.kl_after:>9.2f} {row.kl_uniform:>11.2f}{'' if row.holds else '  FAILS'}"
+        )
+    return "\n".join(lines)
+
+
+def _calibrate_layer(number: int, mixer: ReGLAAttention, attention: Attention) -> LayerCalibration:
+    B, T, _ = attention.x.shape
+    x, rotary = attention.x, attention.rotary
+    q = mixer.q_proj(x).view(B, T, mixer.num_heads, mixer.head_dim)
+    k = mixer.k_proj(x).view(B, T, mixer.num_kv_heads, mixer.head_dim)
+    v = mixer.v_proj(x).view(B, T, mixer.num_kv_heads, mixer.value_head_dim)
+    q, k = (apply_rotary(y, *rotary) for y in (q, k))
+    seen = slice(0, B // 2), slice(B // 2, B)
+    fit, check = (_Softmax(q[part], k[part]) for part in seen)
+
+    calibration = mixer.qk_calibration
+    assert calibration is not None
+    calibration.q_mean.copy_(q[seen[0]].mean((0, 1)))
+    calibration.k_mean.copy_(k[seen[0]].mean((0, 1)))
+    q_scale, k_scale = _best_scales(fit, q[seen[0]] - calibration.q_mean, k[seen[0]] - calibration.k_mean)
+    calibration.q_scale.copy_(q_scale)
+    calibration.k_scale.copy_(k_scale)
+    _calibrate_norm(mixer, Attention(x[seen[0]], rotary, attention.y[seen[0]]), q[seen[0]], k[seen[0]], v[seen[0]])
+
+    before = q[seen[1]], k[seen[1]]
+    after = calibration(*before)
+    return LayerCalibration(
+        layer=number,
+        channels=mixer.head_dim,
+        features_before=effective_features(before[1]).min().item(),
+        features_after=effective_features(after[1]).min().item(),
+        kl_before=check.divergence(before[0].double(), before[1].double()).mean().item(),
+        kl_after=check.divergence(after[0].double(), after[1].double()).mean().item(),
+        kl_uniform=check.divergence_of_uniform().mean().item(),
+    )
+
+
+class _Softmax:
+    """The attention of q [B, T, H*G, K] over k [B, T, H, K], at R of the T queries of each sequence."""
+
+    def __init__(self, q: Tensor, k: Tensor):
+        T, K = q.shape[1], q.shape[-1]
+        step = max(1, T // _QUERIES)
+        self.rows_R = torch.arange(step - 1, T, step, device=q.device)
+        self.past_RT = torch.arange(T, device=q.device) <= self.rows_R[:, None]
+        scores = self.scores(q, k) / K**0.5
+        log_p = scores.masked_fill(~self.past_RT, -torch.inf).log_softmax(-1)
+        self.p_BHGRT = log_p.exp()
+        self.negative_entropy_BHGR = torch.where(self.past_RT, self.p_BHGRT * log_p, 0.0).sum(-1)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """q_t . k_s [B, H, G, R, T]."""
+        q = q[:, self.rows_R].unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)
+        return q @ k.permute(0, 2, 3, 1)[:, :, None]
+
+    def divergence(self, q: Tensor, k: Tensor) -> Tensor:
+        """KL to the linear attention with weights phi(q_t) . phi(k_s) / sum over s <= t, [H, G]."""
+        a = self.scores(torch.exp(q - q.amax(-1, keepdim=True)), torch.exp(k - k.amax((1, 3), keepdim=True)))
+        a = torch.where(self.past_RT, a.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
+        log_a = torch.where(self.past_RT, a, 1.0).log()
+        cross = a.sum(-1).log() - (self.p_BHGRT * log_a).sum(-1)
+        return (self.negative_entropy_BHGR + cross).mean((0, 3))
+
+    def divergence_of_uniform(self) -> Tensor:
+        return (self.negative_entropy_BHGR + (self.rows_R + 1).log()).mean((0, 3))
+
+
+def effective_features(k: Tensor) -> Tensor:
+    """exp of the entropy of p, p the mean over tokens of phi(k) / sum_i phi(k)_i; k [B, T, H, K] -> [H]."""
+    p = k.double().softmax(-1).mean((0, 1))
+    return torch.exp(-torch.xlogy(p, p).sum(-1))
+
+
+def _best_scales(softmax: _Softmax, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales [H*G] and [H] of least KL, the keys' among those that leave enough features (if none: the least)."""
+    H, K = k.shape[2:]
+    kl = []  # of [scale of k][scale of q]: [H, G]
+    for k_scale in SCALES:
+        kl.append(torch.stack([softmax.divergence(q * q_scale, k * k_scale) for q_scale in SCALES]))
+    best_of_q = torch.stack(kl).min(1)  # [scale of k, H, G]
+    features = torch.stack([effective_features(k * k_scale) for k_scale in SCALES])
+    allowed = features >= LEAST_FEATURES * K
+    allowed[0] = True
+    chosen_H = torch.where(allowed, best_of_q.values.mean(-1), torch.inf).argmin(0)
+    q_choice = best_of_q.indices[chosen_H, torch.arange(H, device=k.device)]  # [H, G]
+    scales = torch.tensor(SCALES, device=k.device)
+    return scales[q_choice].flatten(), scales[chosen_H]
+
+
+def _calibrate_norm(mixer: ReGLAAttention, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The norm's weight, from outputs [B, T, heads, V] before the output projection."""
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    teacher = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    ours: list[Tensor] = []
+    weight = cast(Tensor, mixer.norm.weight)
+    weight.fill_(1.0)
+    with mixer.norm.register_forward_hook(lambda module, args, output: ours.append(output)):
+        mixer(attention.x, rotary=attention.rotary)
+    rms_teacher, rms_ours = (y.float().square().mean((0, 1)).sqrt() for y in (teacher, ours[0]))
+    weight.copy_(rms_teacher / rms_ours.clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,0 +1,146 @@
+"""The whole quickstart: everything it prints is measured while you watch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regla.eval.generation import generate
+from regla.models.folders import load_model, load_tokenizer
+from regla.quickstart.decoding import DecodingCost, decoding_costs, streaming_difference
+from regla.report.plots import Curve, plot_decoding, plot_losses
+from regla.train.config import MIXERS, TrainConfig
+from regla.train.data import HELD_OUT
+from regla.train.embedded import embedded_text
+from regla.train.run import train
+
+RESULT = "quickstart.json"
+LOSS_PLOT = "loss.png"
+DECODING_PLOT = "decoding.png"
+_STREAMS = ((256, 1), (2048, 100))  # tokens, tokens of a chunk
+_PROMPT = "The following statement"
+_COMPARED = ("regla", "softmax")  # in the cost of a generated token
+
+
+def quickstart(
+    *, out: str | Path = "runs/quickstart", steps: int = 250, longest: int = 16384, sample_tokens: int = 60
+) -> dict[str, Any]:
+    """Train ReGLA, hybrid and softmax models of equal size on equal tokens, compare them, and plot what was found.
+
+    Writes the models, `loss.png`, `decoding.png` and `quickstart.json` to `out`; what an earlier quickstart wrote there
+    is replaced, a folder of other content is an error. `longest` is the longest context of the decoding plot, at least
+    128. Returns what `quickstart.json` holds.
+    """
+    for name, value in (("--steps", steps), ("--sample-tokens", sample_tokens)):
+        if value <= 0:
+            raise ValueError(f"{name} is {value}, expected a number above 0.")
+    if longest < 128:
+        raise ValueError(f"--longest is {longest}, expected at least 128 tokens.")
+    out = Path(out)
+    started = time.perf_counter()
+    _clear(out)
+
+    result: dict[str, Any] = {"models": {}, "streaming": [], "decoding": {}}
+    for number, mixer in enumerate(MIXERS, start=1):
+        print(f"\n[{number}/{len(MIXERS) + 3}] Training {_NAMES[mixer]}")
+        result["models"][mixer] = train(TrainConfig(out=str(out / mixer), mixer=mixer, steps=steps, device="cpu"))
+    plot_losses({_NAMES[mixer]: read_losses(out / mixer) for mixer in MIXERS}, out / LOSS_PLOT)
+    print("\n" + comparison(result["models"]))
+    print("One seed and one learning rate each: a demonstration, no benchmark.")
+
+    print(f"\n[4/{len(MIXERS) + 3}] Streaming: the same text in one forward pass, and piece by piece through the state")
+    regla = load_model(out / "regla", torch.device("cpu"))
+    ids_N = embedded_text().hold_out(HELD_OUT)[1].tokens(load_tokenizer(out / "regla"))
+    for tokens, chunk in _STREAMS:
+        ids_1T = torch.from_numpy(ids_N[:tokens]).long()[None]
+        difference = streaming_difference(regla, ids_1T, chunk=chunk)
+        result["streaming"].append({"tokens": ids_1T.shape[1], "chunk": chunk, "max_difference": difference})
+        pieces = "one token at a time" if chunk == 1 else f"{chunk} tokens at a time"
+        print(f"{ids_1T.shape[1]:>6,} tokens, {pieces}: no logit differs by more than {difference:.1e}")
+
+    print(f"\n[5/{len(MIXERS) + 3}] Cost of one more token")
+    contexts = [length for length in (2**power for power in range(7, 31)) if length <= longest]
+    costs = {mixer: decoding_costs(load_model(out / mixer, torch.device("cpu")), contexts) for mixer in _COMPARED}
+    result["decoding"] = {mixer: [asdict(cost) for cost in rows] for mixer, rows in costs.items()}
+    plot_decoding(
+        {_NAMES[mixer]: [(cost.context, cost.milliseconds) for cost in rows] for mixer, rows in costs.items()},
+        {_NAMES[mixer]: [(cost.context, cost.cache_bytes / 1024) for cost in rows] for mixer, rows in costs.items()},
+        out / DECODING_PLOT,
+        title="One more token, one sequence, CPU, float32",
+    )
+    print(decoding_table(costs))
+
+    print(f"\n[6/{len(MIXERS) + 3}] ReGLA goes on from {_PROMPT!r}")
+    generate(out / "regla", _PROMPT, max_new_tokens=sample_tokens, device="cpu")
+
+    result["seconds"] = time.perf_counter() - started
+    (out / RESULT).write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    print(
+        f"\nDone in {result['seconds']:.0f} s. Plots: {out / LOSS_PLOT}, {out / DECODING_PLOT}; figures: {out / RESULT}"
+    )
+    print(f"\nNext:\n{_next_commands(out)}")
+    return result
+
+
+_NAMES = {"regla": "ReGLA", "hybrid": "hybrid", "softmax": "softmax"}
+
+
+def read_losses(run: Path) -> Curve:
+    """(tokens, loss) of every step in the log of a training run."""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
+
+
+def comparison(models: dict[str, dict[str, Any]]) -> str:
+    """One line per model, of what `train` returned."""
+    lines = [
+        f"{'model':<8}  {'parameters':>10}  {'tokens':>9}  {'validation perplexity':>21}  {'tokens/s':>8}  {'s':>5}"
+    ]
+    for mixer, run in models.items():
+        lines.append(
+            f"{_NAMES[mixer]:<8}  {run['parameters']:>10,}  {run['tokens']:>9,}  "
+            f"{run['validation_perplexity']:>21.1f}  {run['tokens_per_second']:>8,.0f}  {run['seconds']:>5.0f}"
+        )
+    return "\n".join(lines)
+
+
+def decoding_table(costs: dict[str, list[DecodingCost]]) -> str:
+    """One line per context length: milliseconds and KiB of each model."""
+    names = list(costs)
+    head = "  ".join(f"{_NAMES[name] + ' ms':>10}  {_NAMES[name] + ' KiB':>11}" for name in names)
+    lines = [f"{'context':>8}  {head}"]
+    for row in zip(*costs.values(), strict=True):
+        cells = "  ".join(f"{cost.milliseconds:>10.2f}  {cost.cache_bytes / 1024:>11,.0f}" for cost in row)
+        lines.append(f"{row[0].context:>8,}  {cells}")
+    return "\n".join(lines)
+
+
+def _clear(out: Path) -> None:
+    """Make `out` an empty folder that the next quickstart knows as its own."""
+    if out.is_file():
+        raise ValueError(f"{out} is a file; give --out a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / RESULT).is_file():
+            raise ValueError(f"{out} holds something else than a quickstart; give --out another folder or remove it.")
+        shutil.rmtree(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be created ({error.strerror}); give --out a place you may write to.") from error
+    (out / RESULT).write_text("{}\n", encoding="utf-8")
+
+
+def _next_commands(out: Path) -> str:
+    return f"""\
+  regla generate {out / "regla"} --prompt "A class" --temperature 0.5
+  regla eval {out / "regla"} --stream 8192 --by-position
+  regla train --out runs/mine --data YOUR.txt --steps 1000
+  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol --dry-run
+  regla doctor"""

@@ -1,0 +1,1 @@
+"""Figures for readers: `plots` from measurements, `tables` and `readme` from the committed rows under benchmarks/."""

@@ -1,0 +1,91 @@
+"""Tables in the documentation, rewritten from the committed rows: `python -m regla.report readme`.
+
+A document marks the place of a table by two lines:
+
+    <!-- table: NAME -->
+    <!-- end of table -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from regla.report.plots import plot_losses
+from regla.report.tables import (
+    calibration_table,
+    decode_table,
+    forms_table,
+    memory_table,
+    read_rows,
+    scores_table,
+    training_table,
+)
+
+DOCUMENTS = ("README.md", "docs/results/34m.md", "docs/results/cpu.md", "docs/results/smollm2.md")
+
+CURVES = {
+    "docs/results/34m.png": {
+        "ReGLA": "benchmarks/curves/34m-regla.jsonl",
+        "softmax, wider start": "benchmarks/curves/34m-softmax.jsonl",
+    }
+}
+"""Plots of training logs: the file, and the logs (as `regla train` writes them) by the name of the model."""
+
+_Table = Callable[[Sequence[dict[str, Any]]], str]
+TABLES: dict[str, tuple[str, _Table]] = {
+    "train_34m": ("benchmarks/train_34m.jsonl", training_table),
+    "forms": ("benchmarks/cpu.jsonl", forms_table),
+    "decode": ("benchmarks/cpu.jsonl", decode_table),
+    "memory": ("benchmarks/cpu.jsonl", memory_table),
+    "linearize": ("benchmarks/linearize.jsonl", scores_table),
+    "calibration": ("benchmarks/linearize.jsonl", calibration_table),
+}
+"""By the name of the table: the file of its rows, and how they are shown."""
+
+BENCHMARKS = {"calibration": "linearize"}
+"""The benchmark whose rows a table shows, where it is not the table's name."""
+
+_BLOCK = re.compile(r"(^<!-- table: (?P<name>\S+) -->\n).*?(^<!-- end of table -->$)", re.MULTILINE | re.DOTALL)
+
+
+def fill(text: str, root: Path) -> str:
+    """`text` with every table replaced by what the rows under `root` give now."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"There is no table {name!r}; the known ones are {', '.join(TABLES)}.")
+        file, show = TABLES[name]
+        return f"{match[1]}\n{show(read_rows(root / file, BENCHMARKS.get(name, name)))}\n\n{match[3]}"
+
+    return _BLOCK.sub(table, text)
+
+
+def update(root: Path) -> list[Path]:
+    """Rewrite the documents of a checkout; those that changed."""
+    changed = []
+    for name in DOCUMENTS:
+        file = root / name
+        if not file.is_file():
+            raise ValueError(f"There is no {file}; run this in a checkout, or name its folder with --root.")
+        old = file.read_text(encoding="utf-8")
+        new = fill(old, root)
+        if new != old:
+            file.write_text(new, encoding="utf-8")
+            changed.append(file)
+    return changed
+
+
+def draw(root: Path) -> list[Path]:
+    """Draw the plots of the documentation from the committed logs; their files."""
+    for plot, logs in CURVES.items():
+        curves = {}
+        for name, log in logs.items():
+            lines = (root / log).read_text(encoding="utf-8").splitlines()
+            curves[name] = [(row["tokens"], row["loss"]) for row in map(json.loads, lines)]
+        plot_losses(curves, root / plot, smoothing=1)
+    return [root / plot for plot in CURVES]

@@ -1,0 +1,83 @@
+"""Plots as PNG files. matplotlib loads here alone, and without its global state: no window, no backend to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers, too
+_MARKERS = ("o", "s", "^", "D")
+_SMOOTHING_STEPS = 20
+_DPI = 150
+
+Curve = Sequence[tuple[float, float]]
+
+
+def plot_losses(curves: Mapping[str, Curve], file: str | Path, *, smoothing: int = _SMOOTHING_STEPS) -> None:
+    """Training loss against tokens. curves: (tokens, loss in nats per token), by the model's name.
+
+    A thick line is the mean of `smoothing` points.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
+        tokens, losses = zip(*curve, strict=True)
+        axes.plot(tokens, losses, color=colour, alpha=0.2, linewidth=0.8)
+        axes.plot(tokens, moving_mean(losses, smoothing), color=colour, linewidth=1.8, label=name)
+    title = f"Training loss (thick: mean of {smoothing} steps)" if smoothing > 1 else "Training loss"
+    axes.set(title=title, xlabel="tokens seen", ylabel="nats per token")
+    axes.xaxis.set_major_formatter(lambda value, _: _count(value))
+    _finish(axes)
+    figure.savefig(file)
+
+
+def plot_decoding(
+    milliseconds: Mapping[str, Curve], kibibytes: Mapping[str, Curve], file: str | Path, *, title: str
+) -> None:
+    """Two panels over the context length: time per generated token, and cache size, each by the model's name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=_DPI, layout="constrained")
+    figure.suptitle(title)
+    time_axes, memory_axes = figure.subplots(1, 2)
+    _contexts(time_axes, milliseconds, title="Time per generated token", unit="milliseconds")
+    _contexts(memory_axes, kibibytes, title="Memory: cache of one sequence", unit="KiB")
+    time_axes.set_ylim(bottom=0)
+    memory_axes.set_yscale("log", base=2)
+    memory_axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.savefig(file)
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1000:,.0f}k" if value else "0"
+
+
+def moving_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and the `width - 1` before it, of fewer at the start."""
+    means = []
+    for index in range(len(values)):
+        window = values[max(0, index + 1 - width) : index + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def _contexts(axes: Axes, curves: Mapping[str, Curve], *, title: str, unit: str) -> None:
+    for (name, curve), colour, marker in zip(curves.items(), _COLOURS, _MARKERS, strict=False):
+        lengths, values = zip(*curve, strict=True)
+        axes.plot(lengths, values, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set(title=title, xlabel="tokens of context", ylabel=unit)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

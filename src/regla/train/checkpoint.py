@@ -1,0 +1,255 @@
+"""Checkpoints that are whole or absent, verified when they are read, and from which a run goes on exactly.
+
+    OUT/checkpoints/step-000050/
+        model.safetensors       parameters and buffers
+        optimizer.safetensors   PARAMETER_INDEX.NAME: what AdamW keeps for each parameter
+        random.safetensors      states of PyTorch's generators
+        state.json              step, last losses, seconds, and the settings of the run
+        manifest.json           size and SHA-256 of each file above
+
+The crops of a batch depend on its number alone, so the step is also the position in the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from regla.train.loop import Progress
+
+FOLDER = "checkpoints"
+_KEEP = 2
+_PREFIX = "step-"
+_TEMPORARY = ".unfinished-"
+_MODEL, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+_FILES = (_MODEL, _OPTIMIZER, _RANDOM, _STATE)
+_MANIFEST = "manifest.json"
+_LAST_LOSSES = 20  # as many as the final training loss averages
+
+
+class Checkpoints:
+    """The checkpoints of the run in folder `out`.
+
+    settings: what the weights depend on, by the name of its option; JSON types. A checkpoint of other settings is
+    refused. resume: None (a new run), "latest", or "previous" to the newest.
+
+    Raises ValueError where the checkpoint to resume from is of other settings, corrupt or, for "previous", absent.
+    """
+
+    def __init__(self, out: str | Path, settings: Mapping[str, Any], *, resume: str | None = None) -> None:
+        self.folder = Path(out) / FOLDER
+        self.settings = json.loads(json.dumps(settings))
+        self._resumed: Path | None = None
+        self._files: dict[str, bytes] = {}
+        if resume is not None:
+            self._resumed = _choose(self.folder, resume)
+            if self._resumed is not None:
+                self._files = _verified(self._resumed)
+                self._check_settings(json.loads(self._files[_STATE])["settings"])
+
+    @property
+    def resumed(self) -> Path | None:
+        """The checkpoint that `restore` goes on from."""
+        return self._resumed
+
+    @property
+    def step(self) -> int:
+        """The step that `restore` goes on from."""
+        return 0 if self._resumed is None else _step(self._resumed)
+
+    @property
+    def kept(self) -> str:
+        """A sentence for messages: what there is to go on from."""
+        found = found_in(self.folder)
+        return f"--resume goes on from the last checkpoint, {found[-1]}." if found else "There is no checkpoint yet."
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Put the resumed checkpoint, if there is one, into `model`, `optimizer`, `progress` and the generators.
+
+        Checkpoints behind it and unfinished ones are removed: the run writes them anew.
+        """
+        for unfinished in self.folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(unfinished)
+        if self._resumed is None:
+            return
+        for later in found_in(self.folder):
+            if _step(later) > _step(self._resumed):
+                _remove(later)
+        weights = safetensors.torch.load(self._files[_MODEL])
+        for name, tensor in _weights(model).items():
+            tensor.copy_(weights[name])
+        optimizer.load_state_dict(
+            {
+                "state": _unflatten(safetensors.torch.load(self._files[_OPTIMIZER])),
+                "param_groups": optimizer.state_dict()["param_groups"],
+            }
+        )
+        generators = safetensors.torch.load(self._files[_RANDOM])
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state(generators["cuda"])
+        state = json.loads(self._files[_STATE])
+        progress.steps = state["step"]
+        progress.losses = state["losses"]
+        progress.seconds_before = state["seconds"]
+        self._files = {}
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+        """Write the checkpoint of `progress.steps`, then remove all but the last two.
+
+        It is written beside its place, synced to the disk and renamed into it. Raises OSError where it
+        cannot be written; nothing of it stays then, and those before it are untouched.
+        """
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        state = {
+            "step": progress.steps,
+            "losses": progress.losses[-_LAST_LOSSES:],
+            "seconds": progress.total_seconds,
+            "settings": self.settings,
+        }
+        target = self.folder / f"{_PREFIX}{progress.steps:06d}"
+        temporary = self.folder / f"{_TEMPORARY}{target.name}"
+        try:
+            temporary.mkdir(parents=True)
+            manifest = {}
+            for name, tensors in (
+                (_MODEL, _weights(model)),
+                (_OPTIMIZER, _flatten(optimizer.state_dict()["state"])),
+                (_RANDOM, generators),
+            ):
+                content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+                manifest[name] = _write(temporary / name, content)
+            manifest[_STATE] = _write(temporary / _STATE, _json(state))
+            _write(temporary / _MANIFEST, _json({"files": manifest}))
+            _sync_folder(temporary)
+            temporary.rename(target)
+            _sync_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(
+                f"The checkpoint of step {progress.steps} cannot be written to {self.folder} "
+                f"({error.strerror or error})."
+            ) from error
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in found_in(self.folder)[:-_KEEP]:
+            _remove(old)
+        return target
+
+    def _check_settings(self, saved: Mapping[str, Any]) -> None:
+        for key in {**saved, **self.settings}:
+            ours, theirs = self.settings.get(key), saved.get(key)
+            if ours != theirs:
+                raise ValueError(
+                    f"{self._resumed} is of a run with {key} {theirs}, but this one has {key} {ours}; "
+                    "repeat the options of that run, or give --out a new folder."
+                )
+
+
+def found_in(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    named = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(named, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _choose(folder: Path, resume: str) -> Path | None:
+    found = found_in(folder)
+    if resume == "latest":
+        return found[-1] if found else None
+    if len(found) < 2:
+        raise ValueError(f"{folder} holds no checkpoint before the newest; use --resume alone, or start anew.")
+    return found[-2]
+
+
+def _verified(checkpoint: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, each of the size and hash that its manifest says."""
+    earlier = [path for path in found_in(checkpoint.parent) if _step(path) < _step(checkpoint)]
+    advice = f"--resume previous goes on from {earlier[-1]}" if earlier else "no earlier one is left, start anew"
+    contents = {}
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_bytes())["files"]
+        sizes = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in _FILES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint / _MANIFEST} is missing or damaged; {advice}.") from error
+    for name, (size, digest) in sizes.items():
+        file = checkpoint / name
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read ({error.strerror}); {advice}.") from error
+        if len(content) != size:
+            raise ValueError(f"{file} is corrupt: it has {len(content):,} bytes, expected {size:,}; {advice}.")
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{file} is corrupt: its content does not have the recorded SHA-256; {advice}.")
+        contents[name] = content
+    return contents
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once; they share the model's memory."""
+    weights: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            weights[name] = tensor
+    return weights
+
+
+def _flatten(state: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+
+
+def _unflatten(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = tensor
+    return state
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    """Write and sync one file; its entry in the manifest."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable; only POSIX systems can open one for that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; interrupted at any moment it leaves a whole one or an unfinished one."""
+    doomed = checkpoint.with_name(f"{_TEMPORARY}{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,328 @@
+"""Recipes: what to train on which loss in which order. Here: from a pretrained softmax model to a linear one."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+
+import regla
+from regla.eval.perplexity import Score, first_id, mean_score, score
+from regla.linearize.budget import budget
+from regla.linearize.calibration import LayerCalibration, calibrate, calibration_table
+from regla.linearize.convert import GATE_BIAS, convert, converted_config
+from regla.linearize.load import load_config, load_original
+from regla.linearize.losses import distillation_loss, transfer_loss
+from regla.linearize.transfer import check_transfer, linear_layers
+from regla.models.folders import check_new, new_folder
+from regla.train.card import model_card
+from regla.train.config import TrainConfig
+from regla.train.data import HELD_OUT, Encoded, Source, encode_source, end_of_text_id, read_source
+from regla.train.device import pick_device
+from regla.train.embedded import embedded_text
+from regla.train.log import TrainingLog
+from regla.train.loop import Group, Loss, Progress, crops, optimise
+from regla.train.signals import Interrupted, Signals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from regla.models import ReGLAForCausalLM
+
+SUMMARY = "linearize.json"
+CALIBRATION_LENGTH = 512
+TRANSFER_SHARE = 1 / 3  # of the steps go to attention transfer, unless told otherwise
+REST_LR = 0.1  # learning rate of everything but the mixers, in relation to theirs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearizeConfig:
+    """One conversion by `linearize`; the defaults are the command's."""
+
+    model: str
+    """A name on the Hugging Face hub, a folder or a .gguf file."""
+    out: str
+    """Folder for the converted model; must be new or empty."""
+    keep: str = "every-2"
+    """Layers that keep softmax attention, see `regla.linearize.layer_types`."""
+    gate_bias: float = GATE_BIAS
+    """Where the biases of the new forget gates start."""
+    data: tuple[str, ...] = ()
+    """Text or token files to calibrate and train on; none: the embedded text."""
+    valid: tuple[str, ...] = ()
+    """Files to validate on; none: the last tenth of every data file, which is then not trained on."""
+    valid_tokens: int = 100_000
+    """Tokens of each validation source that are scored, at most."""
+    calibration_tokens: int = 4096
+    steps: int = 0
+    """Of both stages together; 0 converts and calibrates only."""
+    transfer_steps: int | None = None
+    """How many of them are attention transfer; None: a third."""
+    seq_len: int = 512
+    batch_size: int = 16
+    lr: float = 1e-3
+    """Peak learning rate of the mixers in both stages; all other parameters learn at a tenth of it."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    """Of matrix products in training and scoring; weights, states and losses stay float32."""
+    compile: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("valid_tokens", "seq_len", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{_flag(name)} is {getattr(self, name)}, expected a number above 0.")
+        if self.steps < 0 or self.seed < 0:
+            name = "steps" if self.steps < 0 else "seed"
+            raise ValueError(f"--{name} is {getattr(self, name)}, expected 0 or more.")
+        if self.calibration_tokens < 2 * CALIBRATION_LENGTH:
+            raise ValueError(
+                f"--calibration-tokens is {self.calibration_tokens}, expected at least {2 * CALIBRATION_LENGTH}: "
+                f"a sequence of {CALIBRATION_LENGTH} to calibrate on, and one to check it."
+            )
+        if self.transfer_steps is not None and not 0 <= self.transfer_steps <= self.steps:
+            raise ValueError(
+                f"--transfer-steps is {self.transfer_steps}, expected 0 to {self.steps}, since --steps counts them."
+            )
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Steps of each stage that has any."""
+        transfer = round(self.steps * TRANSFER_SHARE) if self.transfer_steps is None else self.transfer_steps
+        stages = {"attention transfer": transfer, "distillation": self.steps - transfer}
+        return {name: steps for name, steps in stages.items() if steps}
+
+
+def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
+    """Convert a pretrained model, prove it, calibrate it, train it, and save it with everything that belongs to it.
+
+    1. Weights move over; softmax through them must reproduce the original's logits (`check_transfer`).
+    2. The feature map and the output norms are fitted to the original's attention (`calibrate`).
+    3. Attention transfer: each mixer learns to give what the original's attention gives for the same input.
+    4. Distillation: the whole model learns the original's next-token distribution.
+
+    The converted model is saved before training, too. Ctrl-C and SIGTERM end the training after the current step; the
+    model is saved as it is then, and Interrupted is raised. Returns what `linearize.json` in the folder holds.
+
+    Raises:
+        ValueError: whatever can be wrong with the input, before anything is written.
+        FloatingPointError: a loss that is no longer finite; the folder then holds the untrained model.
+        MemoryError: the GPU's is too small; likewise.
+    """
+    check_new(config.out)
+    device = pick_device(config.device)
+    before = load_config(config.model)
+    planned = converted_config(before, config.keep, gate_bias=config.gate_bias)
+    if config.dry_run:
+        sizes = {"steps": config.steps, "batch_size": config.batch_size, "seq_len": config.seq_len}
+        print(budget(before, planned, **sizes))
+        return None
+    train_sources, valid_sources = _sources(config)
+    original, tokenizer = load_original(config.model)
+    ids_N = _training_ids(train_sources, tokenizer, max(config.seq_len, CALIBRATION_LENGTH))
+    texts = [_start(encode_source(source, tokenizer), config.valid_tokens) for source in valid_sources]
+    torch.manual_seed(config.seed)
+    model = convert(original, config.keep, check=False, gate_bias=config.gate_bias)
+    error = check_transfer(original, model)
+    linear = sorted(linear_layers(model))
+    print(
+        f"{config.model}: {len(model.model.layers)} layers, {len(linear)} of them now ReGLA; softmax through the "
+        f"transferred weights reproduces the original's logits to {error:.1e} of the largest"
+    )
+    original, model = original.to(device), model.to(device)
+    tokens_N = torch.from_numpy(ids_N).to(device)
+    sequences = config.calibration_tokens // CALIBRATION_LENGTH
+    rows = calibrate(
+        original,
+        model,
+        crops(tokens_N, seed=config.seed, batch=0, batch_size=sequences, length=CALIBRATION_LENGTH),
+    )
+    print(calibration_table(rows))
+    failing = [row.layer for row in rows if not row.holds]
+    print(
+        f"Calibrated on {sequences // 2 * CALIBRATION_LENGTH:,} tokens and checked on others; "
+        + (f"the contract FAILS in layers {', '.join(map(str, failing))}" if failing else "the contract holds")
+        + " (a quarter of the features effective, KL below that of uniform attention)"
+    )
+    scores = {"original": _scores(original, texts, tokenizer, config)}
+    scores["converted"] = _scores(model, texts, tokenizer, config)
+
+    out = new_folder(config.out)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    summary = _summary(config, error, rows, scores, parameters=parameters, device=device)
+    _save(out, model, tokenizer, summary)
+    if config.steps:
+        try:
+            signal = _train(original, model, tokens_N, config, out, summary)
+        except torch.OutOfMemoryError as full:
+            raise MemoryError("The memory of the GPU is full; lower --batch-size.") from full
+        scores["trained"] = _scores(model, texts, tokenizer, config) if signal is None else []
+        summary["scores"] = {name: [asdict(row) for row in found] for name, found in scores.items() if found}
+        _save(out, model, tokenizer, summary)
+        if signal is not None:
+            print(f"Interrupted; the model as it is now is in {out}.")
+            raise Interrupted(signal)
+    print(score_table(scores))
+    untrained = "" if config.steps else "; its gates are untrained: add --steps, or train it further"
+    print(f"Saved to {out}{untrained}.")
+    return summary
+
+
+def score_table(scores: dict[str, list[Score]]) -> str:
+    """Perplexity by source (rows) and state of the model (columns)."""
+    states = list(scores)
+    names = [row.name for row in scores[states[0]]]
+    columns = {state: [row.perplexity for row in found] for state, found in scores.items()}
+    if len(names) > 1:
+        names.append("mean")
+        for state, found in scores.items():
+            columns[state].append(mean_score(found).perplexity)
+    width = max(map(len, ["perplexity", *names]))
+    lines = [f"{'perplexity':<{width}}" + "".join(f"  {state:>10}" for state in states)]
+    for index, name in enumerate(names):
+        lines.append(f"{name:<{width}}" + "".join(f"  {columns[state][index]:>10.2f}" for state in states))
+    return "\n".join(lines)
+
+
+def _train(
+    original: transformers.PreTrainedModel,
+    model: ReGLAForCausalLM,
+    tokens_N: torch.Tensor,
+    config: LinearizeConfig,
+    out: Path,
+    summary: dict[str, Any],
+) -> int | None:
+    """Run the stages; the signal that ended them early, or None."""
+    mixers = [p for layer in linear_layers(model).values() for p in layer.get_submodule("self_attn").parameters()]
+    own = set(mixers)
+    groups = [Group(params=mixers, lr_scale=1.0)]
+    rest = Group(params=[p for p in model.parameters() if p not in own], lr_scale=REST_LR)
+    recipes: dict[str, tuple[Loss, list[Group], bool]] = {
+        # Hooks collect what the original's layers see; they do not survive compilation.
+        "attention transfer": (transfer_loss(original), groups, False),
+        "distillation": (distillation_loss(original), [*groups, rest], config.compile),
+    }
+    before = 0
+    with Signals() as signals, TrainingLog(out) as log:
+        for number, (stage, steps) in enumerate(config.stages.items()):
+            loss, trained, compiled = recipes[stage]
+            print(f"Stage {number + 1}, {stage}: {steps:,} steps of {config.batch_size} x {config.seq_len} tokens")
+            progress = Progress()
+
+            def write(record: dict[str, Any], stage: str = stage, before: int = before) -> None:
+                log(record | {"step": before + record["step"], "stage": stage})
+
+            optimise(
+                model,
+                tokens_N,
+                TrainConfig(
+                    out=config.out,
+                    steps=steps,
+                    seq_len=config.seq_len,
+                    batch_size=config.batch_size,
+                    lr=config.lr,
+                    weight_decay=0.0,
+                    seed=config.seed + 1 + number,  # other crops than calibration and the stage before
+                    dtype=config.dtype,
+                    compile=compiled,
+                ),
+                progress=progress,
+                stop=lambda: signals.received is not None,
+                loss=loss,
+                groups=trained,
+                log=write,
+            )
+            before += progress.steps
+            summary["stages"][stage] = {
+                "steps": progress.steps,
+                "seconds": progress.total_seconds,
+                "first_loss": progress.losses[0],
+                "last_loss": progress.train_loss,
+            }
+            print(f"{stage}: loss {progress.losses[0]:.3f} at first, {progress.train_loss:.3f} over the last steps")
+            if signals.received is not None:
+                break
+    return signals.received
+
+
+def _sources(config: LinearizeConfig) -> tuple[list[Source], list[Source]]:
+    data: list[Source] = [read_source(file) for file in config.data] or [embedded_text()]
+    if config.valid:
+        return data, [read_source(file) for file in config.valid]
+    parts = [source.hold_out(HELD_OUT) for source in data]
+    return [first for first, _ in parts], [last for _, last in parts]
+
+
+def _training_ids(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:
+    end_of_text_id(tokenizer)  # says what is wrong with a tokenizer that has none
+    ids_N = np.concatenate([source.tokens(tokenizer) for source in sources])
+    if len(ids_N) <= length:
+        raise ValueError(
+            f"The training text has {len(ids_N)} tokens, expected more than one sequence of {length}; give more text."
+        )
+    return ids_N
+
+
+def _start(text: Encoded, tokens: int) -> Encoded:
+    """The first `tokens` of a text; how many bytes that is, only the whole text knows."""
+    return text if len(text.ids) <= tokens else Encoded(text.name, text.ids[:tokens], None)
+
+
+def _scores(
+    model: transformers.PreTrainedModel,
+    texts: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    config: LinearizeConfig,
+) -> list[Score]:
+    first = first_id(tokenizer)
+    return [
+        score(model, text, first=first, seq_len=config.seq_len, batch_size=config.batch_size, dtype=config.dtype)
+        for text in texts
+    ]
+
+
+def _summary(
+    config: LinearizeConfig,
+    error: float,
+    rows: Sequence[LayerCalibration],
+    scores: dict[str, list[Score]],
+    *,
+    parameters: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    return {
+        "arguments": asdict(config),
+        "parameters": parameters,
+        "linear_layers": [row.layer for row in rows],
+        "transfer_error": error,
+        "calibration": [asdict(row) | {"holds": row.holds} for row in rows],
+        "stages": {},
+        "scores": {name: [asdict(row) for row in found] for name, found in scores.items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {
+            "regla": regla.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _save(out: Path, model: ReGLAForCausalLM, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]) -> None:
+    """Weights, config, generation config, tokenizer with its chat template, summary and model card."""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (out / "README.md").write_text(model_card(summary), encoding="utf-8")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

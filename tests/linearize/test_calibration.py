@@ -1,0 +1,148 @@
+"""Calibration: the contract holds behind it and not before; its figures equal plain loops."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from regla.layers.positions import apply_rotary
+from regla.linearize import convert
+from regla.linearize.calibration import calibrate, calibration_table, effective_features
+from regla.linearize.observe import observed_attention
+from tests.linearize.models import collapsed, llama
+
+TOKENS = (4, 64)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    torch.manual_seed(0)
+    original = collapsed()
+    tokens = torch.randint(97, TOKENS)
+    converted = convert(original, "none")
+    return original, converted, tokens, calibrate(original, converted, tokens)
+
+
+def test_contract(calibrated):
+    *_, rows = calibrated
+    assert [row.layer for row in rows] == [0, 1, 2, 3]
+    for row in rows:
+        assert row.features_before < 2  # planted
+        assert row.features_after >= 4  # a quarter of 16 channels
+        assert row.kl_after < row.kl_uniform
+        assert row.kl_after < row.kl_before
+        assert row.holds
+
+
+def test_the_contract_fails_without_calibration(calibrated):
+    *_, rows = calibrated
+    raw = [replace(row, features_after=row.features_before, kl_after=row.kl_before) for row in rows]
+    assert not any(row.holds for row in raw)
+    assert calibration_table(raw).count("FAILS") == 4
+    assert "FAILS" not in calibration_table(rows)
+    few = replace(rows[0], features_after=3.9)
+    far = replace(rows[0], kl_after=rows[0].kl_uniform)
+    assert not few.holds and not far.holds  # either half of it alone
+
+
+def test_figures_equal_plain_loops(calibrated):
+    """KL and features of one layer, on the second half of the sequences, from the definition in float64."""
+    original, converted, tokens, rows = calibrated
+    number, found = 2, []
+    with torch.no_grad(), observed_attention(original, [number], lambda _, attention: found.append(attention)):
+        original.model(tokens)
+    mixer, (x, rotary, _) = converted.model.layers[number].self_attn, found[0]
+    with torch.no_grad():
+        q0, k0 = mixer.q_proj(x).view(4, 64, 4, 16), mixer.k_proj(x).view(4, 64, 2, 16)
+        q0, k0 = apply_rotary(q0, *rotary), apply_rotary(k0, *rotary)
+        q1, k1 = mixer.qk_calibration(q0, k0)
+    q0, k0, q1, k1 = (y[2:].double() for y in (q0, k0, q1, k1))
+    kl = {"before": [], "after": [], "uniform": []}
+    for b in range(2):
+        for head in range(4):
+            for t in range(1, 64, 2):  # 32 queries of 64
+                past = slice(0, t + 1)
+                p = (k0[b, past, head // 2] @ q0[b, t, head] / 4).softmax(0)
+                for name, q, k in (("before", q0, k0), ("after", q1, k1)):
+                    a = (q[b, t, head] + k[b, past, head // 2]).exp().sum(-1)
+                    kl[name].append((p * (p / (a / a.sum())).log()).sum())
+                kl["uniform"].append((p * (p * (t + 1)).log()).sum())
+    row = rows[number]
+    for name, values in kl.items():
+        assert math.isclose(getattr(row, f"kl_{name}"), sum(values).item() / len(values), rel_tol=1e-4), name
+    features = []
+    for head in range(2):
+        p = (k1[:, :, head].exp() / k1[:, :, head].exp().sum(-1, keepdim=True)).mean((0, 1))
+        features.append((-(p * p.log()).sum()).exp().item())
+    assert math.isclose(row.features_after, min(features), rel_tol=1e-4)
+
+
+def test_effective_features_of_known_distributions():
+    even = torch.zeros(1, 5, 1, 8)
+    one = even.clone()
+    one[..., 3] = 200.0
+    two = even.clone()
+    two[:, ::2, :, 1] = 200.0  # a token has one feature, but not all tokens the same
+    two[:, 1::2, :, 2] = 200.0
+    shares = torch.tensor([0.6, 0.4])
+    expected = [8.0, 1.0, (-(shares * shares.log()).sum()).exp().item()]
+    found = [effective_features(k).item() for k in (even, one, two)]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_output_norm_has_the_originals_power(calibrated):
+    """On the tokens it was set on, every channel before the output projection has softmax's RMS."""
+    original, converted, tokens, _ = calibrated
+    number, found, ours, theirs = 1, [], [], []
+    mixer = converted.model.layers[number].self_attn
+    hooks = [
+        mixer.norm.register_forward_hook(lambda module, args, output: ours.append(output)),
+        original.model.layers[number].self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args: theirs.append(args[0])
+        ),
+    ]
+    with torch.no_grad(), observed_attention(original, [number], lambda _, attention: found.append(attention)):
+        original.model(tokens)
+        mixer(found[0].x[:2], rotary=found[0].rotary)
+    for hook in hooks:
+        hook.remove()
+    rms = [y[:2].flatten(2).square().mean((0, 1)).sqrt() for y in (ours[0], theirs[0])]
+    torch.testing.assert_close(rms[0], rms[1], rtol=1e-4, atol=0)
+
+
+def test_nothing_else_changes(calibrated):
+    original, converted, _, _ = calibrated
+    fresh = dict(convert(original, "none").named_parameters())
+    changed = {
+        name.split("self_attn.")[-1] for name, p in converted.named_parameters() if not torch.equal(p, fresh[name])
+    }
+    gates = {name for name in changed if name.startswith("gate.")}  # drawn anew for each model
+    scales = {f"qk_calibration.{letter}_{kind}" for letter in "qk" for kind in ("mean", "scale")}
+    assert changed - gates == scales | {"norm.weight"}
+
+
+def test_the_first_half_sets_the_numbers(calibrated):
+    """Other tokens in the second half change the figures alone."""
+    original, converted, tokens, rows = calibrated
+    other = convert(original, "none")
+    changed = calibrate(original, other, torch.cat([tokens[:2], torch.randint(97, (2, 64))]))
+    assert changed[0].kl_after != rows[0].kl_after
+    parts = [model.model.layers[0].self_attn.qk_calibration.state_dict() for model in (converted, other)]
+    for name, value in parts[0].items():
+        torch.testing.assert_close(parts[1][name], value)
+
+
+@pytest.mark.parametrize(
+    ("own", "sequences", "message"),
+    [
+        ({}, 1, "1 sequence given; calibration needs at least 2"),
+        ({"feature_map": "relu"}, 2, "feature_map is 'relu'; calibration is for 'safe_exp'"),
+        ({"attention_norm": "sum"}, 2, "attention_norm is 'sum'; calibration is for 'rmsnorm'"),
+        ({"qk_calibration": False}, 2, "qk_calibration is False; calibration is for True"),
+    ],
+)
+def test_errors(own, sequences, message):
+    original = llama()
+    with pytest.raises(ValueError, match=message):
+        calibrate(original, convert(original, **own), torch.zeros(sequences, 8, dtype=torch.long))

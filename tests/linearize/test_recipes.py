@@ -1,0 +1,251 @@
+"""`regla linearize` as a whole: what it prints and saves, that training helps, and what it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from regla.cli import main
+from regla.train.config import TrainConfig
+from regla.train.loop import Progress, optimise
+from regla.train.recipes import LinearizeConfig, linearize
+from regla.train.tokenizer import train_tokenizer
+from tests.linearize.models import llama, qwen2
+
+WORDS = "the cat sat on a mat and saw dog that ran to its house by old tree where birds sang all day".split()  # noqa: SIM905
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that was trained a little, so that there is something to keep; with its texts."""
+    place = tmp_path_factory.mktemp("original")
+    torch.manual_seed(0)
+    picks = torch.randint(len(WORDS), (12_000,)).tolist()
+    # Every second word repeats the one four words back: only attention to the past predicts it.
+    for index in range(4, len(picks), 2):
+        picks[index] = picks[index - 4]
+    text = " ".join(WORDS[pick] for pick in picks)
+    (place / "text.txt").write_text(text)
+    tokenizer = train_tokenizer([text], 300)
+    tokenizer.chat_template = TEMPLATE
+    model = llama(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        initializer_range=0.05,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int32)
+    run = TrainConfig(out="-", steps=150, seq_len=64, batch_size=8, lr=5e-3)
+    optimise(model, tokens, run, progress=Progress(), stop=lambda: False)
+    model.eval().save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    return place
+
+
+def command(folder, out, *more):
+    text = str(folder / "text.txt")
+    sizes = ["--seq-len", "64", "--batch-size", "4", "--valid-tokens", "1000", "--calibration-tokens", "1024"]
+    return ["linearize", str(folder / "model"), "--out", str(out), "--data", text, *sizes, *more]
+
+
+@pytest.fixture(scope="module")
+def converted(folder):
+    out = folder / "converted"
+    assert main(command(folder, out, "--keep", "none", "--steps", "90", "--lr", "3e-3")) == 0
+    return out
+
+
+def test_training_brings_the_model_back(converted):
+    """Both stages lower their loss; the whole wins back at least half of what the conversion lost."""
+    summary = json.loads((converted / "linearize.json").read_text())
+    assert {stage: row["steps"] for stage, row in summary["stages"].items()} == {
+        "attention transfer": 30,
+        "distillation": 60,
+    }
+    for row in summary["stages"].values():
+        assert row["last_loss"] < 0.9 * row["first_loss"]
+    original, before, after = (summary["scores"][key][0]["loss"] for key in ("original", "converted", "trained"))
+    assert before > original + 0.2  # else there is nothing to bring back
+    assert after < original + 0.5 * (before - original)
+
+
+def test_folder_is_complete(folder, converted):
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    assert model.config.layer_types == ["linear_attention"] * 2
+    assert tokenizer.chat_template == TEMPLATE
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    prompt = tokenizer("the cat sat", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=4, min_new_tokens=4).shape[1] == prompt["input_ids"].shape[1] + 4
+    steps = [json.loads(line) for line in (converted / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == list(range(1, 91))
+    assert {row["stage"] for row in steps} == {"attention transfer", "distillation"}
+
+
+def test_model_card(folder, converted):
+    card = (converted / "README.md").read_text()
+    summary = json.loads((converted / "linearize.json").read_text())
+    assert "regla linearize model --out converted --keep none" in card and "--steps 90" in card
+    assert str(folder) not in card
+    assert f"{summary['transfer_error']:.1e} of the largest" in card
+    figures = [f"{summary['scores'][key][0]['perplexity']:.2f}" for key in ("original", "converted", "trained")]
+    assert f"| text.txt | 1,000 | {' | '.join(figures)} |" in card
+    row = summary["calibration"][1]
+    assert f"| 1 | {row['features_before']:.1f} | {row['features_after']:.1f} |" in card
+    assert all(version in card for version in summary["versions"].values())
+
+
+def test_same_seed_same_model(folder, tmp_path):
+    for name in "ab":
+        assert main(command(folder, tmp_path / name, "--steps", "3")) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_convert_only(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "out", "--dtype", "bfloat16")) == 0
+    printed = capsys.readouterr().out
+    assert "reproduces the original's logits to" in printed
+    assert "KL to softmax attention" in printed and "the contract" in printed
+    assert "its gates are untrained" in printed
+    assert "It was not trained" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_bfloat16(folder, tmp_path):
+    assert main(command(folder, tmp_path / "out", "--steps", "4", "--dtype", "bfloat16")) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
+def test_dry_run_writes_nothing(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "out", "--steps", "10", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    for expected in ("parameters", "training memory", "2,560 (10 steps of 4 x 64)", "512k tokens"):
+        assert expected in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupt_saves_the_model(folder, tmp_path):
+    """Ctrl-C in the middle of the training: the folder holds a model that loads, and says how far it came."""
+    out = tmp_path / "out"
+    arguments = command(folder, out, "--steps", "100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "regla", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Stage 1"):
+            break
+    while not (out / "log.jsonl").is_file() or not (out / "log.jsonl").read_text():
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, printed
+    assert f"Interrupted; the model as it is now is in {out}" in printed
+    summary = json.loads((out / "linearize.json").read_text())
+    assert summary["stages"]["attention transfer"]["steps"] >= 1 and "trained" not in summary["scores"]
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):
+    """Exit 1, one sentence, and the folder keeps the untrained model."""
+    assert main(command(folder, tmp_path / "out", "--steps", "30", "--lr", "1e30")) == 1
+    assert "no longer finite" in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def sentence(error):
+    """The last line, which is all there is but for transformers' progress bars, off only where `regla` starts anew."""
+    *before, last = re.split(r"[\r\n]+", error.strip())
+    assert last.startswith("regla: error: ") and all(not line or "%|" in line for line in before), error
+    return last
+
+
+def unsupported(place):
+    GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2).save_pretrained(place)
+
+
+def foreign_tokenizer(place):
+    llama().save_pretrained(place)  # 97 tokens
+    train_tokenizer(["some words to make a tokenizer of"] * 3, 300).save_pretrained(place)
+
+
+def window(place):
+    qwen2(use_sliding_window=True, sliding_window=64, max_window_layers=0).config.save_pretrained(place)
+
+
+def pickled(place):
+    model = llama()
+    model.config.save_pretrained(place)
+    train_tokenizer(["a b"], 260).save_pretrained(place)
+    torch.save(model.state_dict(), place / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (unsupported, "the model is of type 'gpt2'; conversion supports 'llama', 'mistral', 'qwen2'"),
+        (foreign_tokenizer, r"has \d+ tokens, the model only 97"),
+        (window, "sliding_window is 64"),
+        (pickled, "cannot be loaded"),
+    ],
+)
+def test_bad_models(make, message, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    make(tmp_path / "model")
+    assert main(["linearize", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, sentence(error)), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", "-1"], "--steps is -1, expected 0 or more"),
+        (["--steps", "5", "--transfer-steps", "6"], "--transfer-steps is 6, expected 0 to 5"),
+        (["--calibration-tokens", "600"], "--calibration-tokens is 600, expected at least 1024"),
+        (["--lr", "0"], "--lr is 0.0, expected a number above 0"),
+        (["--keep", "most"], "keep is 'most'; expected"),
+        (["--data", "missing.txt"], "There is no file missing.txt"),
+        (["--data", "short.txt"], "expected more than one sequence of 512; give more text"),
+    ],
+)
+def test_bad_arguments(folder, more, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("the cat sat on a mat. " * 20)
+    assert main(command(folder, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in sentence(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages():
+    def stages(**options):
+        return LinearizeConfig(model="m", out="o", **options).stages
+
+    assert stages(steps=300) == {"attention transfer": 100, "distillation": 200}
+    assert stages(steps=10, transfer_steps=10) == {"attention transfer": 10}
+    assert stages(steps=10, transfer_steps=0) == {"distillation": 10}
+    assert stages() == {}
+
+
+def test_a_full_folder_is_left_alone(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        linearize(LinearizeConfig(model=str(folder / "model"), out=str(tmp_path)))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
