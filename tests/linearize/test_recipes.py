@@ -128,6 +128,7 @@ def test_bfloat16(folder, tmp_path):
 def test_dry_run_writes_nothing(folder, tmp_path, capsys):
     assert main(command(folder, tmp_path / "out", "--steps", "10", "--dry-run")) == 0
     printed = capsys.readouterr().out
+    assert re.search(r"estimated time +[\d.]+ minutes on cpu: 40 sequences", printed)
     for expected in ("parameters", "training memory", "2,560 (10 steps of 4 x 64)", "512k tokens"):
         assert expected in printed
     assert not (tmp_path / "out").exists()

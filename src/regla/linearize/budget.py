@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -57,6 +59,23 @@ def budget(original: PreTrainedConfig, converted: ReGLAConfig, *, steps: int, ba
         sizes = [_size(cache_bytes(config, length)) for config in (all_softmax, converted)]
         lines.append(f"{f'{length // 1024}k tokens':>47}  {sizes[0]:>10}  {sizes[1]:>10}")
     return "\n".join(lines)
+
+
+def seconds_per_sequence(config: ReGLAConfig, *, batch_size: int, seq_len: int, device: torch.device) -> float:
+    """Measured time of one training sequence, forward and backward, of a model of `config` with random weights.
+
+    A GPU runs a whole batch, since one sequence does not fill it; a CPU one sequence. In the caller's autocast.
+    """
+    model = ReGLAForCausalLM(config).to(device).train()
+    rows = batch_size if device.type == "cuda" else 1
+    tokens = torch.zeros(rows, seq_len, dtype=torch.long, device=device)
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        model(tokens, labels=tokens).loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    return seconds / rows
 
 
 def _size(count: float) -> str:

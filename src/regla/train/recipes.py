@@ -15,7 +15,7 @@ import transformers
 
 import regla
 from regla.eval.perplexity import Score, first_id, mean_score, score
-from regla.linearize.budget import budget
+from regla.linearize.budget import budget, seconds_per_sequence
 from regla.linearize.calibration import LayerCalibration, calibrate, calibration_table
 from regla.linearize.convert import GATE_BIAS, convert, converted_config
 from regla.linearize.load import load_config, load_original
@@ -25,7 +25,7 @@ from regla.models.folders import check_new, new_folder
 from regla.train.card import model_card
 from regla.train.config import TrainConfig
 from regla.train.data import HELD_OUT, Encoded, Source, encode_source, end_of_text_id, read_source
-from regla.train.device import pick_device
+from regla.train.device import autocast, pick_device
 from regla.train.embedded import embedded_text
 from regla.train.log import TrainingLog
 from regla.train.loop import Group, Loss, Progress, crops, optimise
@@ -124,6 +124,17 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
     if config.dry_run:
         sizes = {"steps": config.steps, "batch_size": config.batch_size, "seq_len": config.seq_len}
         print(budget(before, planned, **sizes))
+        if config.steps:
+            with autocast(device, config.dtype):
+                seconds = seconds_per_sequence(
+                    planned, batch_size=config.batch_size, seq_len=config.seq_len, device=device
+                )
+            sequences = config.steps * config.batch_size
+            # The original runs forward only: a third of forward and backward.
+            print(
+                f"estimated time    {sequences * seconds * 4 / 3 / 60:,.1f} minutes on {device.type}: {sequences:,} "
+                f"sequences of {seconds:.3g} s, forward and backward (measured), and a third more for the original"
+            )
         return None
     train_sources, valid_sources = _sources(config)
     original, tokenizer = load_original(config.model)
