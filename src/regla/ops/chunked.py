@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from regla.ops.tree import Slab, blocks, put
 
@@ -87,7 +87,7 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? gk, Tensor? gv, Tensor {}, floa
 _SEGMENTS = "Tensor? first, Tensor? sequence, Tensor? last_chunk"
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "regla::chunked_forward",
     mutates_args=(),
     schema=f"({_INPUTS.format('initial_state')}{_SEGMENTS}, bool keep) -> (Tensor, Tensor, Tensor)",
@@ -140,7 +140,7 @@ def _(q, k, v, gk, gv, initial_state, scale, C, first, sequence, last_chunk, kee
     return o, torch.empty_like(initial_state), states
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "regla::chunked_backward",
     mutates_args=(),
     schema=f"(Tensor d_o, Tensor d_final, {_INPUTS.format('states')}{_SEGMENTS}) -> Tensor[]",

@@ -56,12 +56,13 @@ def training_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def forms_table(rows: Sequence[dict[str, Any]]) -> str:
     """Chunked form against recurrence."""
-    header = ["operation", "B, T, H, K, V", "chunked", "recurrence", "ratio"]
+    header = ["operation", "B, T, H, K, V", "chunked", "of it products", "recurrence", "ratio"]
     body = [
         [
             f"`{row['operation']}`",
             ", ".join(str(row["shape"][key]) for key in "BTHKV"),
             f"{row['chunked_seconds'] * 1e3:,.0f} ms",
+            f"{row['products_seconds'] * 1e3:,.0f} ms",
             f"{row['recurrent_seconds'] * 1e3:,.0f} ms",
             f"{row['ratio']:.1f}",
         ]
