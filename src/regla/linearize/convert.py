@@ -13,7 +13,8 @@ from regla.linearize.transfer import check_transfer, linear_layers
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 
 #: Where the forget gates' biases start: a memory of about 20 tokens. The best of a short scan of attention transfer on
-#: SmolLM2-135M (0, 1, 2, 3, 4, 6); right after conversion a shorter memory scores better. Not settled: sweep --gate-bias.
+#: SmolLM2-135M (0, 1, 2, 3, 4, 6); right after conversion a shorter memory scores better. Not settled: sweep
+#: --gate-bias.
 GATE_BIAS = 3.0
 
 #: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
