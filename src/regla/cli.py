@@ -143,7 +143,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 1 failed on the way, 2 bad input, 130 interrupted, 143 terminated."""
+    """Run one command. Exit codes: 0 done, 1 failed on the way (a loss that is no number, a full memory), 2 bad input
+    or a disk that is full or refuses, 130 interrupted, 143 terminated."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', which tell nothing about small models
     try:
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + getattr(error, "signum", signal.SIGINT)
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         print(f"regla: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, ValueError | OSError) else 1
     return 0
 
 

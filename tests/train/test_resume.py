@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write", filling)
-        assert main(command(out, corpus)) == 1
+        assert main(command(out, corpus)) == 2
     assert written[6].name == "optimizer.safetensors"
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"regla: error: The checkpoint of step 6 cannot be written to {out / 'checkpoints'} (No space left on device). "
@@ -246,7 +246,7 @@ def test_a_limit_of_the_system_on_file_sizes(
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     error = done.stderr.splitlines()[-1]
     assert error.startswith("regla: error: The checkpoint of step 6 cannot be written to") and "too large" in error
     assert checkpoints(out) == ["step-000003"]
