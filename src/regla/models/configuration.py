@@ -48,7 +48,7 @@ class ReGLAConfig(PreTrainedConfig):
         value_head_dim: channels of one value head in linear layers; None means head_dim.
         gate_low_rank_dim: rank of low-rank gates.
         gate_bias, refine_bias: where the biases of the forget gate and of the refine gate start.
-        backend: of the operation, "auto", "recurrent", "chunked" or "triton".
+        backend: of the operation, "auto", "recurrent" or "chunked".
 
     Raises:
         ValueError: a value that does not fit; the sentence names it, what is expected, and the fix.
