@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import regla
-from regla.ops.attention import BACKENDS, gated_linear_attention
+from regla.ops.backends import choose_backend, why_not_triton
 
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "matplotlib")
 _OPTIONAL = {
@@ -117,32 +117,18 @@ def _backends() -> list[dict[str, str]]:
         ("decoding token by token", 1, "a single token is one step of the recurrence"),
     ):
         rows.append({"use": use, "backend": chosen_backend(length), "why": why})
-    if "triton" not in BACKENDS:
-        why = "this version has no kernels; a GPU runs the forms above, fastest with --compile"
-        rows.append({"use": "backend='triton'", "backend": "none", "why": why})
+    x_BTHK = _example(2)
+    reason = why_not_triton(x_BTHK, x_BTHK, None, None)
+    why = reason or "fused kernels"
+    rows.append({"use": "backend='triton'", "backend": "none" if reason else "triton", "why": why})
     return rows
 
 
 def chosen_backend(length: int) -> str:
-    """The backend that "auto" runs for sequences of `length` tokens on the default device.
+    """The backend that "auto" runs for sequences of `length` tokens on the default device."""
+    x_BTHK = _example(length)
+    return choose_backend("auto", x_BTHK, x_BTHK, None, None, None, "decay")
 
-    It is found by running the operation on a tiny input, with a witness in front of every backend.
-    """
-    called: list[str] = []
-    backends = dict(BACKENDS)
 
-    def witness(name: str) -> Any:
-        def run(*args: Any) -> Any:
-            called.append(name)
-            return backends[name](*args)
-
-        return run
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x_BTHK = torch.ones(1, length, 1, 16, device=device)
-    BACKENDS.update({name: witness(name) for name in backends})
-    try:
-        gated_linear_attention(x_BTHK, x_BTHK, x_BTHK)
-    finally:
-        BACKENDS.update(backends)
-    return called[0]
+def _example(length: int) -> torch.Tensor:
+    return torch.ones(1, length, 1, 16, device="cuda" if torch.cuda.is_available() else "cpu")

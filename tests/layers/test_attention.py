@@ -34,7 +34,14 @@ def error(value: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("feature_map", "gate", "axis", "norm"), COMBINATIONS)
 def test_every_combination_streams_and_ignores_padding(feature_map, gate, axis, norm):
     layer = mixer(
-        feature_map=feature_map, gate=gate, gate_axis=axis, norm=norm, conv_size=3, qk_norm=True, output_gate="silu"
+        feature_map=feature_map,
+        gate=gate,
+        gate_axis=axis,
+        norm=norm,
+        conv_size=3,
+        qk_norm=True,
+        qk_temperature=True,
+        output_gate="silu",
     ).double()
     x = torch.randn(2, 37, HIDDEN, dtype=torch.float64)  # some combinations let sums cancel: digits to spare
     whole, _ = layer(x)
@@ -110,10 +117,9 @@ def test_norms_of_nothing_are_finite():
 def test_sum_norm_is_a_weighted_mean(gate):
     """o_t = sum_s w_ts v_s / sum_s w_ts: for constant values, these values."""
     layer = mixer(norm="sum", gate=gate, num_kv_heads=6, value_head_dim=8)
-    v, gv = layer.norm.prepare(torch.ones(1, 30, 6, 8), layer.gate(torch.randn(1, 30, HIDDEN)).gv)
+    v, decays = layer.norm.prepare(torch.ones(1, 30, 6, 8), layer.gate(torch.randn(1, 30, HIDDEN)))
     q, k = torch.randn(2, 1, 30, 6, 8).unbind(0)
-    gk = layer.gate(torch.randn(1, 30, HIDDEN)).gk
-    h, _ = layer.feature_map(q, k, v, gk, gv, None, None, None, False)
+    h, _ = layer.feature_map(q, k, v, decays, None, None, None, False)
     assert torch.allclose(SumNorm(6, 8, 0.0)(h), torch.ones(1, 30, 6, 8), rtol=1e-5)
 
 

@@ -51,6 +51,21 @@ VARIANTS = {
         "attention_norm": "sum",
         "output_gate": "sigmoid",
     },
+    "hybrid, extras": {
+        "layer_types": [L, F],
+        "qk_temperature": True,
+        "qk_initializer_range": 0.2,
+        "gate_half_life": [2, 32],
+        "softmax_conv_kernel_dim": 3,
+        "softmax_output_gate": "silu",
+    },
+    "softmax, extras": {
+        "layer_types": [F, F],
+        "softmax_conv_kernel_dim": 4,
+        "softmax_qk_norm": True,
+        "softmax_output_gate": "sigmoid",
+        "softmax_output_norm": True,
+    },
 }
 
 

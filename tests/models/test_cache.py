@@ -6,7 +6,14 @@ from transformers import DynamicCache, LlamaConfig, Qwen3NextConfig, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from regla.models import ReGLAConfig
-from regla.models.cache import ReGLACacheLayer, ReGLAStaticCacheLayer, adopt_cache
+from regla.models.cache import (
+    ConvCacheLayer,
+    ReGLACacheLayer,
+    ReGLAStaticCacheLayer,
+    SoftmaxConvCacheLayer,
+    SoftmaxConvStaticCacheLayer,
+    adopt_cache,
+)
 
 
 def linear_layers(cache):
@@ -42,7 +49,8 @@ def test_tokens_are_counted(model):
     cache = filled(model, 9)
     assert cache.get_seq_length() == 9
     assert [layer.get_seq_length() for layer in cache.layers] == [9] * len(cache.layers)
-    assert cache.has_previous_state()
+    if linear_layers(cache):
+        assert cache.has_previous_state()
     model(torch.tensor([[4], [5]]), past_key_values=cache)
     assert cache.get_seq_length() == 10
 
@@ -145,3 +153,65 @@ def test_a_state_without_convolution_or_with_sum_normaliser(build):
     S = linear_layers(filled(build("hybrid, sum")))[0].read().S
     assert S.shape[-1] > ReGLAConfig(hidden_size=48, num_attention_heads=4, head_dim=12).value_head_dim
     assert linear_layers(filled(build("pure, rope")))[0].read().conv is None
+
+
+CONVOLVED = ["hybrid, extras", "softmax, extras"]
+
+
+def conv_states(cache):
+    """The convolution states of the softmax layers."""
+    return [layer.conv_state for layer in cache.layers if isinstance(layer, ConvCacheLayer)]
+
+
+@pytest.mark.parametrize("variant", CONVOLVED)
+def test_softmax_layers_keep_the_last_inputs_of_their_convolution(model):
+    taps = model.config.softmax_conv_kernel_dim
+    count = model.config.layer_types.count("full_attention")
+    for length in (1, 9, 200):
+        states = conv_states(filled(model, length))
+        assert [state.shape for state in states] == [(2, taps - 1, (4 + 2 * 2) * 12)] * count
+        # Storage, not shape: a view would keep the inputs of the whole call alive.
+        assert all(state.untyped_storage().nbytes() == state.nbytes for state in states)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", CONVOLVED)
+def test_a_static_convolution_state_stays_where_it_is(model):
+    cache = filled(model, 9, static=True)
+    softmax = [layer for layer in cache.layers if isinstance(layer, ConvCacheLayer)]
+    assert {type(layer) for layer in softmax} == {SoftmaxConvStaticCacheLayer}
+    places = [state.data_ptr() for state in conv_states(cache)]
+    model(torch.tensor([[4], [5]]), past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert all(state.count_nonzero() > 0 for state in conv_states(cache))
+    cache.reset()
+    assert [state.data_ptr() for state in conv_states(cache)] == places
+    assert all(state.count_nonzero() == 0 for state in conv_states(cache))
+
+
+@torch.no_grad()
+def test_a_static_cache_allocated_early_is_adopted(build, assert_same):
+    model = build("softmax, extras")
+    ids = torch.randint(3, 97, (2, 9))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    cache.early_initialization(2, 2, 12, torch.float32, torch.device("cpu"))
+    assert_same(model(ids, past_key_values=cache).logits, model(ids).logits)
+    assert all(layer.keys.shape == (2, 2, 16, 12) for layer in cache.layers)
+
+
+def test_a_convolution_needs_a_cache_that_holds_its_state(build):
+    model = build("softmax, extras")
+    adopted = DynamicCache(config=model.config)
+    adopt_cache(adopted, model.config)
+    assert {type(layer) for layer in adopted.layers} == {SoftmaxConvCacheLayer}
+    used = DynamicCache(config=LlamaConfig(num_hidden_layers=2))
+    used.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
+    with pytest.raises(ValueError, match=r"layer 1 of past_key_values, a DynamicLayer, cannot hold the state of a"):
+        model(torch.tensor([[3, 4]]), past_key_values=used)
+
+
+def test_a_convolution_cannot_be_cropped(build):
+    cache = filled(build("softmax, extras"))
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match=r"crop\(-1\) was asked of the cache of a softmax layer with a convolution"):
+        cache.crop(-1)

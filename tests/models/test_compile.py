@@ -14,7 +14,7 @@ def fresh_compiler():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["pure", "hybrid, sum"])
+@pytest.mark.parametrize("variant", ["pure", "hybrid, sum", "hybrid, extras"])
 @pytest.mark.parametrize(("make", "graphs"), [(StaticCache, 1), (DynamicCache, 2)], ids=["static", "dynamic"])
 def test_decoding_compiles_once(model, make, graphs, assert_same):
     """A token count in Python compiles once more, when it is seen to change; one in a tensor does not."""
@@ -31,7 +31,7 @@ def test_decoding_compiles_once(model, make, graphs, assert_same):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["pure, 3 heads, both axes", "hybrid"])
+@pytest.mark.parametrize("variant", ["pure, 3 heads, both axes", "hybrid", "softmax, extras"])
 def test_the_whole_forward_compiles(model, assert_same):
     ids = torch.randint(3, 97, (2, 70))
     mask = torch.ones_like(ids)

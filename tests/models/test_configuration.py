@@ -18,7 +18,12 @@ def test_round_trip(tmp_path):
         gate_axis="both",
         output_gate=None,
         value_head_dim=20,
-        gate_bias=-1.5,
+        gate_half_life=[2, 64.5],
+        gate_half_life_over="layers",
+        qk_temperature=True,
+        qk_initializer_range=0.125,
+        softmax_conv_kernel_dim=4,
+        softmax_output_gate="silu",
         rope_parameters={"rope_type": "default", "rope_theta": 1234.0},
         dtype="bfloat16",
     )
@@ -27,7 +32,10 @@ def test_round_trip(tmp_path):
     for name, value in config.to_dict().items():
         if name not in ("_name_or_path", "transformers_version"):
             assert again.to_dict()[name] == value, name
-    assert (again.gate_axis, again.output_gate, again.value_head_dim, again.gate_bias) == ("both", None, 20, -1.5)
+    assert (again.gate_axis, again.output_gate, again.value_head_dim) == ("both", None, 20)
+    assert (again.gate_half_life, again.gate_half_life_over) == ([2, 64.5], "layers")
+    assert (again.qk_temperature, again.qk_initializer_range) == (True, 0.125)
+    assert (again.softmax_conv_kernel_dim, again.softmax_output_gate) == (4, "silu")
     assert again.rope_parameters["rope_theta"] == 1234.0
     assert again.dtype == torch.bfloat16
 
@@ -44,6 +52,9 @@ def test_defaults():
     )
     assert (config.attention_norm, config.linear_conv_kernel_dim, config.output_gate) == ("rmsnorm", 4, "silu")
     assert (config.linear_rope, config.qk_norm, config.gate_bias, config.refine_bias) == (False, False, 0.0, 0.0)
+    assert (config.gate_half_life, config.qk_initializer_range, config.qk_temperature) == (None, None, False)
+    assert (config.softmax_conv_kernel_dim, config.softmax_output_gate) == (0, None)
+    assert (config.softmax_qk_norm, config.softmax_output_norm) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +85,23 @@ def test_defaults():
         ),
         ({"hidden_size": 0}, "hidden_size is 0; expected a whole number above 0"),
         ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1; expected at least 2 taps, or 0 for none"),
+        ({"softmax_conv_kernel_dim": -1}, "softmax_conv_kernel_dim is -1; expected at least 2 taps, or 0 for none"),
+        ({"softmax_output_gate": "tanh"}, "softmax_output_gate is 'tanh'; expected one of None, 'silu', 'sigmoid'"),
+        ({"qk_initializer_range": 0.0}, "qk_initializer_range is 0.0; expected a number above 0, or None for"),
+        ({"gate_half_life_over": "heads"}, "gate_half_life_over is 'heads'; expected one of 'channels', 'layers'"),
+        ({"gate_half_life": [1, 2, 3]}, "gate_half_life is [1, 2, 3]; expected a number of tokens above 0 or a pair"),
+        (
+            {"gate_half_life": 16, "gate_bias": 2.0},
+            "gate_bias is 2.0 and gate_half_life 16, which sets the start itself: leave one out",
+        ),
+        (
+            {
+                "gate_half_life": [4, 64],
+                "gate_half_life_over": "layers",
+                "layer_types": ["linear_attention", "full_attention"],
+            },
+            "gate_half_life is [4, 64] over layers, but one layer alone is linear: give one number of tokens",
+        ),
         ({"head_dim": 15, "linear_rope": True}, "head_dim is 15; RoPE turns pairs of channels: make it even"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},

@@ -201,7 +201,8 @@ def test_logits_to_keep(model):
 
 @torch.no_grad()
 def test_softmax_layers_are_llamas():
-    """With no linear layer the model is Llama, parameter for parameter, so Llama's weights load by name."""
+    """With no linear layer the model is Llama, parameter for parameter and bit by bit: Llama's weights load by name,
+    and the same seed makes the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from regla.models import ReGLAConfig, ReGLAForCausalLM
@@ -215,18 +216,51 @@ def test_softmax_layers_are_llamas():
         "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     }
+    torch.manual_seed(5)
     llama = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.25)).eval()
-    ours = ReGLAForCausalLM(ReGLAConfig(**shape, layer_types=["full_attention"] * 2)).eval()
-    ours.load_state_dict(llama.state_dict())
+    torch.manual_seed(5)
+    ours = ReGLAForCausalLM(ReGLAConfig(**shape, initializer_range=0.25, layer_types=["full_attention"] * 2)).eval()
+    weights = ours.state_dict()
+    assert list(weights) == list(llama.state_dict())
+    assert all(torch.equal(weights[name], weight) for name, weight in llama.state_dict().items())
     ids = tokens(2, 21)
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     for kwargs in ({}, {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}):
-        torch.testing.assert_close(ours(ids, **kwargs).logits, llama(ids, **kwargs).logits)
+        assert torch.equal(ours(ids, **kwargs).logits, llama(ids, **kwargs).logits)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["hybrid", "hybrid, rope"])
+def test_softmax_extras_are_the_equations(build, assert_same):
+    """W_o (norm(attention(RoPE(norm(q)), RoPE(norm(k)), v)) * gate(W x)), q, k, v behind a convolution."""
+    layer = build("softmax, extras").model.layers[0].self_attn
+    assert "norm.weight" in layer.state_dict() and "conv.weight" in layer.state_dict()
+    x = torch.randn(2, 11, 48)
+    angles = torch.randn(1, 11, 6).repeat(1, 1, 2)
+    projected = torch.cat([layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)], -1)
+    padded = torch.cat([torch.zeros(2, 3, 96), projected], 1)
+    projected = projected + sum(layer.conv.weight[j] * padded[:, 3 - j : 14 - j] for j in range(4))
+
+    def rms(y):
+        return y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turn(y):
+        first, second = y.chunk(2, -1)
+        return y * angles.cos()[:, :, None] + torch.cat([-second, first], -1) * angles.sin()[:, :, None]
+
+    q, k, v = (part.unflatten(-1, (-1, 12)) for part in projected.split([48, 24, 24], -1))
+    q, k = turn(rms(q) * layer.q_norm.weight), turn(rms(k) * layer.k_norm.weight)
+    k, v = (y.repeat_interleave(2, dim=2) for y in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / 12**0.5
+    scores = scores.masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf)
+    o = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+    o = (rms(o) * layer.norm.weight).flatten(2) * torch.sigmoid(layer.output_gate(x))
+    actual, _ = layer(x, position_embeddings=(angles.cos(), angles.sin()))
+    assert_same(actual, layer.o_proj(o))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["hybrid", "hybrid, rope", "softmax, extras"])
 def test_eager_softmax_attention_equals_sdpa(model, assert_same):
     _, ids, mask = left_padded([21, 9], junk_seed=1)
     expected = model(ids, attention_mask=mask).logits[mask.bool()]

@@ -8,6 +8,7 @@ import torch
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 
 STD = 0.03
+QK_STD = 0.125  # of the linear layer, which is the first
 
 # The first pattern that matches a name decides.
 DISTRIBUTIONS = {
@@ -17,6 +18,7 @@ DISTRIBUTIONS = {
     r"model\.layers\.\d\.(input|post_attention)_layernorm\.weight": ("constant", 1.0),
     r"model\.layers\.\d\.mlp\.(gate|up|down)_proj\.weight": ("normal", STD),
     r"model\.layers\.\d\.mlp\.(gate|up|down)_proj\.bias": ("constant", 0.0),
+    r"model\.layers\.0\.self_attn\.[qk]_proj\.weight": ("normal", QK_STD),
     r"model\.layers\.\d\.self_attn\.[qkvo]_proj\.weight": ("normal", STD),
     r"model\.layers\.\d\.self_attn\.[qkvo]_proj\.bias": ("constant", 0.0),
     r"model\.layers\.\d\.self_attn\.conv\.weight": ("normal", STD),
@@ -24,6 +26,7 @@ DISTRIBUTIONS = {
     r"model\.layers\.\d\.self_attn\.[qk]_norm\.weight": ("constant", 1.0),
     r"model\.layers\.\d\.self_attn\.qk_calibration\.[qk]_mean": ("constant", 0.0),
     r"model\.layers\.\d\.self_attn\.qk_calibration\.[qk]_scale": ("constant", 1.0),
+    r"model\.layers\.\d\.self_attn\.qk_temperature\.[qk]_log_scale": ("constant", 0.0),
     r"model\.layers\.\d\.self_attn\.norm\.weight": ("constant", 1.0),
     r"model\.layers\.\d\.self_attn\.norm\.bias": ("constant", 0.0),
     r"model\.layers\.\d\.self_attn\.gate\.refine_proj\.bias": ("constant", 0.75),
@@ -42,6 +45,7 @@ def build(**overrides):
         num_key_value_heads=2,
         layer_types=["linear_attention", "full_attention"],
         initializer_range=STD,
+        qk_initializer_range=QK_STD,
         gate_bias=-1.25,
         refine_bias=0.75,
         pad_token_id=3,
@@ -79,6 +83,13 @@ def check(name, parameter):
         {"gate": "gla"},
         {"gate": "scalar", "attention_norm": "sum"},
         {"gate": "none", "attention_norm": "none", "qk_calibration": True},
+        {"qk_temperature": True},
+        {
+            "softmax_conv_kernel_dim": 4,
+            "softmax_qk_norm": True,
+            "softmax_output_gate": "silu",
+            "softmax_output_norm": True,
+        },
         {"tie_word_embeddings": True},
     ],
     ids=lambda overrides: ", ".join(f"{k}={v}" for k, v in overrides.items()) or "default",
@@ -95,6 +106,7 @@ def test_the_list_has_no_name_too_many():
         for overrides in (
             {"qk_norm": True, "attention_norm": "layernorm", "attention_bias": True, "mlp_bias": True},
             {"qk_calibration": True},
+            {"qk_temperature": True},
         )
         for name, _ in build(**overrides).named_parameters()
     ]
@@ -113,6 +125,32 @@ def test_a_wrong_start_is_noticed():
             spoil(parameter)
         with pytest.raises(AssertionError):
             check(name, parameter)
+
+
+def spread(**overrides):
+    """The biases of the forget gate of each linear layer."""
+    layers = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+    config = ReGLAConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, layer_types=layers, **overrides
+    )
+    model = ReGLAForCausalLM(config)
+    return [layer.self_attn.gate.proj.bias.detach() for layer in model.model.layers if layer.is_linear]
+
+
+def bias_of(half_life):
+    """logit(2^(-1/n))."""
+    return torch.logit(2 ** (-1 / torch.as_tensor(half_life, dtype=torch.float64))).float()
+
+
+def test_half_lives_over_layers_channels_or_neither():
+    for bias, half_life in zip(
+        spread(gate_half_life=[2, 128], gate_half_life_over="layers"), (2, 16, 128), strict=True
+    ):
+        torch.testing.assert_close(bias, bias_of(half_life).expand(32))
+    for bias in spread(gate_half_life=[2, 128]):
+        torch.testing.assert_close(bias, bias_of([2 * 64 ** (i / 15) for i in range(16)]).repeat(2))
+    for bias in spread(gate_half_life=5):
+        torch.testing.assert_close(bias, bias_of(5).expand(32))
 
 
 def test_the_same_seed_gives_the_same_model():

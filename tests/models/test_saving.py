@@ -41,6 +41,36 @@ def test_tied_weights_stay_tied(build, tmp_path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+def test_folders_from_before_an_option_load(build, tmp_path):
+    """A config that lacks the options of gates' starts, temperatures and softmax extras means that they are off."""
+    model = build("hybrid")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in list(config):
+        if name.startswith(("softmax_", "gate_half_life", "qk_temperature", "qk_initializer_range")):
+            del config[name]
+    path.write_text(json.dumps(config))
+    again, report = ReGLAForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = torch.randint(3, 97, (2, 9))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_missing_bias_starts_at_its_half_life_and_a_saved_one_is_kept(build, tmp_path):
+    build("hybrid", gate_half_life=[2, 32]).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    missing, kept = (f"model.layers.{layer}.self_attn.gate.proj.bias" for layer in (0, 2))
+    save_file({name: value for name, value in weights.items() if name != missing}, path, {"format": "pt"})
+    model = ReGLAForCausalLM.from_pretrained(tmp_path)
+    half_lives = -1 / torch.sigmoid(model.get_parameter(missing).detach().double()).log2()
+    torch.testing.assert_close(
+        half_lives, torch.logspace(1, 5, 12, base=2.0, dtype=torch.float64).repeat(2), rtol=1e-5, atol=0
+    )
+    assert torch.equal(model.get_parameter(kept), weights[kept])
+
+
 def test_bare_model(build, tmp_path):
     model = build("hybrid")
     model.save_pretrained(tmp_path)

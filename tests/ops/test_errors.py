@@ -37,8 +37,24 @@ BAD = {
     ),
     "axis": ({"gate_axis": "values"}, "gate_axis is 'values'; expected one of 'value', 'key', 'both'"),
     "key_max": ({"key_max": "max"}, "key_max is 'max'; expected one of 'decay', 'running', 'sequence'"),
-    "backend": ({"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', 'recurrent', 'chunked'"),
-    "triton": ({"backend": "triton"}, "backend='triton' has no kernels in this version; use"),
+    "backend": ({"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', 'recurrent', 'chunked', 'triton'"),
+    "triton and both axes": (
+        {
+            "backend": "triton",
+            "gate_axis": "both",
+            "gate": torch.randn(B, T, H, K + V),
+            "refine": torch.randn(B, T, H, K + V),
+        },
+        "backend='triton' cannot run: both axes of the state decay, .*; use 'auto' or 'chunked'",
+    ),
+    "triton and the sequence's maximum": (
+        {"backend": "triton", "key_max": "sequence"},
+        "backend='triton' cannot run: key_max is 'sequence'",
+    ),
+    "refine alone": (
+        {"refine": torch.randn(B, T, H, 1)},
+        r"refine_v has shape \[1, 6, 2, 1\]; expected \[1, 6, 2, 5\]",
+    ),
     "float16": ({"v": torch.randn(B, T, H, V).half()}, "v is float16.*use bfloat16 or float32"),
     "mask shape": ({"mask": torch.ones(B, T + 1).bool()}, r"mask has shape \[1, 7\]; expected \[B, T\] = \[1, 6\]"),
     "mask dtype": ({"mask": torch.ones(B, T)}, "mask has dtype torch.float32; expected torch.bool.*mask.bool"),

@@ -34,6 +34,44 @@ def test_all_mixers_have_equal_parameters(shape: str, mixer: str) -> None:
     assert match_softmax(softmax) == (softmax, target)
 
 
+EXTRAS = {
+    "softmax_conv_kernel_dim": 4,
+    "softmax_qk_norm": True,
+    "softmax_output_gate": "silu",
+    "softmax_output_norm": True,
+}
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "hybrid"])
+def test_extras_of_softmax_come_out_of_the_mlp(mixer: str) -> None:
+    """The target is the plain softmax model, with and without extras."""
+    plain = build(mixer="softmax", **SHAPES["pilot"])
+    asked = build(mixer=mixer, overrides=EXTRAS, **SHAPES["pilot"])
+    assert count_parameters(asked) > 1.05 * count_parameters(plain)
+    matched, target = match_softmax(asked)
+    assert target == count_parameters(plain)
+    assert abs(count_parameters(matched) / target - 1) <= 0.005
+    assert matched.intermediate_size < plain.intermediate_size
+    assert {name: getattr(matched, name) for name in EXTRAS} == EXTRAS
+
+
+def test_the_same_overrides_fit_every_mixer() -> None:
+    """A study gives one set of options to regla, hybrid and softmax; each takes what concerns its layers."""
+    overrides = EXTRAS | {
+        "gate_half_life": [4, 1024],
+        "gate_half_life_over": "layers",
+        "qk_initializer_range": 0.09,
+        "qk_temperature": True,
+    }
+    sizes = set()
+    for mixer in ("regla", "hybrid", "softmax"):
+        matched, target = match_softmax(build(mixer=mixer, overrides=overrides))
+        sizes.add(target)
+        assert abs(count_parameters(matched) / target - 1) <= 0.005
+        assert {name: getattr(matched, name) for name in overrides} == overrides
+    assert len(sizes) == 1
+
+
 def test_widths_are_multiples_of_eight_where_that_is_near_enough() -> None:
     matched, _ = match_softmax(build(mixer="regla", **SHAPES["pilot"]))
     assert matched.intermediate_size % 8 == 0
@@ -68,6 +106,9 @@ def test_overrides_win() -> None:
         ({"linear_conv_kernel": 0}, "Unknown configuration key 'linear_conv_kernel'.*'linear_conv_kernel_dim'"),
         ({"gate_axes": "key"}, "Unknown configuration key 'gate_axes'.*'gate_axis'"),
         ({"gate_axis": "both ways"}, "gate_axis is 'both ways'"),
+        ({"gate_halflife": 4}, "Unknown configuration key 'gate_halflife'.*'gate_half_life'"),
+        ({"gate_half_life": 4, "gate_bias": 1.0}, "gate_bias is 1.0 and gate_half_life 4"),
+        ({"gate_half_life": "4"}, "The configuration does not fit: .*gate_half_life"),
         ({"hidden_size": "large"}, "The configuration does not fit: .*hidden_size"),
         ({"vocab_size": 10}, "vocab_size is 10, but the tokenizer has 1000 tokens"),
     ],

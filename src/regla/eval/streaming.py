@@ -48,5 +48,5 @@ def cache_bytes(cache: Cache) -> int:
         if isinstance(layer, ReGLACacheLayer):
             tensors.extend(layer.read() or ())
         else:
-            tensors.extend((layer.keys, layer.values))
+            tensors.extend((layer.keys, layer.values, getattr(layer, "conv_state", None)))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

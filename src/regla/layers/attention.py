@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regla.layers.calibration import QKCalibration
+from regla.layers.calibration import QKCalibration, QKTemperature
 from regla.layers.feature_maps import FEATURE_MAPS
 from regla.layers.gates import GATE_AXES, GATES
 from regla.layers.norms import NORMS
@@ -28,8 +28,8 @@ class ReGLAState(NamedTuple):
 
 class ReGLAAttention(nn.Module):
     """Gated linear attention in the paper's form: project -> (short convolution) -> (q/k normalisation) -> (RoPE) ->
-    (q/k calibration) -> feature map and gated recurrence -> norm -> (output gate) -> out; parts in brackets are
-    optional.
+    (q/k calibration) -> (q/k temperature) -> feature map and gated recurrence -> norm -> (output gate) -> out; parts
+    in brackets are optional.
 
     Args:
         hidden_size: channels of the input and the output.
@@ -46,6 +46,7 @@ class ReGLAAttention(nn.Module):
         conv_size: tokens the short convolution of q, k and v sees; 0 for none.
         qk_norm: RMS-normalise q and k per head with a learnt gain.
         qk_calibration: shift and scale q and k before the feature map (`QKCalibration`), for pretrained projections.
+        qk_temperature: scale q and k by a learnt positive factor per head before the feature map (`QKTemperature`).
         output_gate: None, "silu" or "sigmoid".
         bias, out_bias: biases of the q, k, v projections, and of the output's.
         gate_low_rank_dim: rank of the "gla" gate.
@@ -58,6 +59,8 @@ class ReGLAAttention(nn.Module):
     >>> y, state = layer(torch.randn(2, 10, 64), return_state=True)
     >>> y_next, state = layer(torch.randn(2, 1, 64), state=state, return_state=True)
     """
+
+    layer_idx: int | None = None  # its place in a model, which sets it
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class ReGLAAttention(nn.Module):
         conv_size: int = 0,
         qk_norm: bool = False,
         qk_calibration: bool = False,
+        qk_temperature: bool = False,
         output_gate: str | None = None,
         bias: bool = False,
         out_bias: bool = False,
@@ -109,6 +113,7 @@ class ReGLAAttention(nn.Module):
         self.q_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.qk_calibration = QKCalibration(num_heads, num_kv_heads, K) if qk_calibration else None
+        self.qk_temperature = QKTemperature(num_heads, num_kv_heads) if qk_temperature else None
         self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, gate_low_rank_dim)
         self.feature_map = FEATURE_MAPS[feature_map](key_max, backend)
         self.norm = NORMS[norm](num_heads, V, norm_eps)
@@ -155,12 +160,14 @@ class ReGLAAttention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if self.qk_calibration is not None:
             q, k = self.qk_calibration(q, k)
+        if self.qk_temperature is not None:
+            q, k = self.qk_temperature(q, k)
         decays = self.gate(x)
         if decays.write is not None:
             v = v * decays.write.to(v.dtype)
-        v, gv = self.norm.prepare(v, decays.gv)
+        v, decays = self.norm.prepare(v, decays)
         before = None if state is None else (state.S, state.m)
-        h, after = self.feature_map(q, k, v, decays.gk, gv, mask, cu_seqlens, before, return_state)
+        h, after = self.feature_map(q, k, v, decays, mask, cu_seqlens, before, return_state)
         o = self.norm(h).flatten(2)
         if self.output_gate is not None and self.output_activation is not None:
             o = o * self.output_activation(self.output_gate(x))

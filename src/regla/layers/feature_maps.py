@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from regla.layers.gates import Decays
 from regla.ops import gated_linear_attention, safe_exp_attention
 
 State = tuple[Tensor, Tensor]
@@ -22,8 +23,7 @@ class FeatureMap(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        gk: Tensor | None,
-        gv: Tensor | None,
+        decays: Decays,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         state: State | None,
@@ -40,8 +40,7 @@ class SafeExp(FeatureMap):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        gk: Tensor | None,
-        gv: Tensor | None,
+        decays: Decays,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         state: State | None,
@@ -51,8 +50,10 @@ class SafeExp(FeatureMap):
             q,
             k,
             v,
-            gk,
-            gv,
+            decays.gk,
+            decays.gv,
+            refine_k=decays.refine_k,
+            refine_v=decays.refine_v,
             initial_state=state,
             output_final_state=return_state,
             mask=mask,
@@ -73,14 +74,14 @@ class ElementwiseMap(FeatureMap):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        gk: Tensor | None,
-        gv: Tensor | None,
+        decays: Decays,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         state: State | None,
         return_state: bool,
     ) -> tuple[Tensor, State | None]:
         q, k = self.phi(q), self.phi(k)
+        gk, gv = decays.logarithms()
         if mask is not None:
             real = mask[..., None, None]
             q, k, v = (torch.where(real, x, 0.0) for x in (q, k, v))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,18 +12,33 @@ from torch.nn.functional import logsigmoid
 
 from regla.ops import gate_decays, log_refined_gate
 
+HalfLife = float | Sequence[float]  # tokens until half is forgotten: of all channels, or (shortest, longest)
+
 
 class Decays(NamedTuple):
     """Log-decays of the key axis [B, T, H, K or 1] and the value axis [B, T, H, V or 1], and a factor on the values
-    written [B, T, H, 1]; None stands for no decay, and for 1."""
+    written [B, T, H, 1]; None stands for no decay, and for 1. Of an axis with refine logits, the gate's logits."""
 
     gk: Tensor | None = None
     gv: Tensor | None = None
     write: Tensor | None = None
+    refine_k: Tensor | None = None
+    refine_v: Tensor | None = None
+
+    def logarithms(self) -> tuple[Tensor | None, Tensor | None]:
+        """The log-decays of both axes, those of refined gates computed from their logits."""
+        gk, gv = self.gk, self.gv
+        if gk is not None and self.refine_k is not None:
+            gk = log_refined_gate(gk, self.refine_k)
+        if gv is not None and self.refine_v is not None:
+            gv = log_refined_gate(gv, self.refine_v)
+        return gk, gv
 
 
 class Gate(nn.Module):
-    """x [B, T, hidden] -> Decays, in float32."""
+    """x [B, T, hidden] -> Decays, logarithms in float32."""
+
+    root = 1  # what decays is sigmoid(a)^(1/root)
 
     def __init__(self, hidden_size: int, num_heads: int, K: int, V: int, axis: str, low_rank_dim: int):
         super().__init__()
@@ -31,13 +48,64 @@ class Gate(nn.Module):
     def build(self, hidden_size: int, low_rank_dim: int) -> None:
         """Make the parameters."""
 
-    def channels(self) -> int:
-        """Gate channels per head for the gate's axis."""
-        return {"value": self.V, "key": self.K, "both": self.K + self.V}[self.axis]
+    def axes(self, projection: str) -> tuple[int, ...]:
+        """Channels of a head that the linear map of this name gives, one number for each axis of the state."""
+        return {"value": (self.V,), "key": (self.K,), "both": (self.K, self.V)}[self.axis]
+
+    def half_life_bias(self, projection: str, half_life: HalfLife) -> Tensor:
+        """Bias [H * D] of that linear map at which each axis forgets half in `half_life` tokens; a pair is log-spaced
+        over the channels of each head, the shortest first."""
+        shortest, longest = half_life_ends(half_life)
+        spaced = [
+            torch.logspace(math.log2(shortest), math.log2(longest), size, base=2.0, dtype=torch.float64, device="cpu")
+            for size in self.axes(projection)
+        ]
+        return half_life_logit(torch.cat(spaced), self.root).repeat(self.num_heads)
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, T, H*D] -> [B, T, H, D] float32."""
         return x.unflatten(-1, (self.num_heads, -1)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def half_life_logit(half_life: Tensor, root: int = 1) -> Tensor:
+    """The b at which sigmoid(b)^(1/root) = F = 2^(-1/half_life): logit(F^root) = -log(2^(root/half_life) - 1)."""
+    y = root * math.log(2) / half_life
+    return -(y + torch.log(-torch.expm1(-y)))  # log(exp(y) - 1), which a half-life far below 1 would overflow
+
+
+def half_life_ends(half_life: HalfLife) -> tuple[float, float]:
+    """(shortest, longest); ValueError unless it is a number or an ascending pair of numbers, above 0 and finite."""
+    ends = tuple(half_life) if isinstance(half_life, Sequence) else (half_life, half_life)
+    if len(ends) != 2 or not 0 < ends[0] <= ends[1] < math.inf:
+        raise ValueError(
+            f"gate_half_life is {half_life}; expected a number of tokens above 0 or a pair [shortest, longest] of them"
+        )
+    return float(ends[0]), float(ends[1])
+
+
+def check_gate_start(
+    gate: type[Gate],
+    *,
+    gate_bias: float = 0.0,
+    refine_bias: float = 0.0,
+    gate_half_life: HalfLife | None = None,
+    over_channels: bool = True,
+) -> None:
+    """Raise a ValueError if a gate cannot start with this half-life, or is told to start in two ways."""
+    if gate_half_life is None:
+        return
+    shortest, longest = half_life_ends(gate_half_life)
+    for name, bias in (("gate_bias", gate_bias), ("refine_bias", refine_bias)):
+        if bias != 0:
+            raise ValueError(
+                f"{name} is {bias} and gate_half_life {gate_half_life}, which sets the start itself: leave one out"
+            )
+    if issubclass(gate, NoGate):
+        raise ValueError(f"gate_half_life is {gate_half_life}, but without a gate nothing is forgotten: leave it out")
+    if issubclass(gate, ScalarGate) and over_channels and shortest < longest:
+        raise ValueError(
+            f"gate_half_life is {gate_half_life}, but a scalar gate has one channel a head: give one number of tokens"
+        )
 
 
 class NoGate(Gate):
@@ -53,6 +121,9 @@ class ScalarGate(Gate):
     def build(self, hidden_size: int, low_rank_dim: int) -> None:
         self.proj = nn.Linear(hidden_size, self.num_heads)
 
+    def axes(self, projection: str) -> tuple[int, ...]:
+        return (1,)
+
     def forward(self, x: Tensor) -> Decays:
         a = self.heads(self.proj(x))
         return Decays(gk=logsigmoid(a), write=torch.sigmoid(-a))
@@ -65,6 +136,9 @@ class FastDecayGate(Gate):
         self.key_proj = nn.Linear(hidden_size, self.num_heads * self.K)
         self.value_proj = nn.Linear(hidden_size, self.num_heads * self.V)
 
+    def axes(self, projection: str) -> tuple[int, ...]:
+        return (self.K if projection == "key_proj" else self.V,)
+
     def forward(self, x: Tensor) -> Decays:
         return Decays(logsigmoid(self.heads(self.key_proj(x))), logsigmoid(self.heads(self.value_proj(x))))
 
@@ -72,19 +146,24 @@ class FastDecayGate(Gate):
 class GLAGate(Gate):
     """Key-axis decay sigmoid(W_2 W_1 x + b)^(1/16) with a low-rank W_2 W_1 (Yang et al. 2024, arXiv 2312.06635)."""
 
+    root = 16
+
     def build(self, hidden_size: int, low_rank_dim: int) -> None:
         self.down = nn.Linear(hidden_size, low_rank_dim, bias=False)
         self.proj = nn.Linear(low_rank_dim, self.num_heads * self.K)
 
+    def axes(self, projection: str) -> tuple[int, ...]:
+        return (self.K,)
+
     def forward(self, x: Tensor) -> Decays:
-        return Decays(gk=logsigmoid(self.heads(self.proj(self.down(x)))) / 16)
+        return Decays(gk=logsigmoid(self.heads(self.proj(self.down(x)))) / self.root)
 
 
 class SigmoidGate(Gate):
     """F_t = sigmoid(W_g x + b_g) on the chosen axis: the refining gate's baseline."""
 
     def build(self, hidden_size: int, low_rank_dim: int) -> None:
-        self.proj = nn.Linear(hidden_size, self.num_heads * self.channels())
+        self.proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("proj")))
 
     def forward(self, x: Tensor) -> Decays:
         log_decay = logsigmoid(self.heads(self.proj(x)))
@@ -95,12 +174,15 @@ class RefinedGate(Gate):
     """F_t = (1 - r) g^2 + r (1 - (1 - g)^2), g = sigmoid(W_g x + b_g), r = sigmoid(W_r x + b_r) (equations 11-13)."""
 
     def build(self, hidden_size: int, low_rank_dim: int) -> None:
-        self.proj = nn.Linear(hidden_size, self.num_heads * self.channels())
-        self.refine_proj = nn.Linear(hidden_size, self.num_heads * self.channels())
+        self.proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("proj")))
+        self.refine_proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("refine_proj")))
 
     def forward(self, x: Tensor) -> Decays:
-        log_decay = log_refined_gate(self.heads(self.proj(x)), self.heads(self.refine_proj(x)))
-        return Decays(*gate_decays(log_decay, self.axis, self.K, self.V))
+        gate, refine = (
+            gate_decays(projection(x).unflatten(-1, (self.num_heads, -1)), self.axis, self.K, self.V)
+            for projection in (self.proj, self.refine_proj)
+        )
+        return Decays(*gate, refine_k=refine[0], refine_v=refine[1])
 
 
 GATES: dict[str, type[Gate]] = {

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from regla.layers.gates import Decays
+
 
 def prescale(h: Tensor) -> Tensor:
     """h [..., V] -> h / max_i |h_i| in float32 at least; zeros stay zeros. The maximum takes no gradient."""
@@ -26,8 +28,8 @@ class OutputNorm(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
 
-    def prepare(self, v: Tensor, gv: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return v, gv
+    def prepare(self, v: Tensor, decays: Decays) -> tuple[Tensor, Decays]:
+        return v, decays
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, {self.head_dim}, eps={self.eps}"
@@ -69,10 +71,11 @@ class SumNorm(OutputNorm):
     result is arbitrary, which is the paper's reason for replacing it.
     """
 
-    def prepare(self, v: Tensor, gv: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if gv is None or gv.shape[-1] == 1:
-            return torch.cat([v, torch.ones_like(v[..., :1])], -1), gv
-        return torch.cat([v, torch.ones_like(v)], -1), torch.cat([gv, gv], -1)
+    def prepare(self, v: Tensor, decays: Decays) -> tuple[Tensor, Decays]:
+        if decays.gv is None or decays.gv.shape[-1] == 1:
+            return torch.cat([v, torch.ones_like(v[..., :1])], -1), decays
+        gv, refine_v = (None if x is None else torch.cat([x, x], -1) for x in (decays.gv, decays.refine_v))
+        return torch.cat([v, torch.ones_like(v)], -1), decays._replace(gv=gv, refine_v=refine_v)
 
     def forward(self, h: Tensor) -> Tensor:
         numerator, denominator = prescale(h).split([self.head_dim, h.shape[-1] - self.head_dim], -1)

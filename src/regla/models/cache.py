@@ -12,7 +12,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticLayer,
+)
 
 from regla.layers.attention import ReGLAState
 from regla.models.configuration import ReGLAConfig
@@ -149,6 +156,62 @@ class SoftmaxCacheLayer(DynamicLayer):
         self.__init__()  # type: ignore[misc]
 
 
+class ConvCacheLayer(CacheLayerMixin):
+    """Part of a softmax layer's cache: the last inputs of its short convolution beside the keys and values."""
+
+    conv_state: Tensor | None = None  # [B, taps - 1, channels]; None before the first token
+
+    def write_conv_state(self, new: Tensor) -> None:
+        # The new state may be a view of the inputs of the whole call, which it would keep alive.
+        self.conv_state = new.clone()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._apply_conv(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def _apply_conv(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.conv_state is not None:
+            self.write_conv_state(function(self.conv_state))
+
+
+class SoftmaxConvCacheLayer(ConvCacheLayer, SoftmaxCacheLayer):
+    """Keys, values and the convolution's state, growing."""
+
+    is_croppable = False  # the inputs before the last few tokens are gone
+
+    def reset(self) -> None:
+        super().reset()
+        self.conv_state = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._apply_conv(lambda state: state.index_select(0, indices.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._apply_conv(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            f"crop({tokens_to_remove}) was asked of the cache of a softmax layer with a convolution, whose earlier "
+            "inputs are gone; to take tokens back, keep a copy of the cache from before them"
+        )
+
+
+class SoftmaxConvStaticCacheLayer(ConvCacheLayer, StaticLayer):
+    """The same at fixed addresses, written in place."""
+
+    def write_conv_state(self, new: Tensor) -> None:
+        if self.conv_state is None or self.conv_state.shape != new.shape:
+            self.conv_state = _at_fixed_address(torch.empty_like(new))
+        self.conv_state.copy_(new)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.conv_state is not None:
+            self.conv_state.zero_()  # zeros are an empty state
+
+
 def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:
     """Make `cache` able to hold this model's states, in place.
 
@@ -172,7 +235,9 @@ def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:
     for index, kind in enumerate(config.layer_types):
         layer = cache.layers[index]
         if kind == "full_attention":
-            if type(layer) is DynamicLayer and not layer.is_initialized:
+            if config.softmax_conv_kernel_dim:
+                cache.layers[index] = _with_conv_state(layer, index)
+            elif type(layer) is DynamicLayer and not layer.is_initialized:
                 cache.layers[index] = SoftmaxCacheLayer()
             continue
         if isinstance(layer, ReGLACacheLayer):
@@ -190,6 +255,24 @@ def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:
             cache.layers[index] = ReGLAStaticCacheLayer(cache.get_max_length())
         else:
             cache.layers[index] = ReGLACacheLayer()
+
+
+def _with_conv_state(layer: object, index: int) -> ConvCacheLayer:
+    """A layer in the place of `layer` that can hold a convolution's state, or `layer` if it can already."""
+    if isinstance(layer, ConvCacheLayer):
+        return layer
+    kind = type(layer)
+    if isinstance(layer, DynamicLayer) and kind in (DynamicLayer, SoftmaxCacheLayer) and not layer.get_seq_length():
+        return SoftmaxConvCacheLayer()
+    if isinstance(layer, StaticLayer) and kind is StaticLayer and not layer.get_seq_length():
+        static = SoftmaxConvStaticCacheLayer(layer.max_cache_len)
+        if layer.keys is not None and layer.values is not None:  # allocated ahead of the first token
+            static.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])
+        return static
+    raise ValueError(
+        f"layer {index} of past_key_values, a {kind.__name__}, cannot hold the state of a softmax layer's convolution, "
+        "or is in use; make a new cache: DynamicCache(config=model.config)"
+    )
 
 
 def _at_fixed_address(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """ReGLAConfig: Llama's argument names, the kind of every layer, and ReGLA's own choices."""
 
 import importlib
+import math
 import os
 from typing import Any
 
@@ -10,13 +11,14 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from regla.layers.attention import OUTPUT_GATES
 from regla.layers.feature_maps import FEATURE_MAPS
-from regla.layers.gates import GATE_AXES, GATES
+from regla.layers.gates import GATE_AXES, GATES, HalfLife, check_gate_start, half_life_ends
 from regla.layers.norms import NORMS
 from regla.models.export import AUTO_MAP, write_hub_module
-from regla.ops.attention import BACKENDS
+from regla.ops.backends import BACKENDS
 from regla.ops.features import KEY_MAX
 
 LAYER_TYPES = ("linear_attention", "full_attention")
+SPREADS = ("channels", "layers")
 
 
 @strict
@@ -42,13 +44,23 @@ class ReGLAConfig(PreTrainedConfig):
         linear_conv_kernel_dim: taps of the causal convolution on q, k and v of linear layers; 0 leaves it out.
         qk_norm: normalise q and k of linear layers, with a learnt gain.
         qk_calibration: shift and scale q and k of linear layers before the feature map; conversions set it from data.
+        qk_temperature: scale q and k of linear layers by a learnt positive factor per head, right before the feature
+            map; it starts at 1.
+        qk_initializer_range: standard deviation of the weights of q and k in linear layers at the start; None means
+            initializer_range. hidden_size^-1/2 gives q and k unit variance.
         attention_out_bias: a bias on the output projection of attention, linear and softmax; None means as on q, k, v
             (attention_bias).
         output_gate: None, "silu" or "sigmoid": a gate on the normalised output of linear layers.
         value_head_dim: channels of one value head in linear layers; None means head_dim.
         gate_low_rank_dim: rank of low-rank gates.
         gate_bias, refine_bias: where the biases of the forget gate and of the refine gate start.
-        backend: of the operation, "auto", "recurrent" or "chunked".
+        gate_half_life: where the forget gate starts, in tokens until half is forgotten; takes the place of gate_bias.
+            A number for all channels alike; a pair [shortest, longest] is log-spaced by gate_half_life_over.
+        gate_half_life_over: "channels" (of each head) or "layers" (linear ones, from first to last).
+        softmax_conv_kernel_dim, softmax_qk_norm, softmax_output_gate, softmax_output_norm: what linear layers have,
+            for softmax layers: the convolution on q, k and v, the normalisation of q and k before RoPE, the gate on
+            the output, the RMS norm of the output per head. All off, a softmax layer is Llama's.
+        backend: of the operation, "auto", "recurrent", "chunked" or "triton".
 
     Raises:
         ValueError: a value that does not fit; the sentence names it, what is expected, and the fix.
@@ -90,12 +102,20 @@ class ReGLAConfig(PreTrainedConfig):
     linear_conv_kernel_dim: int = 4
     qk_norm: bool = False
     qk_calibration: bool = False
+    qk_temperature: bool = False
+    qk_initializer_range: int | float | None = None
     attention_out_bias: bool | None = None
     output_gate: str | None = "silu"
     value_head_dim: int | None = None
     gate_low_rank_dim: int = 16
     gate_bias: int | float = 0.0
     refine_bias: int | float = 0.0
+    gate_half_life: int | float | list[int | float] | None = None
+    gate_half_life_over: str = "channels"
+    softmax_conv_kernel_dim: int = 0
+    softmax_qk_norm: bool = False
+    softmax_output_gate: str | None = None
+    softmax_output_norm: bool = False
     backend: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -122,6 +142,15 @@ class ReGLAConfig(PreTrainedConfig):
         """Whether any layer rotates its queries and keys."""
         return self.linear_rope or "full_attention" in (self.layer_types or ())
 
+    def half_life(self, layer_idx: int) -> HalfLife | None:
+        """Where the forget gate of this (linear) layer starts: `gate_half_life`, or the layer's part of the spread."""
+        if self.gate_half_life is None or self.gate_half_life_over == "channels":
+            return self.gate_half_life
+        assert self.layer_types is not None
+        shortest, longest = half_life_ends(self.gate_half_life)
+        linear = [index for index, kind in enumerate(self.layer_types) if kind == "linear_attention"]
+        return shortest * (longest / shortest) ** (linear.index(layer_idx) / max(1, len(linear) - 1))
+
     def check(self) -> None:
         """Raise a ValueError that names the first value that does not fit."""
         for name, known in KNOWN.items():
@@ -147,10 +176,16 @@ class ReGLAConfig(PreTrainedConfig):
                 f"num_attention_heads is {self.num_attention_heads}; expected a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}, so that each key head serves whole groups of query heads"
             )
-        if self.linear_conv_kernel_dim < 0 or self.linear_conv_kernel_dim == 1:
+        for name in ("linear_conv_kernel_dim", "softmax_conv_kernel_dim"):
+            taps = getattr(self, name)
+            if taps < 0 or taps == 1:
+                raise ValueError(f"{name} is {taps}; expected at least 2 taps, or 0 for none")
+        if self.qk_initializer_range is not None and not 0 < self.qk_initializer_range < math.inf:
             raise ValueError(
-                f"linear_conv_kernel_dim is {self.linear_conv_kernel_dim}; expected at least 2 taps, or 0 for none"
+                f"qk_initializer_range is {self.qk_initializer_range}; expected a number above 0, or None for "
+                "initializer_range"
             )
+        self._check_half_life()
         if self.uses_rope and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs of channels: make it even")
         rotary = (self.rope_parameters or {}).get("partial_rotary_factor")
@@ -158,6 +193,23 @@ class ReGLAConfig(PreTrainedConfig):
             raise ValueError(
                 f"partial_rotary_factor in rope_parameters is {rotary}; heads are rotated as a whole: leave it out"
             )
+
+    def _check_half_life(self) -> None:
+        assert self.layer_types is not None
+        check_gate_start(
+            GATES[self.gate],
+            gate_bias=self.gate_bias,
+            refine_bias=self.refine_bias,
+            gate_half_life=self.gate_half_life,
+            over_channels=self.gate_half_life_over == "channels",
+        )
+        if self.gate_half_life is not None and self.gate_half_life_over == "layers":
+            shortest, longest = half_life_ends(self.gate_half_life)
+            if shortest < longest and self.layer_types.count("linear_attention") == 1:
+                raise ValueError(
+                    f"gate_half_life is {self.gate_half_life} over layers, but one layer alone is linear: give one "
+                    "number of tokens"
+                )
 
     def check_dtype(self) -> None:
         """Raise a ValueError if the weights would be float16, whose range the unnormalised outputs leave."""
@@ -181,6 +233,8 @@ KNOWN: dict[str, list[str | None]] = {
     "key_max": [*KEY_MAX],
     "attention_norm": [*NORMS],
     "output_gate": [None, *OUTPUT_GATES],
+    "softmax_output_gate": [None, *OUTPUT_GATES],
+    "gate_half_life_over": [*SPREADS],
     "backend": ["auto", *BACKENDS],
 }
 

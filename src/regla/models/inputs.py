@@ -26,6 +26,7 @@ def layer_masks(
     **kwargs: Any,
 ) -> LayerMasks:
     """The mask of each layer type: [B, T] bool of real tokens for "linear_attention", causal for "full_attention".
+    A convolution in softmax layers needs the former, too.
 
     Replaces transformers' `create_masks_for_generate`, which leaves the mask of linear layers out when T = 1, although
     a prompt that is fed token by token begins with padding. Restarting position_ids make the causal mask
@@ -38,7 +39,7 @@ def layer_masks(
         )
     assert config.layer_types is not None
     masks: LayerMasks = {}
-    if "linear_attention" in config.layer_types:
+    if "linear_attention" in config.layer_types or config.softmax_conv_kernel_dim:
         masks["linear_attention"] = attention_mask
         if attention_mask is not None:
             columns = current_columns(attention_mask, past_key_values, inputs_embeds.shape[1])

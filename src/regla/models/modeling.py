@@ -26,10 +26,11 @@ from regla.layers.init import init_linear_attention
 from regla.models.cache import adopt_cache
 from regla.models.configuration import ReGLAConfig
 from regla.models.inputs import LayerMasks, check_packing, layer_masks, packed_boundaries, packed_positions, positions
+from regla.models.softmax import SoftmaxAttention
 
 
 class ReGLADecoderLayer(GradientCheckpointingLayer):
-    """One block. `self_attn` is a `ReGLAAttention` or a `LlamaAttention`, by the layer's type."""
+    """One block. `self_attn` is a `ReGLAAttention` or a `SoftmaxAttention`, by the layer's type."""
 
     def __init__(self, config: ReGLAConfig, layer_idx: int) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class ReGLADecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.is_linear = config.layer_types[layer_idx] == "linear_attention"
         self.linear_rope = config.linear_rope
-        self.self_attn = _linear_mixer(config) if self.is_linear else _softmax_mixer(config, layer_idx)
+        self.self_attn = (_linear_mixer if self.is_linear else SoftmaxAttention)(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -72,6 +73,8 @@ class ReGLADecoderLayer(GradientCheckpointingLayer):
                 position_embeddings=rotary,
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,
+                token_mask=token_mask,
+                cu_seqlens=cu_seqlens,
                 **kwargs,
             )
         hidden_states = hidden_states + mixed
@@ -104,18 +107,25 @@ class ReGLAPreTrainedModel(PreTrainedModel):
 
         embeddings, projections and MLP: normal(0, initializer_range), biases 0, the padding token's embedding 0
         norms: weight 1
-        linear mixers: `regla.layers.init.init_linear_attention`, with the config's gate_bias and refine_bias
+        linear mixers: `regla.layers.init.init_linear_attention`, with the config's qk_initializer_range, gate_bias,
+            refine_bias and, layer by layer, half-life
+        convolution of softmax mixers: normal(0, initializer_range) around its identity path
         RoPE: its frequencies, which are computed
 
         Weights that came from a checkpoint carry `_is_hf_initialized` and stay as they are.
         """
         if isinstance(module, ReGLAAttention):
+            assert module.layer_idx is not None
             init_linear_attention(
                 module,
                 std=self.config.initializer_range,
+                qk_std=self.config.qk_initializer_range,
                 gate_bias=self.config.gate_bias,
                 refine_bias=self.config.refine_bias,
+                gate_half_life=self.config.half_life(module.layer_idx),
             )
+        elif isinstance(module, SoftmaxAttention) and module.conv is not None:
+            nn.init.normal_(module.conv.weight, 0.0, self.config.initializer_range)
         else:
             super()._init_weights(module)
 
@@ -285,16 +295,8 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
             adopt_cache(model_kwargs["past_key_values"], self.config)
 
 
-def _softmax_mixer(config: ReGLAConfig, layer_idx: int) -> LlamaAttention:
-    mixer = LlamaAttention(config, layer_idx)
-    if config.attention_out_bias != config.attention_bias:  # LlamaAttention has one switch for all four projections
-        o_proj = mixer.o_proj
-        mixer.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=bool(config.attention_out_bias))
-    return mixer
-
-
-def _linear_mixer(config: ReGLAConfig) -> ReGLAAttention:
-    return ReGLAAttention(
+def _linear_mixer(config: ReGLAConfig, layer_idx: int) -> ReGLAAttention:
+    mixer = ReGLAAttention(
         config.hidden_size,
         config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
@@ -309,12 +311,15 @@ def _linear_mixer(config: ReGLAConfig) -> ReGLAAttention:
         conv_size=config.linear_conv_kernel_dim,
         qk_norm=config.qk_norm,
         qk_calibration=config.qk_calibration,
+        qk_temperature=config.qk_temperature,
         output_gate=config.output_gate,
         bias=config.attention_bias,
         out_bias=bool(config.attention_out_bias),
         gate_low_rank_dim=config.gate_low_rank_dim,
         backend=config.backend,
     )
+    mixer.layer_idx = layer_idx
+    return mixer
 
 
 AutoModel.register(ReGLAConfig, ReGLAModel, exist_ok=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regla.ops.checks import check_backend, check_decays, check_gla, check_mask, check_regla
+from regla.ops.backends import choose_backend
+from regla.ops.checks import check_decays, check_gla, check_refine, check_regla
 from regla.ops.chunked import chunked_gated_linear_attention
 from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
 from regla.ops.gates import log_refined_gate
 from regla.ops.recurrent import recurrent_gated_linear_attention
 
-BACKENDS = {"recurrent": recurrent_gated_linear_attention, "chunked": chunked_gated_linear_attention}
+_PLAIN = {"recurrent": recurrent_gated_linear_attention, "chunked": chunked_gated_linear_attention}
 
 
 def gated_linear_attention(
@@ -42,8 +43,8 @@ def gated_linear_attention(
         initial_state: [N, H, K, V] state before the first token; N = B, or the number of packed sequences.
         output_final_state: return the state after the last token.
         cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending.
-        backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), or "auto": recurrent
-            for one token, else chunked.
+        backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), "triton" (fused
+            kernels for GPUs), or "auto": recurrent for one token, triton where it can run on a GPU, else chunked.
         validate: check the numbers too (decays <= 0, boundaries). None: on the CPU only, where that costs no wait.
 
     Returns:
@@ -62,7 +63,12 @@ def gated_linear_attention(
     """
     check_gla(q, k, v, gk, gv, initial_state, cu_seqlens, validate)
     check_decays(gk, gv, validate)
-    o, state = _run(q, k, v, gk, gv, scale, initial_state, cu_seqlens, backend)
+    backend = choose_backend(backend, k, v, gk, gv, cu_seqlens, "decay")
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton":
+        o, state, _ = _fused(q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale, safe_exp=False)
+    else:
+        o, state = _PLAIN[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)
     return o, state if output_final_state else None
 
 
@@ -73,6 +79,8 @@ def safe_exp_attention(
     gk: Tensor | None = None,
     gv: Tensor | None = None,
     *,
+    refine_k: Tensor | None = None,
+    refine_v: Tensor | None = None,
     scale: float | None = None,
     initial_state: tuple[Tensor, Tensor] | None = None,
     output_final_state: bool = False,
@@ -91,18 +99,34 @@ def safe_exp_attention(
     h_t equals what the paper's formula gives up to one positive factor per token and head, which a scale-free
     normalisation removes; without one, h depends on m, and m takes no gradient. The state is kept as 2^48 S_t: what
     comes back as S goes back in as S, and is of use nowhere else. See `regla_attention` for arguments,
-    shapes, dtypes and errors; gk, gv as in `gated_linear_attention`.
+    shapes, dtypes and errors; gk, gv as in `gated_linear_attention`, or, of an axis whose `refine_` is given, the
+    gate's logits: its log-decays are then `log_refined_gate(gk, refine_k)`, `log_refined_gate(gv, refine_v)`.
     """
     check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
+    check_refine(gk, gv, refine_k, refine_v)
+    if refine_k is None and refine_v is None:
+        check_decays(gk, gv, validate, mask)
+    backend = choose_backend(backend, k, v, gk, gv, cu_seqlens, key_max)
+    scale = variance_reduction(k.shape[-1]) if scale is None else scale
     state, before = (None, None) if initial_state is None else initial_state
     if state is not None and before is not None:
         # Zeros are an empty state, whatever m says.
         before = torch.where((state.detach() == 0).all(-1).all(-1), NO_KEY, before.detach())
+    if backend == "triton":
+        h, final, after = _fused(
+            q, k, v, gk, gv, refine_k, refine_v, mask, cu_seqlens, state, before, scale, safe_exp=True, key_max=key_max
+        )
+        return h, _empty_as_zero(final, after) if output_final_state else None
     if mask is not None:
         real = mask[..., None, None]
         q, k, v = (torch.where(real, x, 0.0) for x in (q, k, v))  # by choice, not by product: 0 * nan is nan
+        gk, gv, refine_k, refine_v = (
+            None if g is None else torch.where(real, g, 0.0) for g in (gk, gv, refine_k, refine_v)
+        )
+    gk = gk if gk is None or refine_k is None else log_refined_gate(gk, refine_k)
+    gv = gv if gv is None or refine_v is None else log_refined_gate(gv, refine_v)
+    if mask is not None:  # a refined gate of logits 0 decays by a half
         gk, gv = (None if g is None else torch.where(real, g, 0.0) for g in (gk, gv))
-    check_decays(gk, gv, validate)
     slowest_k, slowest_v = (None if g is None else g.detach().amax(-1) for g in (gk, gv))
     slowest = slowest_k if slowest_v is None else slowest_v if slowest_k is None else slowest_k + slowest_v
     m, unit, after = key_stabiliser(k, slowest, key_max=key_max, initial_max=before, mask=mask, cu_seqlens=cu_seqlens)
@@ -119,16 +143,11 @@ def safe_exp_attention(
         slowest_k = slowest_k.clamp_min(NO_KEY)[..., None]  # a gate of exactly 0 has -inf, and inf - inf is nan
         gk = gk - slowest_k
         gv = gv + (unit[..., None] + slowest_k)
-    if scale is None:
-        scale = variance_reduction(k.shape[-1])
     phi_q = safe_exp_query(q)
     if mask is not None:
         phi_q = torch.where(real, phi_q, 0.0)
-    h, final = _run(phi_q, lifted_key_features(k, m, mask), v, gk, gv, scale, state, cu_seqlens, backend)
-    h = _lower(h)
-    if not output_final_state:
-        return h, None
-    return h, (final, torch.where(after > NO_KEY / 2, after, 0.0))
+    h, final = _PLAIN[backend](phi_q, lifted_key_features(k, m, mask), v, gk, gv, scale, state, cu_seqlens)
+    return _lower(h), _empty_as_zero(final, after) if output_final_state else None
 
 
 def regla_attention(
@@ -187,16 +206,16 @@ def regla_attention(
     >>> h.shape, S.shape, m.shape
     (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]), torch.Size([1, 2]))
     """
-    check_mask(mask, k)
-    if mask is not None:
-        gate, refine = (torch.where(mask[..., None, None], x, 0.0) for x in (gate, refine))
-    gk, gv = gate_decays(log_refined_gate(gate, refine), gate_axis, k.shape[-1], v.shape[-1])
+    gk, gv = gate_decays(gate, gate_axis, k.shape[-1], v.shape[-1])
+    refine_k, refine_v = gate_decays(refine, gate_axis, k.shape[-1], v.shape[-1])
     return safe_exp_attention(
         q,
         k,
         v,
         gk,
         gv,
+        refine_k=refine_k,
+        refine_v=refine_v,
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
@@ -220,7 +239,7 @@ def _lower(h: Tensor) -> Tensor:
 
 
 def gate_decays(log_decay: Tensor, gate_axis: str, K: int, V: int) -> tuple[Tensor | None, Tensor | None]:
-    """Assign log-decays [B, T, H, D] to their axis: (gk, gv), each [B, T, H, ...] or None."""
+    """Assign log-decays (or logits) [B, T, H, D] to their axis: (gk, gv), each [B, T, H, ...] or None."""
     width = log_decay.shape[-1]
     expected = {"value": (V, 1), "key": (K, 1), "both": (K + V,)}
     if gate_axis not in expected:
@@ -237,19 +256,39 @@ def gate_decays(log_decay: Tensor, gate_axis: str, K: int, V: int) -> tuple[Tens
     return log_decay[..., :K], log_decay[..., K:]
 
 
-def _run(
+def _empty_as_zero(S: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    return S, torch.where(m > NO_KEY / 2, m, 0.0)
+
+
+def _fused(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gk: Tensor | None,
     gv: Tensor | None,
-    scale: float | None,
-    initial_state: Tensor | None,
+    refine_k: Tensor | None,
+    refine_v: Tensor | None,
+    mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    check_backend(backend, BACKENDS)
-    if backend == "auto":
-        backend = "recurrent" if k.shape[1] == 1 and cu_seqlens is None else "chunked"
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)
+    initial_state: Tensor | None,
+    before: Tensor | None,
+    scale: float,
+    *,
+    safe_exp: bool,
+    key_max: str = "decay",
+) -> tuple[Tensor, Tensor, Tensor]:
+    from regla.ops.triton.operation import fused_attention
+
+    axis = "value" if gk is None and gv is not None else "key"
+    g, r = (gv, refine_v) if axis == "value" else (gk, refine_k)
+    D = v.shape[-1] if axis == "value" else k.shape[-1]
+    g, r = (None if x is None else x.expand(*x.shape[:3], D) for x in (g, r))
+    return fused_attention(
+        *(q, k, v, g, r, mask, cu_seqlens),
+        None if initial_state is None else initial_state.float().contiguous(),
+        before,
+        scale=scale,
+        axis=axis,
+        safe_exp=safe_exp,
+        decaying=key_max == "decay",
+    )

@@ -6,7 +6,6 @@ Shapes are always checked, numbers where that makes no device wait.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,23 +13,28 @@ from torch import Tensor
 from regla.ops.features import KEY_MAX
 
 
-def check_backend(backend: str, known: Iterable[str]) -> None:
-    if backend == "triton":
-        raise ValueError("backend='triton' has no kernels in this version; use 'auto' or 'chunked'")
-    names = ["auto", *known]
-    if backend not in names:
-        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, names))}")
-
-
-def check_decays(gk: Tensor | None, gv: Tensor | None, validate: bool | None) -> None:
+def check_decays(gk: Tensor | None, gv: Tensor | None, validate: bool | None, mask: Tensor | None = None) -> None:
     for name, g in (("gk", gk), ("gv", gv)):
         if g is not None and _reads_numbers(g, validate):
-            top = g.detach().max().item()
+            real = g.detach() if mask is None else torch.where(mask[..., None, None], g.detach(), -torch.inf)
+            top = real.max().item()
             if not top <= 0:
                 raise ValueError(
                     f"{name} holds {top:g}; log-decays are natural logarithms of numbers in [0, 1], so at most 0: "
                     "pass logsigmoid of a gate's logits, or log of the gate"
                 )
+
+
+def check_refine(gk: Tensor | None, gv: Tensor | None, refine_k: Tensor | None, refine_v: Tensor | None) -> None:
+    for axis, g, refine in (("k", gk, refine_k), ("v", gv, refine_v)):
+        if refine is None:
+            continue
+        if g is None:
+            raise ValueError(f"refine_{axis} is given without g{axis}, the logits of the gate it refines: pass both")
+        if g.shape != refine.shape:
+            raise ValueError(
+                f"refine_{axis} has shape {list(refine.shape)}; expected {list(g.shape)}, as g{axis} has"
+            )
 
 
 def check_regla(

@@ -1,7 +1,8 @@
 """The model of a training run: its configuration, its size, and equal sizes for different mixers.
 
-ReGLA's layer has parameters that softmax attention lacks (gates, output gate, short convolution). So that mixers
-compare at equal parameters, a model with ReGLA layers takes them out of its MLP.
+ReGLA's layer has parameters that plain softmax attention lacks (gates, output gate, short convolution), and softmax
+attention with extras has more of its own. So that mixers compare at equal parameters, a model takes them out of its
+MLP.
 """
 
 from __future__ import annotations
@@ -85,11 +86,13 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
 
 
 def match_softmax(config: ReGLAConfig) -> tuple[ReGLAConfig, int]:
-    """`config` with its MLP narrowed to the size of the softmax model of its shape, and the parameters of that."""
-    softmax = copy.deepcopy(config)
-    softmax.layer_types = layer_types("softmax", config.num_hidden_layers)
-    target = count_parameters(softmax)
-    return (config if config.layer_types == softmax.layer_types else equal_parameters(config, target)), target
+    """`config`, its MLP narrowed to the size of the plain softmax model of its shape, and the parameters of that."""
+    plain = copy.deepcopy(config)
+    plain.layer_types = layer_types("softmax", config.num_hidden_layers)
+    plain.softmax_conv_kernel_dim, plain.softmax_output_gate = 0, None
+    plain.softmax_qk_norm = plain.softmax_output_norm = False
+    target = count_parameters(plain)
+    return (config if count_parameters(config) == target else equal_parameters(config, target)), target
 
 
 def count_parameters(config: ReGLAConfig) -> int:

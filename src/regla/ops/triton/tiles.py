@@ -1,0 +1,140 @@
+"""Pieces that the forward and the backward kernel share. Logarithms are to the base 2 inside the kernels.
+
+Shape legend: C tokens of a chunk, K key channels, V value channels, D = K or V, padded to powers of two.
+
+Factors. Inside a chunk the decay over (s, t] is E_t * W_s with B the cumulative log-decay of a channel,
+
+    E_t = 2^(B_t + CENTRE)      W_s = 2^(-B_s - CENTRE)
+
+so that scores, weighted values and their gradients are plain products of matrices. Both stay inside float32 as long as
+B >= -RANGE: with keys held 2^48 above their unit, what W multiplies stays below 2^104 and sums of its products below
+2^120; and behind an outlier of e^100, whose followers' features are 2^-96, products keep all their digits. Where a
+channel decays further, the tokens after the first one left out make another *piece*, with sums that start anew there;
+nothing is ever a difference of long sums. A token's weight is zero outside of its own piece, so later tokens add exact
+zeros to what an earlier row reads: causal to the last bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CENTRE = tl.constexpr(4.0)
+RANGE = tl.constexpr(60.0)
+LIFT_BITS = tl.constexpr(48.0)  # regla.ops.features.LIFT
+LOWEST = tl.constexpr(-2000.0)  # a log-decay below this is nothing left, in any float32
+NO_KEY = tl.constexpr(-1e30)  # regla.ops.features.NO_KEY
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(ptr, token, valid, step, column, width, other):
+    """[C, D] of rows `token` (stride `step`) from `column`-th channel pointers; `other` outside, in float32."""
+    mask = valid[:, None] & (column < width)[None, :]
+    return tl.load(ptr + token[:, None] * step + column[None, :], mask=mask, other=other).to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, token, inside, step, column, width, x):
+    mask = inside[:, None] & (column < width)[None, :]
+    tl.store(ptr + token[:, None] * step + column[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def refined_parts(a, c):
+    """g, r = sigmoid(a), sigmoid(c) as fractions that never overflow: p = e^-|a|, z = e^-|c|,
+
+    g = alpha / (1 + p)    1 - g = beta / (1 + p)    r = gamma / (1 + z)    1 - r = delta / (1 + z)
+    """
+    p = tl.exp2(-tl.abs(a) * LOG2E)
+    z = tl.exp2(-tl.abs(c) * LOG2E)
+    alpha = tl.where(a >= 0, 1.0, p)
+    beta = tl.where(a >= 0, p, 1.0)
+    gamma = tl.where(c >= 0, 1.0, z)
+    delta = tl.where(c >= 0, z, 1.0)
+    return p, z, alpha, beta, gamma, delta
+
+
+@triton.jit
+def log2_refined(a, c):
+    """log2 F without cancellation, F = (alpha (alpha (1 + z) + 2 beta gamma)) / D, 1 - F = u / D,
+    D = (1 + p)^2 (1 + z): log F = -2 atanh(u / (2 D - u)) where 1 - F < 1/2, the logarithm of the fraction elsewhere.
+    """
+    p, z, alpha, beta, gamma, delta = refined_parts(a, c)
+    D = (1 + p) * (1 + p) * (1 + z)
+    x = alpha * (1 + z) + 2 * beta * gamma
+    u = beta * (beta * (1 + z) + 2 * alpha * delta)
+    near_one = 2 * u < D
+    r = 1 / tl.where(near_one, 2 * D - u, D)
+    s = u * r
+    w = s * s
+    series = 1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w / 13)))))
+    far = tl.minimum(a, 0.0) * LOG2E + tl.log2(tl.maximum(x, 1e-37) * r)
+    return tl.where(near_one, (-2 * LOG2E) * s * series, far)
+
+
+@triton.jit
+def refined_gradient(a, c, d):
+    """Gradients of a and c from d, that of the natural log F. Every term is positive: no cancellation."""
+    p, z, alpha, beta, gamma, delta = refined_parts(a, c)
+    share = 2 * beta * gamma / tl.maximum(alpha * (1 + z) + 2 * beta * gamma, 1e-37)
+    coarse = delta / (1 + z)
+    return d * (beta / (1 + p)) * (2 * coarse * (1 - share) + share), d * share * coarse
+
+
+@triton.jit
+def load_decay(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GATE: tl.constexpr):
+    """log2-decays [C, D] <= 0; 0 for padding. GATE: "log" (natural logarithms) or "refined" (logits)."""
+    g = load_tile(g_ptr, token, valid, step, column, width, 0.0)
+    if GATE == "refined":
+        g = log2_refined(g, load_tile(r_ptr, token, valid, refine_step, column, width, 0.0))
+        g = tl.where(valid[:, None] & (column < width)[None, :], g, 0.0)
+    else:
+        g = g * LOG2E
+    return tl.maximum(g, LOWEST)
+
+
+@triton.jit
+def _scan(step, top, step_before, top_before, step2, top2, step2_before, top2_before):
+    return (
+        step + step2,
+        tl.maximum(top + step2, top2),
+        step + step2_before,
+        tl.maximum(top + step2_before, top2_before),
+    )
+
+
+@triton.jit
+def stabiliser(top, step, before):
+    """m_t = max(m_{t-1} + step_t, top_t) from m = before, and m_{t-1}: [C] each."""
+    zero = step * 0.0
+    total, local, total_before, local_before = tl.associative_scan((step, top, zero, zero + NO_KEY), 0, _scan)
+    return tl.maximum(before + total, local), tl.maximum(before + total_before, local_before)
+
+
+@triton.jit
+def last_row(x, rows):
+    """Row C - 1 of x [C, D]."""
+    return tl.sum(tl.where((rows == rows.shape[0] - 1)[:, None], x, 0.0), 0)
+
+
+@triton.jit
+def first_piece(g):
+    """(B, W, end) of the piece that starts with the chunk: W zero outside of it, `end` [D] its first token left out."""
+    B = tl.cumsum(g, 0)
+    inside = B >= -RANGE
+    W = tl.where(inside, tl.exp2(-B - CENTRE), 0.0)
+    return B, W, tl.sum(inside.to(tl.int32), 0)
+
+
+@triton.jit
+def next_piece(g, rows, start):
+    """(B, E, W, end) of the piece from token `start` [D] on, whose own decay is left out; empty where start is C."""
+    after = rows[:, None] > start[None, :]
+    B = tl.cumsum(tl.where(after, g, 0.0), 0)
+    from_start = rows[:, None] >= start[None, :]
+    inside = B >= -RANGE
+    E = tl.where(from_start, tl.exp2(B + CENTRE), 0.0)
+    W = tl.where(from_start & inside, tl.exp2(-B - CENTRE), 0.0)
+    return B, E, W, tl.sum((inside | (rows[:, None] < start[None, :])).to(tl.int32), 0)

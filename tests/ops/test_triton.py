@@ -1,0 +1,226 @@
+"""The fused kernels against the float64 definition: on a GPU, or through Triton's interpreter on a CPU."""
+
+import itertools
+
+import pytest
+import torch
+
+from regla.ops import gated_linear_attention, regla_attention, safe_exp_attention
+from regla.ops.backends import why_not_triton
+
+from . import definition
+from .test_causality import change
+from .test_forms import (
+    FORWARD,
+    GLA,
+    GRADIENT,
+    SHAPES,
+    assert_equal_to_definition,
+    backward,
+    gate_logits,
+    make,
+    normalised,
+    some_state,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, where infinities are meant
+
+AXES = ["value", "key"]
+LENGTHS = [2, 37, 65, *(pytest.param(T, marks=pytest.mark.slow) for T in (1, 200, 257))]
+
+
+@pytest.fixture(autouse=True)
+def _needs_triton():
+    x = torch.ones(1, 1, 1, 16)
+    reason = why_not_triton(x, x, None, None)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def fused(*inputs, **options):
+    return regla_attention(*inputs, backend="triton", output_final_state=True, **options)
+
+
+FORMS = {"triton": fused}
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("scenario", ["plain", "extreme", "outliers"])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_lengths_gates_and_outliers(T, scenario, axis):
+    shape = SHAPES[(T + AXES.index(axis)) % len(SHAPES)]
+    _, H, K, V = shape
+    state = some_state(1, H, K, V) if T == 1 else (None, None)
+    assert_equal_to_definition(make(T, shape, axis, scenario), axis, *state, forms=FORMS)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]])
+def test_shapes_with_initial_state(shape, axis):
+    _HQ, H, K, V = shape
+    assert_equal_to_definition(make(40, shape, axis, "extreme", B=2), axis, *some_state(2, H, K, V), forms=FORMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("shape", [(2, 2, 64, 64), (1, 1, 128, 128), (2, 1, 64, 128), (2, 1, 128, 64)])
+def test_ordinary_head_sizes(shape, axis):
+    _HQ, H, K, V = shape
+    for scenario in ("plain", "extreme"):
+        assert_equal_to_definition(make(150, shape, axis, scenario), axis, *some_state(1, H, K, V), forms=FORMS)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_masks_anywhere(axis):
+    mask = torch.rand(3, 50) < 0.7
+    mask[0, :20], mask[1, 40:] = False, False
+    inputs = make(50, SHAPES[4], axis, "outliers", B=3)
+    state = some_state(3, 3, 16, 24)
+    assert_equal_to_definition(inputs, axis, *state, mask, forms=FORMS)
+    real = mask[..., None, None]
+    h, _ = fused(*inputs, gate_axis=axis, mask=mask)
+    h_nan, _ = fused(*(torch.where(real, x, torch.nan) for x in inputs), gate_axis=axis, mask=mask)
+    assert torch.equal(h, h_nan) and (h[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_packing_equals_separate_sequences(axis):
+    lengths = [1, 31, 32, 33, 2]
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)])
+    _HQ, H, K, V = SHAPES[4]
+    inputs = make(int(bounds[-1]), SHAPES[4], axis, "extreme")
+    S0, m0 = some_state(len(lengths), H, K, V)
+    results = []
+    for backend in ("triton", "chunked"):
+        leaves = [x.clone().requires_grad_() for x in [*inputs, S0]]
+        h, (S, m) = regla_attention(
+            *leaves[:5],
+            gate_axis=axis,
+            initial_state=(leaves[5], m0),
+            cu_seqlens=bounds,
+            output_final_state=True,
+            backend=backend,
+        )
+        results.append([normalised(h), S, m, *backward(h, S, leaves)])
+    h, h_chunked = results[0][0], results[1][0]
+    assert definition.per_token(h, h_chunked.double()) <= FORWARD
+    for x, expected in zip(*results, strict=True):
+        assert x.isfinite().all()
+        assert definition.overall(x, expected.double()) <= GRADIENT
+
+
+@pytest.mark.parametrize("decays", ["none", "key", "value", "scalar key", "scalar value"])
+def test_gated_linear_attention(decays):
+    T, (HQ, H, K, V) = 65, SHAPES[4]
+
+    def log_decay(channels):
+        g = -torch.exp(torch.empty(1, T, H, channels).uniform_(-16, 4))
+        return torch.where(torch.rand(1, T, H, 1) < 0.05, -torch.inf, g)
+
+    widths = (1, 1) if "scalar" in decays else (K, V)
+    gk = log_decay(widths[0]) if "key" in decays else None
+    gv = log_decay(widths[1]) if "value" in decays else None
+    inputs = [torch.randn(1, T, n, d) for n, d in ((HQ, K), (H, K), (H, V))]
+    inputs += [gk, gv, torch.randn(1, H, K, V)]
+    outcomes = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
+        if dtype == torch.float64:
+            o, S = definition.gla(*leaves[:5], K**-0.5, leaves[5])
+        else:
+            o, S = gated_linear_attention(
+                *leaves[:5], initial_state=leaves[5], output_final_state=True, backend="triton"
+            )
+        generator = torch.Generator(o.device).manual_seed(3)
+        functional = sum((x * torch.randn(x.shape, generator=generator).to(dtype)).sum() for x in (o, S))
+        outcomes.append([o, S, *torch.autograd.grad(functional, [x for x in leaves if x is not None])])
+    for i, (expected, value) in enumerate(zip(*outcomes, strict=True)):
+        assert value.isfinite().all()
+        assert definition.overall(value, expected) <= (GLA if i < 2 else GRADIENT)
+
+
+def test_no_gate_and_the_running_maximum():
+    q, k, v, _, _ = make(50, SHAPES[4], "value", "outliers")
+    for key_max in ("decay", "running"):
+        h, (S, m) = safe_exp_attention(q, k, v, key_max=key_max, backend="triton", output_final_state=True)
+        expected, (S_ref, m_ref) = safe_exp_attention(
+            q, k, v, key_max=key_max, backend="recurrent", output_final_state=True
+        )
+        assert definition.per_token(normalised(h), normalised(expected).double()) <= FORWARD
+        assert definition.overall(S, S_ref.double()) <= FORWARD and torch.allclose(m, m_ref)
+
+
+@pytest.mark.parametrize("kind", ["noise", "outlier", "reset", "open"])
+@pytest.mark.parametrize("axis", AXES)
+def test_no_bit_of_the_past_changes(axis, kind):
+    inputs = make(70, SHAPES[4], axis, "outliers")
+    before, _ = fused(*inputs, gate_axis=axis)
+    for at in (1, 31, 32, 33, 64, 69):
+        after, _ = fused(*change(inputs, at, kind), gate_axis=axis)
+        assert torch.equal(after[:, :at], before[:, :at]), f"token {at}"
+        assert not torch.equal(after[:, at:], before[:, at:])
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_any_split_into_calls_on_any_backend(axis):
+    """States pass from one backend to the other."""
+    inputs = make(100, SHAPES[4], axis, "outliers")
+    whole, (S, _m) = regla_attention(*inputs, gate_axis=axis, output_final_state=True, backend="chunked")
+    state, parts = None, []
+    for (lo, hi), backend in zip(
+        itertools.pairwise([0, 40, 41, 45, 100]), ("triton", "recurrent", "chunked", "triton"), strict=True
+    ):
+        h, state = regla_attention(
+            *(x[:, lo:hi] for x in inputs),
+            gate_axis=axis,
+            initial_state=state,
+            output_final_state=True,
+            backend=backend,
+        )
+        parts.append(h)
+    assert definition.per_token(normalised(torch.cat(parts, 1)), normalised(whole).double()) <= FORWARD
+    assert definition.overall(state[0], S.double()) <= FORWARD
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("scenario", ["plain", "extreme", "outliers"])
+def test_bfloat16(axis, scenario):
+    """Within 1 % of float32 on the same rounded inputs, outputs, states and gradients; the same bits every time."""
+    reason = why_not_triton(*[torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)] * 2, None, None)
+    if reason is not None:
+        pytest.skip(reason)
+    T = 80
+    inputs = [x.bfloat16() for x in make(T, (2, 2, 64, 64), axis, scenario)]
+    results = []
+    for backend, dtype in (("triton", torch.bfloat16), ("triton", torch.bfloat16), ("chunked", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        h, (S, _) = regla_attention(*leaves, gate_axis=axis, output_final_state=True, backend=backend)
+        assert h.dtype == dtype and S.dtype == torch.float32
+        results.append([normalised(h), S, *backward(h.float(), S, leaves)])
+    for value, again, expected in zip(*results, strict=True):
+        assert torch.equal(value, again)
+        assert definition.overall(value, expected.double()) <= 1e-2
+
+
+def test_strided_inputs():
+    """Heads as views of one projection, and a layout that needs a copy."""
+    B, T, H, K = 2, 40, 2, 16
+    qkv = torch.randn(B, T, 3 * H * K).split(H * K, -1)
+    q, k, v = (x.unflatten(-1, (H, K)) for x in qkv)
+    gate, refine = gate_logits("plain", B, H, T, K)
+    gate, refine = gate.transpose(1, 2), refine.transpose(1, 2)
+    h, _ = fused(q, k, v, gate, refine)
+    expected, _ = fused(*(x.contiguous() for x in (q, k, v, gate, refine)))
+    assert torch.equal(h, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", AXES)
+def test_compiled(axis, request):
+    if request.config.getoption("--device") != "cuda":
+        pytest.skip("run with --device cuda")
+    torch.use_deterministic_algorithms(False)
+    forms = {"compiled": torch.compile(fused, fullgraph=True)}
+    for scenario in ("plain", "extreme", "outliers"):
+        assert_equal_to_definition(make(130, SHAPES[4], axis, scenario, B=2), axis, forms=forms)
