@@ -123,6 +123,24 @@ examples:
 Ctrl-C ends the training after the current step and saves the model as it is then (exit code 130).
 """
 
+_STUDY = """\
+Train a grid of runs that one short YAML file describes (what varies, learning rates, seeds), and compare them.
+DIR gets a row per run (rows.jsonl), and NAME.md with tables and a plot. Every variant gets every learning rate.
+
+STUDY is one that is shipped (gate-start, qk, mixer-parts, softmax, refined-vs-plain, final, demo) or a .yaml file.
+Each run is a process of its own; its output is DIR/runs/*/log.txt. Ctrl-C or SIGTERM saves checkpoints and ends it
+(exit code 130 or 143). After that, or after a crash, the same command goes on: finished runs are kept, and one that
+was cut off goes on from its last checkpoint. A run that diverges is a result; where one fails, the others go on, and
+the exit code is 1.
+
+examples:
+  regla study demo --out runs/demo
+  regla study gate-start --dry-run
+  regla study gate-start --tokenizer tokens --data tokens/train.bin --valid tokens/valid.bin --out runs/gate-start
+  regla study gate-start --only 'value/*' --set steps=100 --set lr=[2e-3] --data book.txt --out runs/short --minutes 9
+  regla study gate-start --report --rows benchmarks/studies/gate-start.jsonl --out docs/results
+"""
+
 _TOKENIZE = """\
 Write text files as token files (NAME.bin: little-endian uint16 ids, every document ended by the end-of-text token)
 and the tokenizer beside them, for `regla train --tokenizer DIR --data DIR/NAME.bin`.
@@ -224,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     linearize.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
     _linearize_arguments(linearize)
 
+    _study_arguments(command("study", "train and compare a grid of models", _STUDY, _study))
+
     tokenize = command("tokenize", "turn text files into token files", _TOKENIZE, _tokenize)
     tokenize.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet files")
     tokenize.add_argument("--out", required=True, metavar="DIR", help="new folder for the tokens and the tokenizer")
@@ -295,6 +315,44 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(keep, "--eval-every", int, "steps between validations in the log (default: at the end alone)")
     keep.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
+
+
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name_or_file", metavar="STUDY", help="name of a shipped study, or a .yaml file")
+    parser.add_argument("--out", metavar="DIR", help="where rows, page and unfinished runs are (default: runs/STUDY)")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
+    )
+    parser.add_argument(
+        "--valid", nargs="+", default=[], metavar="PATH", help="default: the last tenth of each data file"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: train a byte-level BPE on the data")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU if there is one (default)")
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="GPUs to use, a run on each; on a CPU, runs at a time"
+    )
+    parser.add_argument(
+        "--runs-per-device",
+        type=int,
+        default=1,
+        metavar="N",
+        help="at a time on each GPU: one compiles while another trains; their tokens/s are then not what one would have",
+    )
+    parser.add_argument("--minutes", type=float, metavar="M", help="start no run that would not be done by then")
+    parser.add_argument("--only", metavar="GLOB", help="variants whose name matches, such as 'value/*'")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="sets",
+        metavar="KEY=VALUE",
+        help="over the file: a field of its base, overrides.NAME, lr or seeds; may be repeated",
+    )
+    parser.add_argument("--rows", dest="rows_file", metavar="FILE", help="a .jsonl file of runs that are done, too")
+    parser.add_argument("--keep-models", action="store_true", help="keep the models of finished runs")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print the grid; write nothing")
+    what.add_argument("--report", action="store_true", help="only write the page, from rows")
 
 
 def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -393,6 +451,13 @@ def _linearize(args: argparse.Namespace) -> None:
     from regla.train.recipes import LinearizeConfig, linearize
 
     linearize(LinearizeConfig(**_options(args) | {"data": tuple(args.data), "valid": tuple(args.valid)}))
+
+
+def _study(args: argparse.Namespace) -> None:
+    from regla.study import study
+
+    if study(**_options(args)):
+        raise SystemExit(1)
 
 
 def _tokenize(args: argparse.Namespace) -> None:

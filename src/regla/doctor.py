@@ -118,7 +118,7 @@ def _backends() -> list[dict[str, str]]:
     ):
         rows.append({"use": use, "backend": chosen_backend(length), "why": why})
     x_BTHK = _example(2)
-    reason = why_not_triton(x_BTHK, x_BTHK, None, None)
+    reason = why_not_triton(x_BTHK, x_BTHK)
     why = reason or "fused kernels"
     rows.append({"use": "backend='triton'", "backend": "none" if reason else "triton", "why": why})
     return rows
@@ -127,7 +127,7 @@ def _backends() -> list[dict[str, str]]:
 def chosen_backend(length: int) -> str:
     """The backend that "auto" runs for sequences of `length` tokens on the default device."""
     x_BTHK = _example(length)
-    return choose_backend("auto", x_BTHK, x_BTHK, None, None, None, "decay")
+    return choose_backend("auto", x_BTHK, x_BTHK, None)
 
 
 def _example(length: int) -> torch.Tensor:

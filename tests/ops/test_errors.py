@@ -38,15 +38,6 @@ BAD = {
     "axis": ({"gate_axis": "values"}, "gate_axis is 'values'; expected one of 'value', 'key', 'both'"),
     "key_max": ({"key_max": "max"}, "key_max is 'max'; expected one of 'decay', 'running', 'sequence'"),
     "backend": ({"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', 'recurrent', 'chunked', 'triton'"),
-    "triton and both axes": (
-        {
-            "backend": "triton",
-            "gate_axis": "both",
-            "gate": torch.randn(B, T, H, K + V),
-            "refine": torch.randn(B, T, H, K + V),
-        },
-        "backend='triton' cannot run: both axes of the state decay, .*; use 'auto' or 'chunked'",
-    ),
     "triton and the sequence's maximum": (
         {"backend": "triton", "key_max": "sequence"},
         "backend='triton' cannot run: key_max is 'sequence'",

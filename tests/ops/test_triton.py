@@ -11,6 +11,7 @@ from regla.ops.backends import why_not_triton
 from . import definition
 from .test_causality import change
 from .test_forms import (
+    AXES,
     FORWARD,
     GLA,
     GRADIENT,
@@ -25,14 +26,13 @@ from .test_forms import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, where infinities are meant
 
-AXES = ["value", "key"]
 LENGTHS = [2, 37, 65, *(pytest.param(T, marks=pytest.mark.slow) for T in (1, 200, 257))]
 
 
 @pytest.fixture(autouse=True)
 def _needs_triton():
     x = torch.ones(1, 1, 1, 16)
-    reason = why_not_triton(x, x, None, None)
+    reason = why_not_triton(x, x)
     if reason is not None:
         pytest.skip(reason)
 
@@ -109,7 +109,7 @@ def test_packing_equals_separate_sequences(axis):
         assert definition.overall(x, expected.double()) <= GRADIENT
 
 
-@pytest.mark.parametrize("decays", ["none", "key", "value", "scalar key", "scalar value"])
+@pytest.mark.parametrize("decays", ["none", "key", "value", "both", "scalar key", "scalar value", "scalar both"])
 def test_gated_linear_attention(decays):
     T, (HQ, H, K, V) = 65, SHAPES[4]
 
@@ -118,8 +118,8 @@ def test_gated_linear_attention(decays):
         return torch.where(torch.rand(1, T, H, 1) < 0.05, -torch.inf, g)
 
     widths = (1, 1) if "scalar" in decays else (K, V)
-    gk = log_decay(widths[0]) if "key" in decays else None
-    gv = log_decay(widths[1]) if "value" in decays else None
+    gk = log_decay(widths[0]) if "key" in decays or "both" in decays else None
+    gv = log_decay(widths[1]) if "value" in decays or "both" in decays else None
     inputs = [torch.randn(1, T, n, d) for n, d in ((HQ, K), (H, K), (H, V))]
     inputs += [gk, gv, torch.randn(1, H, K, V)]
     outcomes = []
@@ -186,7 +186,7 @@ def test_any_split_into_calls_on_any_backend(axis):
 @pytest.mark.parametrize("scenario", ["plain", "extreme", "outliers"])
 def test_bfloat16(axis, scenario):
     """Within 1 % of float32 on the same rounded inputs, outputs, states and gradients; the same bits every time."""
-    reason = why_not_triton(*[torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)] * 2, None, None)
+    reason = why_not_triton(*[torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)] * 2)
     if reason is not None:
         pytest.skip(reason)
     T = 80

@@ -63,7 +63,7 @@ def gated_linear_attention(
     """
     check_gla(q, k, v, gk, gv, initial_state, cu_seqlens, validate)
     check_decays(gk, gv, validate)
-    backend = choose_backend(backend, k, v, gk, gv, cu_seqlens, "decay")
+    backend = choose_backend(backend, k, v, cu_seqlens)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "triton":
         o, state, _ = _fused(q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale, safe_exp=False)
@@ -106,7 +106,7 @@ def safe_exp_attention(
     check_refine(gk, gv, refine_k, refine_v)
     if refine_k is None and refine_v is None:
         check_decays(gk, gv, validate, mask)
-    backend = choose_backend(backend, k, v, gk, gv, cu_seqlens, key_max)
+    backend = choose_backend(backend, k, v, cu_seqlens, key_max)
     scale = variance_reduction(k.shape[-1]) if scale is None else scale
     state, before = (None, None) if initial_state is None else initial_state
     if state is not None and before is not None:
@@ -279,16 +279,23 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from regla.ops.triton.operation import fused_attention
 
-    axis = "value" if gk is None and gv is not None else "key"
-    g, r = (gv, refine_v) if axis == "value" else (gk, refine_k)
-    D = v.shape[-1] if axis == "value" else k.shape[-1]
-    g, r = (None if x is None else x.expand(*x.shape[:3], D) for x in (g, r))
+    K, V = k.shape[-1], v.shape[-1]
+    gk, rk, gv, rv = (
+        None if x is None else x.expand(*x.shape[:3], D) for x, D in ((gk, K), (refine_k, K), (gv, V), (refine_v, V))
+    )
     return fused_attention(
-        *(q, k, v, g, r, mask, cu_seqlens),
+        q,
+        k,
+        v,
+        gk,
+        rk,
+        gv,
+        rv,
+        mask,
+        cu_seqlens,
         None if initial_state is None else initial_state.float().contiguous(),
         before,
         scale=scale,
-        axis=axis,
         safe_exp=safe_exp,
         decaying=key_max == "decay",
     )

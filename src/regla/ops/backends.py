@@ -16,9 +16,7 @@ WIDEST = 128
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def choose_backend(
-    backend: str, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, cu_seqlens: Tensor | None, key_max: str
-) -> str:
+def choose_backend(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, key_max: str = "decay") -> str:
     """The backend that `backend` stands for: itself, or for "auto" the recurrence for one token, the kernels where they
     can run on a GPU, else the chunked form.
 
@@ -28,18 +26,18 @@ def choose_backend(
     if backend == "auto":
         if k.shape[1] == 1 and cu_seqlens is None:
             return "recurrent"
-        return "triton" if k.is_cuda and why_not_triton(k, v, gk, gv, key_max) is None else "chunked"
+        return "triton" if k.is_cuda and why_not_triton(k, v, key_max) is None else "chunked"
     if backend not in BACKENDS:
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend is {backend!r}; expected one of {names}")
     if backend == "triton":
-        reason = why_not_triton(k, v, gk, gv, key_max)
+        reason = why_not_triton(k, v, key_max)
         if reason is not None:
             raise ValueError(f"backend='triton' cannot run: {reason}; use 'auto' or 'chunked'")
     return backend
 
 
-def why_not_triton(k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, key_max: str = "decay") -> str | None:
+def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
     """Why the kernels cannot run on these tensors; None if they can."""
     if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
@@ -49,8 +47,6 @@ def why_not_triton(k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, k
         return f"v is {v.dtype}, and the kernels take bfloat16 and float32"
     if not k.is_cuda and v.dtype == torch.bfloat16:
         return "v is bfloat16, which Triton's interpreter multiplies as integers"
-    if gk is not None and gv is not None:
-        return "both axes of the state decay, and the kernels decay one"
     if key_max == "sequence":
         return "key_max is 'sequence', which is not causal, and the kernels run forward in time"
     widest = max(k.shape[-1], v.shape[-1])

@@ -32,9 +32,7 @@ def check_refine(gk: Tensor | None, gv: Tensor | None, refine_k: Tensor | None, 
         if g is None:
             raise ValueError(f"refine_{axis} is given without g{axis}, the logits of the gate it refines: pass both")
         if g.shape != refine.shape:
-            raise ValueError(
-                f"refine_{axis} has shape {list(refine.shape)}; expected {list(g.shape)}, as g{axis} has"
-            )
+            raise ValueError(f"refine_{axis} has shape {list(refine.shape)}; expected {list(g.shape)}, as g{axis} has")
 
 
 def check_regla(

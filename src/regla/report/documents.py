@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from regla.report.plots import plot_losses
+from regla.report.studies import plot_study, study_table, trials_table
 from regla.report.tables import (
     calibration_table,
     decode_table,
@@ -46,6 +47,12 @@ TABLES: dict[str, tuple[str, _Table]] = {
 }
 """By the name of the table: the file of its rows, and how they are shown."""
 
+STUDIES = "benchmarks/studies"
+"""Rows of studies: NAME.jsonl."""
+
+STUDY_TABLES: dict[str, _Table] = {"study": study_table, "trials": trials_table}
+"""By what the name of a table begins with: `study/NAME` and `trials/NAME` show rows of the study NAME."""
+
 BENCHMARKS = {"calibration": "linearize"}
 """The benchmark whose rows a table shows, where it is not the table's name."""
 
@@ -57,6 +64,10 @@ def fill(text: str, root: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
+        kind, _, study = name.partition("/")
+        if kind in STUDY_TABLES and study:
+            rows = read_rows(root / STUDIES / f"{study}.jsonl", "study")
+            return f"{match[1]}\n{STUDY_TABLES[kind](rows)}\n\n{match[3]}"
         if name not in TABLES:
             raise ValueError(f"There is no table {name!r}; the known ones are {', '.join(TABLES)}.")
         file, show = TABLES[name]
@@ -65,10 +76,17 @@ def fill(text: str, root: Path) -> str:
     return _BLOCK.sub(table, text)
 
 
+def documents(root: Path) -> list[str]:
+    """DOCUMENTS, and every other page of results in a checkout that has tables, such as those of studies."""
+    pages = [page.relative_to(root).as_posix() for page in sorted((root / "docs/results").glob("*.md"))]
+    others = [page for page in pages if page not in DOCUMENTS]
+    return [*DOCUMENTS, *(page for page in others if _BLOCK.search((root / page).read_text(encoding="utf-8")))]
+
+
 def update(root: Path) -> list[Path]:
     """Rewrite the documents of a checkout; those that changed."""
     changed = []
-    for name in DOCUMENTS:
+    for name in documents(root):
         file = root / name
         if not file.is_file():
             raise ValueError(f"There is no {file}; run this in a checkout, or name its folder with --root.")
@@ -81,11 +99,15 @@ def update(root: Path) -> list[Path]:
 
 
 def draw(root: Path) -> list[Path]:
-    """Draw the plots of the documentation from the committed logs; their files."""
+    """Draw the plots of the documentation from the committed logs and the rows of studies; their files."""
     for plot, logs in CURVES.items():
         curves = {}
         for name, log in logs.items():
             lines = (root / log).read_text(encoding="utf-8").splitlines()
             curves[name] = [(row["tokens"], row["loss"]) for row in map(json.loads, lines)]
         plot_losses(curves, root / plot, smoothing=1)
-    return [root / plot for plot in CURVES]
+    plots = [root / plot for plot in CURVES]
+    for rows in sorted((root / STUDIES).glob("*.jsonl")):
+        plots.append(root / "docs/results" / f"{rows.stem}.png")
+        plot_study(read_rows(rows, "study"), plots[-1])
+    return plots

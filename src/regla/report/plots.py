@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +51,36 @@ def plot_decoding(
     time_axes.set_ylim(bottom=0)
     memory_axes.set_yscale("log", base=2)
     memory_axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.savefig(file)
+
+
+def plot_trials(trials: Mapping[str, Sequence[tuple[float, float | None]]], file: str | Path, *, title: str) -> None:
+    """Validation loss of every trial, a line per variant, the first on top; learning rates differ in colour and shape.
+
+    trials: (learning rate, loss) by the variant's name; a loss of None is a trial that diverged, a cross at the right.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(trials)
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(names)), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    rates = sorted({lr for points in trials.values() for lr, _ in points})
+    for index, rate in enumerate(rates):
+        points = [(loss, y) for y, name in enumerate(names) for lr, loss in trials[name] if lr == rate]
+        style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": ""}
+        good = [(loss, y) for loss, y in points if loss is not None]
+        marker = _MARKERS[index % len(_MARKERS)]
+        axes.plot([x for x, _ in good], [y for _, y in good], marker=marker, alpha=0.8, label=f"lr {rate:g}", **style)
+        lost = [y for loss, y in points if loss is None]
+        axes.plot([0.99] * len(lost), lost, marker="x", transform=axes.get_yaxis_transform(), **style)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    lost_any = any(loss is None for points in trials.values() for _, loss in points)
+    axes.set(
+        title=title, xlabel="validation loss, nats per token" + (" (x at the right: diverged)" if lost_any else "")
+    )
+    _finish(axes)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the dots, which it looks like
     figure.savefig(file)
 
 

@@ -51,7 +51,7 @@ def training_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['tokens_per_second'] / 1e3:,.0f}k",
             ]
         )
-    return markdown(header, body, numbers_from=1) + "\n\n" + _ran_on(rows)
+    return markdown(header, body, numbers_from=1) + "\n\n" + ran_on(rows)
 
 
 def forms_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -68,7 +68,7 @@ def forms_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return markdown(header, body, numbers_from=1) + "\n\n" + _ran_on(rows)
+    return markdown(header, body, numbers_from=1) + "\n\n" + ran_on(rows)
 
 
 def decode_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -83,7 +83,7 @@ def decode_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return markdown(header, body) + "\n\n" + _ran_on(rows)
+    return markdown(header, body) + "\n\n" + ran_on(rows)
 
 
 def memory_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -93,7 +93,7 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
         [f"{row['T']:,}", f"{row['peak_bytes'] / 2**20:,.0f} MiB", f"{row['peak_bytes'] / row['T'] / 1024:.1f} KiB"]
         for row in rows
     ]
-    return markdown(header, body) + "\n\n" + _ran_on(rows)
+    return markdown(header, body) + "\n\n" + ran_on(rows)
 
 
 def scores_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -112,7 +112,7 @@ def scores_table(rows: Sequence[dict[str, Any]]) -> str:
         ):
             perplexities = [f"{source['perplexity']:.1f}" for source in scores[stage]]
             body.append([f"{arguments['model']}, {stage}", linear, training, *perplexities])
-    return markdown(header, body, numbers_from=3) + "\n\n" + _ran_on(rows)
+    return markdown(header, body, numbers_from=3) + "\n\n" + ran_on(rows)
 
 
 def calibration_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -130,7 +130,7 @@ def calibration_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
         for layer in row["calibration"]
     ]
-    return markdown(header, body) + "\n\n" + _ran_on(rows)
+    return markdown(header, body) + "\n\n" + ran_on(rows)
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]], *, numbers_from: int = 0) -> str:
@@ -139,7 +139,7 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]], *, numbers_fr
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
 
 
-def _ran_on(rows: Sequence[dict[str, Any]]) -> str:
+def ran_on(rows: Sequence[dict[str, Any]]) -> str:
     """Hardware, versions, commit and date of the rows, each kind of them once."""
     kinds = []
     for row in rows:

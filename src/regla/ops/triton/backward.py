@@ -1,14 +1,18 @@
 """The backward kernel: one program runs back through one head of one sequence, a chunk of tokens at a time.
 
-Everything but the states before each chunk and the stabiliser is computed again. With d the gradient of a chunk's
-output times E, U that of the chunk's state before its decay (value axis; the key axis is the mirror image):
+Everything but the states before each chunk and the stabiliser is computed again. Of a chunk, with x = v W, k = k W,
+q = q E in the factors of regla.ops.triton.tiles and d = d_out E,
 
-    d_P = tril(d x^T)        d_x = P^T d + k U        d_q = d_P k + d S^T        d_k = d_P^T q + x U^T
-    d_S = U + q^T d          d_v = d_x W              d_B = out d_out - x d_x    d_g = sum of d_B from t to the end
+    d_P = tril(d x^T)    d_x = P^T d    d_q = d_P k + d S^T    d_k = d_P^T q    d_S += q^T d
 
-and, at the chunk's last token, what the state after it is worth: sum_K U S + sum_s x_s (k U)_s. Both sides of each
-difference come from the same rounded factors, so that what must cancel does. Gradients are 2^48 times what they are,
-as the keys' features are, lest small ones vanish where E is small.
+and through the state after it, with U its gradient and both operands decayed to the chunk's end,
+
+    d_v_end = k_end U    d_k_end = v_end U^T    d_S = U decayed
+
+An axis' log-decays take, summed from each token to the chunk's end, what every row read minus what every token wrote
+(q d_q - k d_k, or out d - x d_x), and at the last token what the state after it is worth (the sums of S d_S and
+k_end d_k_end). Both sides of each difference come from the same rounded factors, so that what must cancel does.
+Gradients are 2^48 times what they are, as the keys' features are, lest small ones vanish where E is small.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.forward import query_features, sequence_of
+from regla.ops.triton.forward import query_features, relative_decays, sequence_of
 from regla.ops.triton.tiles import (
     CENTRE,
     LIFT_BITS,
@@ -27,23 +31,26 @@ from regla.ops.triton.tiles import (
     load_decay,
     load_tile,
     next_piece,
-    refined_gradient,
+    store_gate_gradient,
     store_tile,
+    to_the_end,
 )
 
 
 @triton.jit
 def backward_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, r_ptr, mask_ptr, cu_ptr, before_ptr,
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, before_ptr,
     m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dg_ptr, dr_ptr, d_initial_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr,
     scale, T, chunks, H,
-    q_step, k_step, v_step, g_step, r_step,
+    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    AXIS: tl.constexpr, GATE: tl.constexpr, SAFE_EXP: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
+    VALUED: tl.constexpr = VALUE != "none"
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
     begin, length, chunk = sequence_of(n, cu_ptr, T, chunks, C, VARLEN)
@@ -53,29 +60,35 @@ def backward_kernel(
     state_at = ki[:, None] * V + vi[None, :]
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
     causal = rows[:, None] >= rows[None, :]
+    is_last = (rows == C - 1)[:, None]
     here = (n * H + h).to(tl.int64) * K * V + state_at
-    LIFTED: tl.constexpr = LIFT_BITS if SAFE_EXP else 0.0
+    lift: tl.constexpr = LIFT_BITS if SAFE_EXP else 0.0
+    centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     dS = tl.zeros([BK, BV], tl.float32)
     if D_FINAL:
-        dS = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * tl.exp2(CENTRE + LIFTED)
+        dS = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * tl.exp2(centre + lift)
     before = tl.full([], NO_KEY, tl.float32)
     if SAFE_EXP and INITIAL:
         before = tl.load(before_ptr + n * H + h) * LOG2E
-    D: tl.constexpr = K if AXIS == "key" else V
-    di = ki if AXIS == "key" else vi
     q_ptr += begin * q_step + h * G * K
     k_ptr += begin * k_step + h * K
     v_ptr += begin * v_step + h * V
-    if GATE != "none":
-        g_ptr += begin * g_step + h * D
-    if GATE == "refined":
-        r_ptr += begin * r_step + h * D
     do_ptr += begin * (H * G * V) + h * G * V
     dq_ptr += begin * (H * G * K) + h * G * K
     dk_ptr += begin * (H * K) + h * K
     dv_ptr += begin * (H * V) + h * V
-    dg_ptr += begin * (H * D) + h * D
-    dr_ptr += begin * (H * D) + h * D
+    if KEY != "none":
+        gk_ptr += begin * gk_step + h * K
+        dgk_ptr += begin * (H * K) + h * K
+    if KEY == "refined":
+        rk_ptr += begin * rk_step + h * K
+        drk_ptr += begin * (H * K) + h * K
+    if VALUE != "none":
+        gv_ptr += begin * gv_step + h * V
+        dgv_ptr += begin * (H * V) + h * V
+    if VALUE == "refined":
+        rv_ptr += begin * rv_step + h * V
+        drv_ptr += begin * (H * V) + h * V
     last = tl.cdiv(length, C) - 1
     for i_from_last in range(0, last + 1):
         i = last - i_from_last
@@ -87,63 +100,53 @@ def backward_kernel(
         k = load_tile(k_ptr, t, valid, k_step, ki, K, 0.0)
         v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
         S = tl.load(states_ptr + ((chunk + i) * H + h) * K * V + state_at, mask=state_mask, other=0.0)
-        if GATE == "none":
-            g = tl.zeros([C, BV if AXIS == "value" else BK], tl.float32)
-        else:
-            g = load_decay(g_ptr, r_ptr, t, valid, g_step, r_step, di, D, GATE)
+        gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+        gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
         if SAFE_EXP:
             m = tl.load(m_ptr + (begin + t) * H + h, mask=inside, other=0.0)
             earlier = tl.load(m_ptr + (begin + t - 1) * H + h, mask=inside & (t > 0), other=0.0)
-            m_before = tl.where(t > 0, earlier, before)
+            m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
             k = tl.exp2(k * LOG2E - m[:, None] + LIFT_BITS)
             k = tl.where(valid[:, None] & (ki < K)[None, :], k, 0.0)
-            unit = tl.where(inside, m_before - m, 0.0)
-            g = tl.minimum(tl.maximum(g + unit[:, None], -2000.0), 0.0)
-        B, W, end = first_piece(g)
-        E = tl.exp2(B + CENTRE)
-        total = tl.exp2(last_row(B, rows))
-        more = tl.min(end, 0) < C
-        if AXIS == "value":
-            x = (v * W).to(dtype)
-            kd = k.to(dtype)
-            U = dS * total[None, :]
-        else:
-            x = v.to(dtype)
-            kd = (k * W).to(dtype)
-            U = dS * total[:, None]
-        Ud = U.to(dtype)
-        dx = tl.dot(kd, Ud, input_precision=PRECISION)
-        dk = tl.dot(x, tl.trans(Ud), input_precision=PRECISION)
-        # d_v: the gradients of v from other pieces than the first; d_f: those of the key features (key axis).
-        dv = tl.zeros([C, BV], tl.float32)
-        df = tl.zeros([C, BK], tl.float32)
-        if AXIS == "value":
-            at_end = tl.sum(Ud.to(tl.float32) * S.to(tl.float32), 0) + tl.sum(x.to(tl.float32) * dx, 0)
-        else:
-            at_end = tl.sum(Ud.to(tl.float32) * S.to(tl.float32), 1) + tl.sum(kd.to(tl.float32) * dk, 0)
-        dB = tl.where((rows == C - 1)[:, None], at_end[None, :], 0.0)
-        if more:
-            start = end
-            while tl.min(start, 0) < C:
-                B2, _, W2, begun = next_piece(g, rows, start)
-                total = tl.where(start < C, tl.exp2(last_row(B2, rows)), 0.0)
-                if AXIS == "value":
-                    x2 = (v * W2).to(dtype)
-                    U2 = (dS * total[None, :]).to(dtype)
-                    dx2 = tl.dot(kd, U2, input_precision=PRECISION)
-                    dk += tl.dot(x2, tl.trans(U2), input_precision=PRECISION)
-                    dv += dx2 * W2
-                    worth = x2.to(tl.float32) * dx2
-                else:
-                    k2 = (k * W2).to(dtype)
-                    U2 = (dS * total[:, None]).to(dtype)
-                    dx += tl.dot(k2, U2, input_precision=PRECISION)
-                    dk2 = tl.dot(x, tl.trans(U2), input_precision=PRECISION)
-                    df += dk2 * W2
-                    worth = k2.to(tl.float32) * dk2
-                dB += tl.where((rows == C - 1)[:, None], tl.sum(worth, 0)[None, :], 0.0) - worth
-                start = begun
-        dS = U
+            gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+        # Through the state after the chunk.
+        Ud = dS.to(dtype)
+        worth = S.to(tl.float32) * dS  # of the state's decay
+        kd, x = k.to(dtype), v.to(dtype)
+        k_end, v_end = k, v
+        more_k, more_v = False, False
+        if KEYED:
+            Bk, Wk, ends_k = first_piece(gk)
+            Ek = tl.exp2(Bk + CENTRE)
+            more_k = tl.min(ends_k, 0) < C
+            kd = (k * Wk).to(dtype)
+            k_end, to_end_k = to_the_end(k, gk, rows, Bk, Wk, ends_k, more_k)
+            total_k = tl.exp2(last_row(Bk, rows))[:, None]
+            dS *= total_k
+            worth *= total_k
+        if VALUED:
+            Bv, Wv, ends_v = first_piece(gv)
+            Ev = tl.exp2(Bv + CENTRE)
+            more_v = tl.min(ends_v, 0) < C
+            x = (v * Wv).to(dtype)
+            v_end, to_end_v = to_the_end(v, gv, rows, Bv, Wv, ends_v, more_v)
+            total_v = tl.exp2(last_row(Bv, rows))[None, :]
+            dS *= total_v
+            worth *= total_v
+        k_end, v_end = k_end.to(dtype), v_end.to(dtype)
+        dk = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
+        dv = tl.dot(k_end, Ud, input_precision=PRECISION)
+        if KEYED:
+            written = k_end.to(tl.float32) * dk
+            dBk = tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
+            dk *= to_end_k
+        if VALUED:
+            written = v_end.to(tl.float32) * dv
+            dBv = tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
+            dv *= to_end_v
+        # Inside the chunk, and from the state before it.
+        dkd = tl.zeros([C, BK], tl.float32)
+        dx = tl.zeros([C, BV], tl.float32)
         for j in range(G):
             q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
             if SAFE_EXP:
@@ -152,77 +155,75 @@ def backward_kernel(
             if SAFE_EXP:
                 factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
                 do *= factor[:, None] * 2.0**48
-            if AXIS == "value":
-                qd = q.to(dtype)
-                d = (do * E).to(dtype)
-                P = tl.dot(qd, tl.trans(kd), input_precision=PRECISION)
-                Pd = tl.where(causal, P, 0.0).to(dtype)
+            qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
+            d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
+            P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
+            if more_k:
+                start = ends_k
+                while tl.min(start, 0) < C:
+                    _, E2, W2, start = next_piece(gk, rows, start)
+                    P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
+                    P += tl.where(causal, P2, 0.0)
+            Pd = P.to(dtype)
+            dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
+            dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
+            if VALUED:
                 out = tl.dot(qd, S, input_precision=PRECISION)
                 out = tl.dot(Pd, x, out, input_precision=PRECISION)
-                dB += out * d.to(tl.float32)
-                dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
-                dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
-                if more:
-                    start = end
+                dBv += out * d.to(tl.float32)
+                if more_v:
+                    start = ends_v
                     while tl.min(start, 0) < C:
-                        _, E2, W2, start = next_piece(g, rows, start)
+                        _, E2, W2, start = next_piece(gv, rows, start)
                         x2 = (v * W2).to(dtype)
                         d2 = (do * E2).to(dtype)
                         dP += tl.dot(d2, tl.trans(x2), input_precision=PRECISION)
                         dx2 = tl.dot(tl.trans(Pd), d2, input_precision=PRECISION)
                         dv += dx2 * W2
-                        dB += tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32) - x2.to(tl.float32) * dx2
-                dPd = tl.where(causal, dP, 0.0).to(dtype)
-                dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
-                dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(dPd), qd, dk, input_precision=PRECISION)
-                dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
-            else:
-                qd = (q * E).to(dtype)
-                d = do.to(dtype)
-                P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-                dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
-                dPd = tl.where(causal, dP, 0.0).to(dtype)
-                dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
-                dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(dPd), qd, dk, input_precision=PRECISION)
-                dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
-                dB += qd.to(tl.float32) * dq
-                dq *= E
-                if more:
-                    start = end
+                        read = tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32)
+                        dBv += read - x2.to(tl.float32) * dx2
+            dPd = tl.where(causal, dP, 0.0).to(dtype)
+            dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
+            dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
+            dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
+            dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
+            if KEYED:
+                dBk += qd.to(tl.float32) * dq
+                dq *= Ek
+                if more_k:
+                    start = ends_k
                     while tl.min(start, 0) < C:
-                        _, E2, W2, start = next_piece(g, rows, start)
+                        _, E2, W2, start = next_piece(gk, rows, start)
                         q2 = (q * E2).to(dtype)
                         k2 = (k * W2).to(dtype)
-                        P2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
-                        P += tl.where(causal, P2, 0.0)
                         dq2 = tl.dot(dPd, k2, input_precision=PRECISION)
                         dk2 = tl.dot(tl.trans(dPd), q2, input_precision=PRECISION)
                         dq += dq2 * E2
-                        df += dk2 * W2
-                        dB += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
-                dx = tl.dot(tl.trans(P.to(dtype)), d, dx, input_precision=PRECISION)
+                        dk += dk2 * W2
+                        dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
             if SAFE_EXP:
                 dq *= q
-            store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * tl.exp2(-LIFTED))
-        if AXIS == "value":
-            dB -= x.to(tl.float32) * dx
-            dv += dx * W
+            store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * tl.exp2(-lift))
+        if KEYED:
+            dBk -= kd.to(tl.float32) * dkd
+            dk += dkd * Wk
+            dgk = tl.cumsum(dBk, 0, reverse=True) * tl.exp2(-lift)
+            store_gate_gradient(
+                gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
+            )
         else:
-            dB -= kd.to(tl.float32) * dk
-            dk = df + dk * W
-            dv = dx
+            dk += dkd
+        if VALUED:
+            dBv -= x.to(tl.float32) * dx
+            dv += dx * Wv
+            dgv = tl.cumsum(dBv, 0, reverse=True) * tl.exp2(-lift)
+            store_gate_gradient(
+                gv_ptr, rv_ptr, dgv_ptr, drv_ptr, t, inside, valid, gv_step, rv_step, H * V, vi, V, dgv, VALUE
+            )
+        else:
+            dv += dx
         if SAFE_EXP:
             dk *= k
-        store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * tl.exp2(-LIFTED), 0.0))
-        store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * tl.exp2(-LIFTED), 0.0))
-        if GATE != "none":
-            dg = tl.where(valid[:, None], tl.cumsum(dB, 0, reverse=True) * tl.exp2(-LIFTED), 0.0)
-            if GATE == "refined":
-                a = load_tile(g_ptr, t, valid, g_step, di, D, 0.0)
-                c = load_tile(r_ptr, t, valid, r_step, di, D, 0.0)
-                dg, dr = refined_gradient(a, c, dg)
-                store_tile(dr_ptr, t, inside, H * D, di, D, dr)
-            store_tile(dg_ptr, t, inside, H * D, di, D, dg)
-    tl.store(d_initial_ptr + here, dS * tl.exp2(-CENTRE - LIFTED), mask=state_mask)
+        store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * tl.exp2(-lift), 0.0))
+        store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * tl.exp2(-lift), 0.0))
+    tl.store(d_initial_ptr + here, dS * tl.exp2(-centre - lift), mask=state_mask)

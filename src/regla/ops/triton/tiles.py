@@ -85,14 +85,34 @@ def refined_gradient(a, c, d):
 
 @triton.jit
 def load_decay(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GATE: tl.constexpr):
-    """log2-decays [C, D] <= 0; 0 for padding. GATE: "log" (natural logarithms) or "refined" (logits)."""
-    g = load_tile(g_ptr, token, valid, step, column, width, 0.0)
-    if GATE == "refined":
-        g = log2_refined(g, load_tile(r_ptr, token, valid, refine_step, column, width, 0.0))
-        g = tl.where(valid[:, None] & (column < width)[None, :], g, 0.0)
+    """log2-decays [C, D] <= 0; 0 for padding. GATE: "log" (natural logarithms), "refined" (logits), "none" (zeros)."""
+    if GATE == "none":
+        g = tl.zeros([token.shape[0], column.shape[0]], tl.float32)
     else:
-        g = g * LOG2E
-    return tl.maximum(g, LOWEST)
+        g = load_tile(g_ptr, token, valid, step, column, width, 0.0)
+        if GATE == "refined":
+            g = log2_refined(g, load_tile(r_ptr, token, valid, refine_step, column, width, 0.0))
+            g = tl.where(valid[:, None] & (column < width)[None, :], g, 0.0)
+        else:
+            g = g * LOG2E
+        g = tl.maximum(g, LOWEST)
+    return g
+
+
+@triton.jit
+def store_gate_gradient(
+    g_ptr, r_ptr, dg_ptr, dr_ptr, token, inside, valid, step, refine_step, out_step, column, width, d,
+    GATE: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of the decays or, of a refined gate, of its logits, from those of the log-decays d [C, D]."""
+    d = tl.where(valid[:, None], d, 0.0)
+    if GATE == "refined":
+        a = load_tile(g_ptr, token, valid, step, column, width, 0.0)
+        c = load_tile(r_ptr, token, valid, refine_step, column, width, 0.0)
+        d, dr = refined_gradient(a, c, d)
+        store_tile(dr_ptr, token, inside, out_step, column, width, dr)
+    if GATE != "none":
+        store_tile(dg_ptr, token, inside, out_step, column, width, d)
 
 
 @triton.jit
@@ -126,6 +146,19 @@ def first_piece(g):
     inside = B >= -RANGE
     W = tl.where(inside, tl.exp2(-B - CENTRE), 0.0)
     return B, W, tl.sum(inside.to(tl.int32), 0)
+
+
+@triton.jit
+def to_the_end(x, g, rows, B, W, end, more):
+    """x [C, D] decayed over (s, end of the chunk], times 2^-CENTRE, and that factor."""
+    factor = W * tl.exp2(last_row(B, rows))[None, :]
+    if more:
+        start = end
+        while tl.min(start, 0) < rows.shape[0]:
+            B2, _, W2, begun = next_piece(g, rows, start)
+            factor += W2 * tl.exp2(last_row(B2, rows))[None, :]
+            start = begun
+    return x * factor, factor
 
 
 @triton.jit

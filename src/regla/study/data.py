@@ -1,0 +1,163 @@
+"""The tokens of a study: prepared once, read by every run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from regla.models.folders import load_tokenizer
+from regla.train.config import DEFAULT_VOCAB_SIZE
+from regla.train.data import HELD_OUT, READERS, Source, Text, end_of_text_id, read_source
+from regla.train.embedded import embedded_text
+from regla.train.tokenizer import LARGEST_UINT16_VOCABULARY, train_tokenizer
+
+_TOKENS = ".bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyData:
+    """Token files, and what the runs need to know of them."""
+
+    data: tuple[str, ...]
+    valid: tuple[str, ...]
+    tokenizer: str
+    """Its folder."""
+    digest: str
+    """SHA-256 of all training tokens and of those of each validation file."""
+    tokens: int
+    """To train on."""
+    vocab_size: int
+    end_of_text: int
+    options: tuple[str, ...] = ()
+    """Of the command line, that named the files; without their folders."""
+
+
+def prepare(
+    folder: str | Path,
+    *,
+    data: Sequence[str] = (),
+    valid: Sequence[str] = (),
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+) -> StudyData:
+    """Token files for training and validation.
+
+    Token files with their tokenizer are used where they are. Anything else (text, the embedded text where `data` is
+    empty, files whose last tenth is to be held out) is written to `folder` as token files first, once: a second call
+    with the same text finds them there. `vocab_size` is that of the tokenizer to train where none is given.
+    """
+    if tokenizer is not None and vocab_size is not None:
+        raise ValueError(
+            "The study's base has a vocab_size, which is that of a tokenizer to train, and --tokenizer is given, too; "
+            "leave out one of them (--set vocab_size=null)."
+        )
+    options = _options(data, valid, tokenizer)
+    if tokenizer is not None and data and valid and all(Path(file).suffix == _TOKENS for file in (*data, *valid)):
+        return _describe(data, valid, tokenizer, options)
+    train_sources: list[Source] = [read_source(file) for file in data] or [embedded_text()]
+    if valid:
+        valid_sources = [read_source(file) for file in valid]
+    else:
+        parts = [source.hold_out(HELD_OUT) for source in train_sources]
+        train_sources, valid_sources = [first for first, _ in parts], [last for _, last in parts]
+    target = Path(folder) / _digest_of_sources(train_sources, valid_sources, tokenizer, vocab_size)
+    if not target.is_dir():
+        _write(target, train_sources, valid_sources, tokenizer, vocab_size)
+    return _describe(_files(target / "train"), _files(target / "valid"), str(target / "tokenizer"), options)
+
+
+def _options(data: Sequence[str], valid: Sequence[str], tokenizer: str | None) -> tuple[str, ...]:
+    words: list[str] = []
+    for option, files in (("--tokenizer", [tokenizer] if tokenizer else []), ("--data", data), ("--valid", valid)):
+        words += [option, *(Path(file).name for file in files)] if files else []
+    return tuple(words)
+
+
+def _describe(data: Sequence[str], valid: Sequence[str], folder: str, options: tuple[str, ...]) -> StudyData:
+    tokenizer = load_tokenizer(folder)
+    train_ids = [read_source(file).tokens(tokenizer) for file in data]
+    hashes = [hashlib.sha256(np.concatenate(train_ids).data).hexdigest()]
+    hashes += [hashlib.sha256(read_source(file).tokens(tokenizer).data).hexdigest() for file in valid]
+    return StudyData(
+        data=tuple(data),
+        valid=tuple(valid),
+        tokenizer=folder,
+        digest=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        tokens=sum(map(len, train_ids)),
+        vocab_size=len(tokenizer),
+        end_of_text=end_of_text_id(tokenizer),
+        options=options,
+    )
+
+
+def _digest_of_sources(
+    train: Sequence[Source], valid: Sequence[Source], tokenizer: str | None, vocab_size: int | None
+) -> str:
+    digest = hashlib.sha256(f"{vocab_size or DEFAULT_VOCAB_SIZE}".encode())
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)  # whether there is one
+        for file in sorted(Path(tokenizer).glob("*.json")):
+            digest.update(file.read_bytes())
+    for part, sources in (("train", train), ("valid", valid)):
+        for source in sources:
+            digest.update(f"\0{part} {source.name}\0".encode())
+            for document in _contents(source):
+                digest.update(hashlib.sha256(document).digest())
+    return digest.hexdigest()[:12]
+
+
+def _contents(source: Source) -> list[bytes]:
+    if isinstance(source, Text):
+        return [document.encode() for document in source.documents]
+    return [np.ascontiguousarray(source.ids).tobytes()] if hasattr(source, "ids") else []
+
+
+def _write(
+    target: Path, train: Sequence[Source], valid: Sequence[Source], tokenizer: str | None, vocab_size: int | None
+) -> None:
+    """Beside its place first, so that a folder that is there is whole."""
+    if tokenizer is not None:
+        codec = load_tokenizer(tokenizer)
+    else:
+        for source in (*train, *valid):
+            if not isinstance(source, Text):
+                raise ValueError(
+                    f"{source.name} holds tokens; name the folder of their tokenizer with --tokenizer DIR."
+                )
+        texts = (document for source in train if isinstance(source, Text) for document in source.documents)
+        codec = train_tokenizer(texts, vocab_size or DEFAULT_VOCAB_SIZE)
+    if len(codec) > LARGEST_UINT16_VOCABULARY:
+        raise ValueError(
+            f"The tokenizer has {len(codec)} tokens, too many for token files of uint16, which hold "
+            f"{LARGEST_UINT16_VOCABULARY} ids; give a smaller one."
+        )
+    unfinished = target.with_name(f".unfinished-{target.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for part, sources in (("train", train), ("valid", valid)):
+        (unfinished / part).mkdir(parents=True)
+        for number, source in enumerate(sources):
+            ids_N = source.tokens(codec)
+            if not len(ids_N):
+                raise ValueError(f"{source.name} is too short to hold out a part of it; give more text, or --valid.")
+            folder = unfinished / part / f"{number:03d}"  # keeps the order, and apart what has one name
+            folder.mkdir()
+            ids_N.astype("<u2").tofile(folder / f"{_plain_name(source.name)}{_TOKENS}")
+    codec.save_pretrained(str(unfinished / "tokenizer"))
+    os.replace(unfinished, target)
+
+
+def _plain_name(name: str) -> str:
+    """The name of a source without its folder and kind."""
+    path = Path(name)
+    return re.sub(r"[^\w.-]+", "-", path.stem if path.suffix in READERS else path.name)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(map(str, folder.glob(f"*/*{_TOKENS}")))

@@ -1,0 +1,110 @@
+"""The page of a study: setup, commands, tables and plot, all from its rows."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regla.report.studies import check_comparable, plot_study, row_name, study_table, trials_table
+from regla.report.tables import markdown
+from regla.study.grid import Study
+
+Row = dict[str, Any]
+_SWEPT = ("lr", "seed")
+
+
+def write_page(study: Study, rows: Sequence[Row], out: Path) -> None:
+    """Write OUT/NAME.md and OUT/NAME.png. Raises ValueError for rows that are none or cannot be compared."""
+    if not rows:
+        raise ValueError(f"There are no rows of {study.name}; train it first, or name their file with --rows.")
+    check_comparable(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    plot = out / f"{study.name}.png"
+    plot_study(rows, plot)
+    (out / f"{study.name}.md").write_text(page(study, rows, plot.name), encoding="utf-8")
+
+
+def page(study: Study, rows: Sequence[Row], plot: str) -> str:
+    """Markdown; the tables stand between the marks by which `regla.report.documents` keeps them in step with rows."""
+    validated = next((row for row in rows if not row["diverged"]), None)
+    sources = ", ".join(source["name"] for source in validated["validation"]) if validated is not None else "-"
+    return f"""\
+# {study.title}
+
+{len(rows)} runs of {len({row_name(row) for row in rows})} variants. Validation loss in nats per token, the mean over
+{sources}; perplexity is its exponential.
+
+## Variants
+
+<!-- table: study/{study.name} -->
+
+{study_table(rows)}
+
+<!-- end of table -->
+
+![Validation loss of every trial]({plot})
+
+## Trials
+
+<!-- table: trials/{study.name} -->
+
+{trials_table(rows)}
+
+<!-- end of table -->
+
+## Setup
+
+{_setup(rows)}
+
+{_settings_of_variants(rows)}
+
+## Repeat it
+
+```sh
+{_commands(study, rows)}
+```
+"""
+
+
+def _setup(rows: Sequence[Row]) -> str:
+    """What all runs share."""
+    first = rows[0]["config"]
+    shared = {key: value for key, value in first.items() if all(row["config"].get(key) == value for row in rows)}
+    shared = {key: value for key, value in shared.items() if value not in (None, {}) and key not in _SWEPT}
+    shared |= {name: ", ".join(f"{value:g}" for value in sorted({row[name] for row in rows})) for name in _SWEPT}
+    epochs = sorted({f"{row['epochs']:.2f}" for row in rows if not row["diverged"]}, key=float)
+    lines = [[f"`{key}`", f"`{value}`"] for key, value in shared.items()]
+    lines.append(["training text", f"{', '.join(rows[0]['data'])}: {rows[0]['text_tokens']:,} tokens"])
+    if epochs:
+        lines.append(["epochs", ", ".join(epochs)])
+    return markdown(["all runs", ""], lines, numbers_from=2)
+
+
+def _settings_of_variants(rows: Sequence[Row]) -> str:
+    """In what the variants differ."""
+    flat: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        config = {key: value for key, value in row["config"].items() if key not in _SWEPT}
+        flat[row_name(row)] = config | {f"overrides.{key}": value for key, value in config.pop("overrides").items()}
+    keys = sorted({key for config in flat.values() for key in config})
+    differing = [key for key in keys if len({repr(config.get(key)) for config in flat.values()}) > 1]
+    lines = [
+        [name, ", ".join(f"`{key}={config[key]}`" for key in differing if key in config) or "-"]
+        for name, config in flat.items()
+    ]
+    return markdown(["variant", "what sets it apart"], lines, numbers_from=2)
+
+
+def _commands(study: Study, rows: Sequence[Row]) -> str:
+    """The commands that made the rows, with the names of files but not their folders."""
+    lines = []
+    for row in rows:
+        words = ["regla", "study", study.source, "--out", f"runs/{study.name}", *row["files"]]
+        for assignment in row["set"]:
+            words += ["--set", assignment]
+        line = shlex.join(words)
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)

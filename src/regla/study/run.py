@@ -1,0 +1,208 @@
+"""`regla study`: train a grid of runs, keep a row of each, and write tables and a plot of them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from regla.models.folders import load_tokenizer
+from regla.report.studies import row_name
+from regla.study.data import prepare
+from regla.study.grid import Study, choose, in_order, read_study
+from regla.study.page import write_page
+from regla.study.queue import Estimate, Place, work
+from regla.study.rows import append_line, drop_unfinished_line, read_study_rows
+from regla.study.trials import Trial, check_variants, make_trials
+from regla.study.worker import ROW
+from regla.train.config import DEFAULT_VOCAB_SIZE
+
+ROWS = "rows.jsonl"
+
+
+def study(
+    name_or_file: str,
+    *,
+    out: str | Path | None = None,
+    data: Sequence[str] = (),
+    valid: Sequence[str] = (),
+    tokenizer: str | None = None,
+    device: str = "auto",
+    devices: int = 1,
+    runs_per_device: int = 1,
+    minutes: float | None = None,
+    only: str | None = None,
+    sets: Sequence[str] = (),
+    rows_file: str | Path | None = None,
+    keep_models: bool = False,
+    dry_run: bool = False,
+    report: bool = False,
+) -> list[str]:
+    """Train what is left of a study, and write OUT/rows.jsonl, OUT/NAME.md and OUT/NAME.png; the ids that failed.
+
+    name_or_file: a study that is shipped, or the path of a YAML file (see `regla.study.grid`). OUT is `out`, by default
+    runs/NAME. Trials whose rows are in
+    OUT/rows.jsonl or `rows_file` are done; one that was cut off goes on from its last checkpoint. `minutes` starts no
+    trial that would not be done by then. `report` only writes the page, from rows; `dry_run` only prints the grid.
+
+    Raises ValueError for any input that does not fit, before anything trains; Interrupted on Ctrl-C and SIGTERM.
+    """
+    _check_numbers(devices, runs_per_device, minutes)
+    plan = read_study(name_or_file, sets)
+    if only is not None:
+        plan = replace(plan, variants=choose(plan.variants, only))
+    out = Path(out or f"runs/{plan.name}")
+    if dry_run:
+        _print_grid(plan, tokenizer)
+        return []
+    if report:
+        rows = read_study_rows(out / ROWS if rows_file is None else rows_file, plan.name)
+        write_page(plan, [row for row in rows if only is None or fnmatchcase(row_name(row), only)], out)
+        return []
+    known = [] if rows_file is None else read_study_rows(rows_file, plan.name)
+    check_variants(plan, plan.variants, vocab_size=None if tokenizer is None else len(load_tokenizer(tokenizer)))
+    places = _places(device, devices) * runs_per_device
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be created ({error.strerror}); give --out a place you may write to.") from error
+    with _alone(out):
+        return _train(
+            plan,
+            make_trials(
+                plan,
+                prepare(out / "data", data=data, valid=valid, tokenizer=tokenizer, vocab_size=plan.vocab_size),
+                out=out,
+                device=device,
+            ),
+            out=out,
+            places=places,
+            minutes=minutes,
+            known=known,
+            keep_models=keep_models,
+        )
+
+
+def _train(
+    plan: Study,
+    trials: Sequence[Trial],
+    *,
+    out: Path,
+    places: Sequence[Place],
+    minutes: float | None,
+    known: Sequence[dict[str, Any]],
+    keep_models: bool,
+) -> list[str]:
+    drop_unfinished_line(out / ROWS)
+    (out / ROWS).touch()
+    rows = {row["id"]: row for row in (*known, *read_study_rows(out / ROWS, plan.name))}
+    waiting = [trial for trial in trials if trial.id not in rows]
+    estimate = Estimate()
+    for trial in trials:
+        if trial.id in rows and not rows[trial.id]["diverged"]:
+            estimate.add(rows[trial.id]["process_seconds"], trial.tokens)
+    print(
+        f"{plan.name}: {len(plan.variants)} variants, {len(trials)} runs, of them {len(trials) - len(waiting)} done; "
+        f"{sum(trial.tokens for trial in waiting):,} tokens to train on"
+    )
+    failures: list[str] = []
+
+    def finished(trial: Trial, line: str) -> None:
+        append_line(out / ROWS, line)
+        rows[trial.id] = json.loads(line)
+        if not keep_models:
+            shutil.rmtree(trial.config.out, ignore_errors=True)
+
+    def failed(trial: Trial, reason: str) -> None:
+        failures.append(f"{trial.id} failed: {reason}")
+
+    for trial in waiting:  # a run that ended after its study had been killed
+        if (out / "runs" / trial.id / ROW).is_file():
+            finished(trial, (out / "runs" / trial.id / ROW).read_text(encoding="utf-8"))
+    left: list[Trial] = []
+    try:
+        left = work(
+            [trial for trial in waiting if trial.id not in rows],
+            out=out,
+            places=places,
+            seconds=None if minutes is None else 60 * minutes,
+            estimate=estimate,
+            finished=finished,
+            failed=failed,
+        )
+    finally:
+        done = [rows[trial.id] for trial in trials if trial.id in rows]
+        if done:
+            write_page(plan, done, out)
+    if left:
+        print(f"{len(left)} of {len(trials)} runs are left, which --minutes {minutes:g} gave no time for.")
+    for failure in failures:
+        print(f"regla: {failure}", file=sys.stderr)
+    if failures:
+        print(f"regla: {len(failures)} runs failed; their output is in {out / 'runs'}/*/log.txt", file=sys.stderr)
+    return failures
+
+
+def _check_numbers(devices: int, runs_per_device: int, minutes: float | None) -> None:
+    for name, number in (("devices", devices), ("runs-per-device", runs_per_device)):
+        if number < 1:
+            raise ValueError(f"--{name} is {number}, expected 1 or more.")
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--minutes is {minutes:g}, expected a number above 0.")
+
+
+def _places(device: str, number: int) -> list[Place]:
+    """Where the processes run: a GPU each, or a share of the cores."""
+    import torch
+
+    from regla.train.device import pick_device
+
+    if pick_device(device).type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = visible.split(",")
+        if number > len(gpus):
+            raise ValueError(f"--devices is {number}, but this PyTorch sees {len(gpus)} GPUs; ask for at most these.")
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:number]]
+    place = {"CUDA_VISIBLE_DEVICES": ""}  # so that the rows name the CPU
+    if number > 1:
+        place["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // number))
+    return [place] * number
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder of the study; ValueError where another process does."""
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"Another study is at work in {out}; wait for it, or give another --out.") from error
+        yield
+
+
+def _print_grid(plan: Study, tokenizer: str | None) -> None:
+    vocab_size = len(load_tokenizer(tokenizer)) if tokenizer is not None else None
+    sizes, _ = check_variants(plan, plan.variants, vocab_size=vocab_size)
+    trials = in_order(plan)
+    width = max(len(variant.name) for variant in plan.variants)
+    print(f"{plan.title}\n")
+    print(f"{'variant':<{width}}  {'parameters':>11}  {'steps':>6}  {'tokens of a run':>15}")
+    for variant in plan.variants:
+        size = sizes[variant.name]
+        print(f"{variant.name:<{width}}  {size.parameters:>11,}  {size.steps:>6,}  {size.tokens:>15,}")
+    tokens = sum(sizes[variant.name].tokens for variant, _, _ in trials)
+    rates = ", ".join(f"{lr:g}" for lr in plan.lrs)
+    print(
+        f"\n{len(plan.variants)} variants at lr {rates} with seeds {', '.join(map(str, plan.seeds))}: "
+        f"{len(trials)} runs, {tokens:,} tokens"
+    )
+    if tokenizer is None:
+        print(f"Parameters are those with a vocabulary of {plan.vocab_size or DEFAULT_VOCAB_SIZE:,}.")
