@@ -12,7 +12,8 @@ and through the state after it, with U its gradient and both operands decayed to
 An axis' log-decays take, summed from each token to the chunk's end, what every row read minus what every token wrote
 (q d_q - k d_k, or out d - x d_x), and at the last token what the state after it is worth (the sums of S d_S and
 k_end d_k_end). Both sides of each difference come from the same rounded factors, so that what must cancel does.
-Gradients are 2^48 times what they are, as the keys' features are, lest small ones vanish where E is small.
+Gradients are kept 2^24 times what they are: so many powers of two lie between the small ones of a long batch, which
+must not vanish where E is small, and those behind an outlier of e^100, which must not overflow.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def backward_kernel(
     causal = rows[:, None] >= rows[None, :]
     is_last = (rows == C - 1)[:, None]
     here = (n * H + h).to(tl.int64) * K * V + state_at
-    lift: tl.constexpr = LIFT_BITS if SAFE_EXP else 0.0
+    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
     centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     dS = tl.zeros([BK, BV], tl.float32)
     if D_FINAL:
@@ -154,16 +155,17 @@ def backward_kernel(
             do = load_tile(do_ptr + j * V, t, valid, H * G * V, vi, V, 0.0) * scale
             if SAFE_EXP:
                 factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-                do *= factor[:, None] * 2.0**48
+                do *= factor[:, None] * 2.0**24
             qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
             d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
             P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-            if more_k:
-                start = ends_k
-                while tl.min(start, 0) < C:
-                    _, E2, W2, start = next_piece(gk, rows, start)
-                    P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
-                    P += tl.where(causal, P2, 0.0)
+            if KEYED:  # noqa: SIM102 - known when the kernel is compiled
+                if more_k:
+                    start = ends_k
+                    while tl.min(start, 0) < C:
+                        _Bk, E2, W2, start = next_piece(gk, rows, start)
+                        P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
+                        P += tl.where(causal, P2, 0.0)
             Pd = P.to(dtype)
             dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
             dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
@@ -174,7 +176,7 @@ def backward_kernel(
                 if more_v:
                     start = ends_v
                     while tl.min(start, 0) < C:
-                        _, E2, W2, start = next_piece(gv, rows, start)
+                        _Bv, E2, W2, start = next_piece(gv, rows, start)
                         x2 = (v * W2).to(dtype)
                         d2 = (do * E2).to(dtype)
                         dP += tl.dot(d2, tl.trans(x2), input_precision=PRECISION)
@@ -193,7 +195,7 @@ def backward_kernel(
                 if more_k:
                     start = ends_k
                     while tl.min(start, 0) < C:
-                        _, E2, W2, start = next_piece(gk, rows, start)
+                        _Bk, E2, W2, start = next_piece(gk, rows, start)
                         q2 = (q * E2).to(dtype)
                         k2 = (k * W2).to(dtype)
                         dq2 = tl.dot(dPd, k2, input_precision=PRECISION)

@@ -145,13 +145,13 @@ def forward_kernel(
             Ek = tl.exp2(Bk + CENTRE)
             more_k = tl.min(ends_k, 0) < C
             kd = (k * Wk).to(dtype)
-            k_end, _ = to_the_end(k, gk, rows, Bk, Wk, ends_k, more_k)
+            k_end, _to_end_k = to_the_end(k, gk, rows, Bk, Wk, ends_k, more_k)
         if VALUED:
             Bv, Wv, ends_v = first_piece(gv)
             Ev = tl.exp2(Bv + CENTRE)
             more_v = tl.min(ends_v, 0) < C
             x = (v * Wv).to(dtype)
-            v_end, _ = to_the_end(v, gv, rows, Bv, Wv, ends_v, more_v)
+            v_end, _to_end_v = to_the_end(v, gv, rows, Bv, Wv, ends_v, more_v)
         Sd = S.to(dtype)
         for j in range(G):
             q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
@@ -159,12 +159,13 @@ def forward_kernel(
                 q = query_features(q, valid)
             qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
             P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-            if more_k:
-                start = ends_k
-                while tl.min(start, 0) < C:
-                    _, E2, W2, start = next_piece(gk, rows, start)
-                    P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
-                    P += tl.where(causal, P2, 0.0)
+            if KEYED:  # noqa: SIM102 - known when the kernel is compiled
+                if more_k:
+                    start = ends_k
+                    while tl.min(start, 0) < C:
+                        _Bk, E2, W2, start = next_piece(gk, rows, start)
+                        P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
+                        P += tl.where(causal, P2, 0.0)
             Pd = P.to(dtype)
             out = tl.dot(qd, Sd, input_precision=PRECISION)
             out = tl.dot(Pd, x, out, input_precision=PRECISION)
@@ -173,7 +174,7 @@ def forward_kernel(
                 if more_v:
                     start = ends_v
                     while tl.min(start, 0) < C:
-                        _, E2, W2, start = next_piece(gv, rows, start)
+                        _Bv, E2, W2, start = next_piece(gv, rows, start)
                         out += E2 * tl.dot(Pd, (v * W2).to(dtype), input_precision=PRECISION)
             out *= scale
             if SAFE_EXP:

@@ -155,7 +155,7 @@ def to_the_end(x, g, rows, B, W, end, more):
     if more:
         start = end
         while tl.min(start, 0) < rows.shape[0]:
-            B2, _, W2, begun = next_piece(g, rows, start)
+            B2, _E2, W2, begun = next_piece(g, rows, start)
             factor += W2 * tl.exp2(last_row(B2, rows))[None, :]
             start = begun
     return x * factor, factor
