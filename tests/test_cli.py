@@ -189,7 +189,7 @@ def test_failure_on_the_way_ends_with_1(corpus: Path, tmp_path: Path, capsys: py
     assert last.startswith("regla: error: ") and "lower --lr or lengthen --warmup" in last
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "generate", "quickstart", "doctor", "linearize", "tokenize"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "generate", "quickstart", "doctor", "linearize", "tokenize", "study"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
     assert exit_code([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
