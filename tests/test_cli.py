@@ -68,7 +68,7 @@ def test_every_option_reaches_the_run(corpus: Path, tmp_path: Path, monkeypatch:
         "train --out o --data a.txt b.txt --valid c.txt --vocab-size 500 --mixer hybrid --hidden-size 96 --layers 3 "
         "--heads 6 --kv-heads 2 --head-dim 8 --intermediate-size 200 --tokens 1000 --seq-len 64 --batch-size 2 "
         "--accumulate 3 --lr 0.5 --warmup 7 --weight-decay 0.2 --seed 9 --device cpu --dtype bfloat16 --compile "
-        "--activation-checkpointing --save-every 4 --eval-every 5 --resume --tensorboard "
+        "--activation-checkpointing --save-every 4 --eval-every 5 --eval-context 6 --resume --tensorboard "
         "--dataset d:e --text-field body"
     )
     assert main([*line.split(), "--config", str(tmp_path / "c.json")]) == 0
@@ -100,6 +100,7 @@ def test_every_option_reaches_the_run(corpus: Path, tmp_path: Path, monkeypatch:
         activation_checkpointing=True,
         save_every=4,
         eval_every=5,
+        eval_context=6,
         resume="latest",
         tensorboard=True,
         dataset="d:e",
@@ -127,6 +128,8 @@ BAD = {
     "resume what": ("train --out o --resume newest", "invalid choice: 'newest'"),
     "resume nothing": ("train --out full --data corpus.txt --resume", "full holds no checkpoint to resume from"),
     "save never": ("train --out o --save-every 0", "--save-every is 0, expected a number above 0."),
+    "no context": ("train --out o --eval-context 0", "--eval-context is 0, expected a number above 0."),
+    "long context": ("train --out o --data corpus.txt --vocab-size 300 --eval-context 10000000", "fewer than --eval-c"),
     "full folder": ("train --out full --data corpus.txt", "full is not empty; give --out a new folder"),
     "file for folder": ("train --out short.txt --data corpus.txt", "short.txt is a file"),
     "tokenizer": ("train --out o --data corpus.txt --tokenizer none", "There is no tokenizer folder none"),
@@ -189,7 +192,9 @@ def test_failure_on_the_way_ends_with_1(corpus: Path, tmp_path: Path, capsys: py
     assert last.startswith("regla: error: ") and "lower --lr or lengthen --warmup" in last
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "generate", "quickstart", "doctor", "linearize", "tokenize", "study"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "eval", "generate", "quickstart", "doctor", "linearize", "tokenize", "study"]
+)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
     assert exit_code([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out

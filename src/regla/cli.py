@@ -61,13 +61,15 @@ Each file is cut into windows of --seq-len tokens that do not overlap; every tok
 it in its window. `loss` is in nats per token. `bits/byte` and `per word` (the perplexity of words between spaces)
 compare models with different tokenizers.
 
---by-position shows the perplexity of the tokens 0-127, 128-255, 256-511, ... of the windows: what context is worth.
+--by-position shows the perplexity of the tokens 0-63, 64-127, 128-255, ... of the windows: what context is worth.
+Windows may be longer than what the model was trained on.
 --stream N scores the first N tokens of each file as one sequence instead, far beyond the length trained on if you like:
 it is fed in chunks of --seq-len tokens through the cache, whose size does not grow in ReGLA layers.
 
 examples:
   regla eval runs/regla                                       the held-out tenth of the embedded text
   regla eval runs/regla --data wiki.txt books.txt --json scores.json
+  regla eval runs/regla --data book.txt --seq-len 8192 --by-position
   regla eval runs/regla --data book.txt --stream 100000 --by-position
 """
 
@@ -139,6 +141,72 @@ examples:
   regla study gate-start --tokenizer tokens --data tokens/train.bin --valid tokens/valid.bin --out runs/gate-start
   regla study gate-start --only 'value/*' --set steps=100 --set lr=[2e-3] --data book.txt --out runs/short --minutes 9
   regla study gate-start --report --rows benchmarks/studies/gate-start.jsonl --out docs/results
+"""
+
+_BENCH = """\
+Measure speed and memory. Every measurement is printed and appended to --out FILE.jsonl as one row with its quantiles,
+the hardware, the versions and the commit as soon as it is there; what it is compared with is measured in the same run.
+
+  ops     forward and backward of the operations: backends, softmax flash attention, fla's chunk_gla where installed
+  decode  tokens/s of `generate` behind contexts of 1k to 64k: a 162M-parameter model against softmax of equal size
+  train   tokens/s of training such models at lengths of 2k to 32k: ReGLA, softmax, and no mixer at all
+  cpu     what the CPU path promises: chunked form against the recurrence, cost of a token, memory of a forward pass
+
+examples:
+  regla bench ops --out benchmarks/gpu/h100.jsonl
+  regla bench ops --only 'regla_attention/value/triton/*' 'softmax_attention/*'
+  regla bench decode --only '*/batch64/*' --out rows.jsonl
+  regla bench train --device cpu --quick
+
+`regla bench WHAT --help` explains the options of each.
+"""
+
+_BENCH_OPS = """\
+Time the operations at the shapes that matter and over lengths of 512 to 32768 at a fixed number of tokens, forward and
+forward+backward, and single steps of decoding. `of floor` is the share of the speed that the memory allows: each input
+read once, each output written once, at the rate of a plain copy; `extra memory` is beyond inputs, outputs and
+gradients; `x sdpa` and `x fla` say how many times as fast as softmax flash attention and fla's chunk_gla.
+
+A case is called OPERATION/AXIS/BACKEND/SHAPE/DIRECTION:
+  regla_attention/value/triton/B8-T2048-H12-64x64/forward+backward
+
+examples:
+  regla bench ops --out benchmarks/gpu/h100.jsonl
+  regla bench ops --only '*/B8-T2048-*'
+  regla bench ops --device cpu --quick
+"""
+
+_BENCH_DECODE = """\
+Time `generate` with a static cache that holds a context already: tokens per second of all sequences together, with the
+floor (weights and cache moved once), peak memory and size of the cache. Where memory runs out, the row says so.
+
+A case is called MODEL/batchN/contextN, such as regla/batch64/context16384.
+
+examples:
+  regla bench decode --out benchmarks/gpu/h100.jsonl
+  regla bench decode --only '*/batch8/*'
+  regla bench decode --device cpu --quick
+"""
+
+_BENCH_TRAIN = """\
+Time whole steps of training, forward, backward and AdamW, of a softmax model, of ReGLA at equal parameters, and of that
+model with every mixer replaced by the identity, all with the same number of tokens in a step. Where memory runs out,
+the row says so, and another has activation checkpointing.
+
+A case is called MODEL/lengthN, such as regla/length2048.
+
+examples:
+  regla bench train --out benchmarks/gpu/h100.jsonl
+  regla bench train --only '*/length2048' --eager
+  regla bench train --device cpu --quick
+"""
+
+_BENCH_CPU = """\
+Measure what the CPU path promises, one after the other in about two minutes: forms, decode, memory.
+
+examples:
+  regla bench cpu --out benchmarks/cpu.jsonl
+  regla bench cpu --only memory
 """
 
 _TOKENIZE = """\
@@ -244,6 +312,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _study_arguments(command("study", "train and compare a grid of models", _STUDY, _study))
 
+    _bench_arguments(command("bench", "measure speed and memory", _BENCH, _bench))
+
     tokenize = command("tokenize", "turn text files into token files", _TOKENIZE, _tokenize)
     tokenize.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet files")
     tokenize.add_argument("--out", required=True, metavar="DIR", help="new folder for the tokens and the tokenizer")
@@ -298,7 +368,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add(run, "--warmup", int, "steps of linear warm-up (default: a tenth of all)")
     add(run, "--weight-decay", float, "of weights; norms and biases do not decay")
     add(run, "--seed", int, "of initial weights and crops")
-    run.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    run.add_argument("--compile", action="store_true", help="torch.compile the blocks and the loss")
     run.add_argument(
         "--activation-checkpointing", action="store_true", help="less memory, more time: compute activations twice"
     )
@@ -314,6 +384,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on in --out from its latest checkpoint, or the previous one, should that be damaged",
     )
     add(keep, "--eval-every", int, "steps between validations in the log (default: at the end alone)")
+    add(keep, "--eval-context", int, "at the end, score by position, too, in windows of N tokens (default: do not)")
     keep.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
 
 
@@ -336,7 +407,7 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="at a time on each GPU: one compiles while another trains; their tokens/s are then not what one would have",
+        help="at a time on each GPU: one compiles while another trains; their tokens/s then say little",
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="start no run that would not be done by then")
     parser.add_argument("--only", metavar="GLOB", help="variants whose name matches, such as 'value/*'")
@@ -353,6 +424,27 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the grid; write nothing")
     what.add_argument("--report", action="store_true", help="only write the page, from rows")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="benchmarks", metavar="WHAT", dest="what", required=True)
+    for name, text in (
+        ("ops", _BENCH_OPS),
+        ("decode", _BENCH_DECODE),
+        ("train", _BENCH_TRAIN),
+        ("cpu", _BENCH_CPU),
+    ):
+        kind = kinds.add_parser(name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        kind.add_argument("--out", metavar="FILE.jsonl", help="append rows there (default: print only)")
+        kind.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="cases whose name matches any")
+        if name == "cpu":
+            kind.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: %(default)s)")
+            continue
+        kind.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU if there is one (default)")
+        kind.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+        kind.add_argument("--quick", action="store_true", help="tiny sizes: to see that everything runs, in seconds")
+        if name != "ops":
+            kind.add_argument("--eager", action="store_true", help="without torch.compile, which a CPU never uses here")
 
 
 def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -458,6 +550,13 @@ def _study(args: argparse.Namespace) -> None:
 
     if study(**_options(args)):
         raise SystemExit(1)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from regla.bench import run
+
+    options = _options(args)
+    getattr(run, f"bench_{options.pop('what')}")(**options)
 
 
 def _tokenize(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from regla.eval import perplexity
 from regla.eval.perplexity import (
     evaluate,
     first_id,
@@ -22,7 +23,8 @@ from regla.eval.perplexity import (
     total_nats,
 )
 from regla.models import ReGLAConfig, ReGLAForCausalLM
-from regla.train.data import HELD_OUT, Encoded, Text, encode_source
+from regla.models.folders import load_model
+from regla.train.data import HELD_OUT, Encoded, Text, encode_source, read_source
 from regla.train.embedded import embedded_text
 from regla.train.tokenizer import train_tokenizer
 
@@ -168,17 +170,85 @@ def test_positions_are_counted_in_each_window(kind: str) -> None:
     ids = np.random.randint(0, 300, 700).astype(np.int32)
     text = Encoded("a", ids, None)
     result = score(model, text, first=7, seq_len=300, batch_size=2, dtype="float32", by_position=True)
-    assert [(bin_.first, bin_.last) for bin_ in result.positions] == [(0, 127), (128, 255), (256, 299)]
-    assert [bin_.tokens for bin_ in result.positions] == [128 * 2 + 100, 128 * 2, 44 * 2]  # windows of 300, 300, 100
+    assert [(bin_.first, bin_.last) for bin_ in result.positions] == [(0, 63), (64, 127), (128, 255), (256, 299)]
+    # Windows of 300, 300 and 100.
+    assert [bin_.tokens for bin_ in result.positions] == [64 * 3, 64 * 2 + 36, 128 * 2, 44 * 2]
     nats = token_nats(model, ids, first=7, seq_len=300, batch_size=2, dtype="float32")
     by_hand = [*nats[128:256].tolist(), *nats[428:556].tolist()]
-    assert result.positions[1].loss == pytest.approx(sum(by_hand) / 256, rel=1e-6)
-    assert result.positions[1].perplexity == pytest.approx(math.exp(result.positions[1].loss))
+    assert result.positions[2].loss == pytest.approx(sum(by_hand) / 256, rel=1e-6)
+    assert result.positions[2].perplexity == pytest.approx(math.exp(result.positions[2].loss))
     total = sum(bin_.loss * bin_.tokens for bin_ in result.positions)
     assert total == pytest.approx(result.loss * result.tokens)
 
 
-@pytest.mark.parametrize("tokens", [5, 128, 129])
+def test_positions_of_several_sources() -> None:
+    """They have a mean, in which every source weighs the same, where they have the same bins."""
+    model = make_model("regla")
+    texts = [Encoded(name, np.random.randint(0, 300, n).astype(np.int32), None) for name, n in (("a", 200), ("b", 100))]
+    options = {"first": 7, "batch_size": 2, "dtype": "float32", "by_position": True}
+    a, b = (score(model, text, seq_len=100, **options) for text in texts)
+    mean = mean_score([a, b]).positions
+    assert [(bin_.first, bin_.last, bin_.tokens) for bin_ in mean] == [(0, 63, 3 * 64), (64, 99, 3 * 36)]
+    assert mean[1].loss == pytest.approx((a.positions[1].loss + b.positions[1].loss) / 2)
+    assert position_table([a, b]).splitlines()[2].split() == [
+        "64-99", *(f"{math.exp(bin_.loss):.2f}" for bin_ in (a.positions[1], b.positions[1], mean[1]))
+    ]  # fmt: skip
+    longer = score(model, texts[0], seq_len=200, **options)
+    assert mean_score([longer, b]).positions == ()
+    assert position_table([longer, b]).splitlines()[-1].split()[-1] == "-"
+
+
+def test_long_windows_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few at a time, and their logits in slices: the same figures."""
+    model = make_model("regla")
+    ids = np.random.randint(0, 300, 230).astype(np.int32)
+    options = {"first": 7, "seq_len": 40, "batch_size": 4, "dtype": "float32"}
+    whole = token_nats(model, ids, **options)
+    batches, slices = [], []
+    forward, cross_entropy = model.forward, torch.nn.functional.cross_entropy
+
+    def count_windows(input_ids, **rest):
+        batches.append(len(input_ids))
+        return forward(input_ids=input_ids, **rest)
+
+    def count_logits(logits, *rest, **options):
+        slices.append(logits.numel())
+        return cross_entropy(logits, *rest, **options)
+
+    monkeypatch.setattr(model, "forward", count_windows)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", count_logits)
+    monkeypatch.setattr(perplexity, "_LOGITS", 2 * 40 * 300 + 299)
+    monkeypatch.setattr(perplexity, "_LOGITS_OF_A_SLICE", 7 * 300)
+    torch.testing.assert_close(token_nats(model, ids, **options), whole, rtol=1e-5, atol=1e-5)
+    assert batches == [2, 2, 1, 1] and max(slices) == 7 * 300
+    monkeypatch.setattr(perplexity, "_LOGITS", 1)
+    monkeypatch.setattr(perplexity, "_LOGITS_OF_A_SLICE", 1)
+    torch.testing.assert_close(token_nats(model, ids, **options), whole, rtol=1e-5, atol=1e-5)
+    assert batches[4:] == [1] * 6 and slices[-1] == 300
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "llama"])
+def test_windows_beyond_the_length_of_the_model(
+    kind: str, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Allowed, the same as done by hand, and said."""
+    make_model(kind).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text(embedded_text().documents[0][:180], encoding="utf-8")
+    options = {"data": [tmp_path / "a.txt"], "device": "cpu", "by_position": True}
+    (result,) = evaluate(tmp_path / "model", seq_len=80, json_file=tmp_path / "s.json", **options)
+    note = "80 tokens of context are more than the model's max_position_embeddings, 16."
+    assert capsys.readouterr().out.splitlines()[-1] == note
+    assert json.loads((tmp_path / "s.json").read_text())["max_position_embeddings"] == 16
+    assert [(bin_.first, bin_.last) for bin_ in result.positions] == [(0, 63), (64, 79)]
+    ids = encode_source(read_source(tmp_path / "a.txt"), tokenizer).ids
+    model = load_model(tmp_path / "model", torch.device("cpu"))
+    assert result.loss * result.tokens == pytest.approx(nats_by_hand(model, ids, first_id(tokenizer), 80), rel=2e-6)
+    evaluate(tmp_path / "model", seq_len=16, **options)
+    assert "max_position_embeddings" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 65])
 def test_the_last_bin_of_positions_ends_with_the_text(tokens: int) -> None:
     bins = position_scores(torch.ones(tokens), 1024)
     assert bins[-1].last == tokens - 1 and sum(bin_.tokens for bin_ in bins) == tokens
@@ -204,11 +274,11 @@ def test_the_stream_of_a_file(folder: Path, tmp_path: Path, capsys: pytest.Captu
     options = {"data": [tmp_path / "a.txt"], "device": "cpu", "by_position": True}
     (part,) = evaluate(folder, stream=200, json_file=tmp_path / "s.json", **options)
     assert part.tokens == 200 and part.bytes is None and part.word_perplexity is None
-    assert [(bin_.first, bin_.last) for bin_ in part.positions] == [(0, 127), (128, 199)]
+    assert [(bin_.first, bin_.last) for bin_ in part.positions] == [(0, 63), (64, 127), (128, 199)]
     printed = capsys.readouterr().out
     assert position_table([part]) in printed and "128-199" in printed
     result = json.loads((tmp_path / "s.json").read_text())
-    assert result["stream"] == 200 and result["sources"][0]["positions"][1]["last"] == 199
+    assert result["stream"] == 200 and result["sources"][0]["positions"][2]["last"] == 199
 
     (whole,) = evaluate(folder, stream=10**6, **options)
     assert whole.bytes == len(text.encode()) and whole.words == len(text.split())

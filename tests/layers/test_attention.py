@@ -9,6 +9,7 @@ from regla.layers import FEATURE_MAPS, GATES, NORMS, ReGLAAttention, init_linear
 from regla.layers.norms import HeadLayerNorm, HeadRMSNorm, SumNorm, prescale
 from regla.layers.positions import apply_rotary
 from regla.ops import regla_attention
+from regla.ops.backends import why_not_triton
 
 HIDDEN = 48
 COMBINATIONS = [
@@ -17,6 +18,16 @@ COMBINATIONS = [
     for axis in (("value", "key", "both") if gate in ("refined", "sigmoid") else ("value",))
     # The sum normaliser divides by what these maps let pass through zero: no tolerance holds there.
     if not (norm == "sum" and feature_map in ("identity", "relu"))
+]
+
+
+STEPS = [
+    {"norm": "layernorm", "conv_size": 3, "output_gate": "silu"},
+    {"gate_axis": "key", "qk_temperature": True},
+    {"gate_axis": "both", "norm": "none"},
+    {"gate": "scalar", "norm": "sum"},
+    {"gate": "fast_decay", "key_max": "running"},
+    {"gate": "none"},
 ]
 
 
@@ -121,6 +132,50 @@ def test_sum_norm_is_a_weighted_mean(gate):
     q, k = torch.randn(2, 1, 30, 6, 8).unbind(0)
     h, _ = layer.feature_map(q, k, v, decays, None, None, None, False)
     assert torch.allclose(SumNorm(6, 8, 0.0)(h), torch.ones(1, 30, 6, 8), rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("options", STEPS, ids=str)
+def test_steps_may_overwrite_the_state(options):
+    """With the decode kernel: the outputs are those of the whole, and S and m stay where they are."""
+    layer = mixer(num_kv_heads=3, backend="triton", **options)
+    for parameter in layer.norm.parameters():
+        parameter.normal_()
+    x = torch.randn(1, 6, HIDDEN)
+    reason = why_not_triton(x[..., None], x[..., None])
+    if reason is not None:
+        pytest.skip(reason)
+    layer.feature_map.backend = "chunked"
+    whole, _ = layer(x)
+    _, state = layer(x[:, :2], return_state=True)
+    layer.feature_map.backend = "triton"
+    S, m, _ = state
+    kept = S.clone()
+    layer(x[:, 2:3], state=state, return_state=True)
+    assert torch.equal(S, kept)  # nobody allowed it
+    for t in range(2, 6):
+        y, state = layer(x[:, t : t + 1], state=state, return_state=True, overwrite_state=True)
+        assert state.S is S and state.m is m
+        assert error(y, whole[:, t : t + 1]) < 1e-5
+    assert not torch.equal(S, kept)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_state_that_gradients_need_is_not_overwritten():
+    layer = mixer()
+    x = torch.randn(1, 3, HIDDEN)
+    reason = why_not_triton(x[..., None], x[..., None])
+    if reason is not None:
+        pytest.skip(reason)
+    _, state = layer(x[:, :2], return_state=True)
+    kept = state.S.detach().clone()
+    layer.feature_map.backend = "triton"
+    with torch.no_grad():
+        layer(x[:, 2:], state=state, return_state=True, overwrite_state=True)
+    y, after = layer(x[:, 2:], state=state, return_state=True, overwrite_state=True)
+    assert torch.equal(state.S, kept) and after.S is not state.S
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), [layer.v_proj.weight, state.S]))
 
 
 def test_rotary_is_llamas_and_partial():

@@ -14,6 +14,14 @@ from regla.models.cache import (
     SoftmaxConvStaticCacheLayer,
     adopt_cache,
 )
+from regla.ops.backends import why_not_triton
+
+
+def skip_without_triton():
+    x = torch.ones(1, 1, 1, 16)
+    reason = why_not_triton(x, x)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def linear_layers(cache):
@@ -108,6 +116,26 @@ def test_a_static_cache_stays_where_it_is(model):
     cache.reset()
     assert [part.data_ptr() for part in states(cache)] == places
     assert all(part.count_nonzero() == 0 for part in states(cache))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("variant", ["pure", "hybrid, sum"])
+def test_the_decode_kernel_overwrites_states(build, variant, static, assert_same):
+    skip_without_triton()
+    model = build(variant)
+    ids = torch.randint(3, 97, (2, 9))
+    expected = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+    model(ids[:, :6], past_key_values=cache)
+    before = [(layer.read().S, layer.read().m) for layer in linear_layers(cache)]
+    kernel = build(variant, backend="triton")
+    logits = [kernel(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)]
+    assert_same(torch.cat(logits, 1), expected[:, 6:])
+    for layer, (S, m) in zip(linear_layers(cache), before, strict=True):
+        assert layer.read().S is S and layer.read().m is m
+    assert int(cache.get_seq_length()) == 9
 
 
 def test_other_models_keep_their_cache_layers(build):

@@ -5,6 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 
+from regla.ops.backends import why_not_triton
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -28,6 +30,27 @@ def test_decoding_compiles_once(model, make, graphs, assert_same):
     assert counter.frame_count == graphs
     assert_same(torch.cat(logits, 1), expected[:, 4:])
     assert int(cache.get_seq_length()) == 15
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_decoding_compiles_around_the_kernel(build, backend, assert_same):
+    """It is opaque to the compiler, which is told that it overwrites the state, and copies nothing."""
+    x = torch.ones(1, 1, 1, 16)
+    reason = why_not_triton(x, x)
+    if reason is not None:
+        pytest.skip(reason)
+    model, kernel = build("pure"), build("pure", backend="triton")
+    ids = torch.randint(3, 97, (2, 7))
+    expected = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    model(ids[:, :4], past_key_values=cache)
+    places = [layer.read().S.data_ptr() for layer in cache.layers]
+    step = torch.compile(kernel, backend=backend, fullgraph=True)
+    logits = [step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 7)]
+    assert_same(torch.cat(logits, 1), expected[:, 4:])
+    assert [layer.read().S.data_ptr() for layer in cache.layers] == places
 
 
 @torch.no_grad()

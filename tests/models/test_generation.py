@@ -5,6 +5,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline, set_seed
 
+from regla.ops.backends import why_not_triton
+
 NEW = 9
 
 
@@ -38,6 +40,18 @@ def generate(model, inputs, **kwargs):
 def test_greedy(model, kwargs, padded):
     inputs = prompts(padded)
     assert torch.equal(generate(model, inputs, **kwargs), generate(model, inputs, use_cache=False))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kwargs", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_with_the_kernels(build, kwargs):
+    x = torch.ones(1, 1, 1, 16)
+    reason = why_not_triton(x, x)
+    if reason is not None:
+        pytest.skip(reason)
+    model, kernel = build("hybrid, rope"), build("hybrid, rope", backend="triton")
+    inputs = prompts()
+    assert torch.equal(generate(kernel, inputs, **kwargs), generate(model, inputs, use_cache=False, **kwargs))
 
 
 def test_a_padded_row_generates_what_it_does_alone(model):

@@ -162,6 +162,18 @@ def test_the_page_is_made_from_rows_alone(files: Path, undisturbed: Path, tmp_pa
     assert fill(page.replace("diverged", "fine"), tmp_path) == page
 
 
+def test_a_row_has_the_loss_by_position(files: Path, tmp_path: Path) -> None:
+    study = read_study(str(files / "tiny.yaml"), ["steps=1", "eval_context=80", "lr=[0.01]"])
+    data = prepare(files / "data", data=[str(files / "corpus.txt")], vocab_size=study.vocab_size)
+    (trial, _) = make_trials(study, data, out=tmp_path, device="cpu")
+    write_plan(tmp_path / "run", trial.config.__dict__, trial.row)
+    run(tmp_path / "run")
+    row = json.loads((tmp_path / "run" / "row.jsonl").read_text())
+    summary = json.loads((Path(trial.config.out) / "training.json").read_text())
+    assert row["by_position"] == summary["by_position"]
+    assert [(bin_["first"], bin_["last"]) for bin_ in row["by_position"]] == [(0, 63), (64, 79)]
+
+
 def test_the_plots_of_committed_studies(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from regla.report import documents
 
@@ -236,7 +248,7 @@ def test_the_name_of_a_run_depends_on_all_that_its_result_does(files: Path) -> N
         return {trial.id for trial in make_trials(plan, data, out=out, device=device)}
 
     assert len(ids()) == 4
-    assert ids() == ids("compile=true", "save_every=3", device="cuda", out=files / "elsewhere")
+    assert ids() == ids("compile=true", "save_every=3", "eval_context=9", device="cuda", out=files / "elsewhere")
     other = ids(text=str(files / "other.txt"))
     for changed in (ids("steps=81"), ids("overrides.qk_norm=true"), ids("seeds=[1]"), other):
         assert len(changed) == 4 and not changed & ids()

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from regla.eval.perplexity import evaluate
+from regla.eval.perplexity import evaluate, mean_score, position_table
 from regla.train import loop, run
 from regla.train.config import TrainConfig
 from regla.train.data import HELD_OUT, Text, encode
@@ -93,6 +94,32 @@ def test_the_validation_loss_is_that_of_the_saved_model_on_the_held_out_text(
     summary = json.loads((trained / "training.json").read_text())
     assert score.loss == pytest.approx(summary["validation_loss"], rel=1e-6)
     assert score.bytes == summary["validation"][0]["bytes"] == last.bytes
+
+
+@pytest.mark.parametrize("mixer", ["hybrid", "softmax"])
+def test_the_perplexity_by_position_is_that_of_the_saved_model(
+    mixer: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    valid = tmp_path / "valid.txt"
+    valid.write_text(DOCUMENTS[1], encoding="utf-8")
+    options = {"valid": (str(corpus), str(valid)), "steps": 2, "mixer": mixer}
+    summary = run.train(config(out, corpus, eval_context=100, **options))
+    printed = capsys.readouterr().out
+    scores = evaluate(out, data=[corpus, valid], device="cpu", seq_len=100, by_position=True)
+    expected = [asdict(bin_) for bin_ in mean_score(scores).positions]
+    assert [(bin_["first"], bin_["last"]) for bin_ in summary["by_position"]] == [(0, 63), (64, 99)]
+    for bin_, other in zip(summary["by_position"], expected, strict=True):
+        assert bin_ == pytest.approx(other, rel=1e-5)
+    assert json.loads((out / "training.json").read_text())["by_position"] == summary["by_position"]
+    assert position_table(scores) in printed and "more than the model's max_position_embeddings, 32." in printed
+    assert summary["validation_loss"] != mean_score(scores).loss  # that one is of windows of --seq-len
+
+
+def test_a_context_that_no_text_has(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has \d+ tokens, fewer than --eval-context 1000000; give more text or a sh"):
+        run.train(config(tmp_path / "run", corpus, eval_context=10**6))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_held_out_text_is_not_trained_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

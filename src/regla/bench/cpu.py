@@ -1,4 +1,4 @@
-"""What the CPU path promises, measured: `python -m regla.bench.cpu --out benchmarks/cpu.jsonl`.
+"""What the CPU path promises, measured: `regla bench cpu --out benchmarks/cpu.jsonl`.
 
 forms   chunked against the recurrence, forward and backward
 decode  time per generated token and bytes of cache, early and late in a sequence
@@ -7,20 +7,30 @@ memory  peak memory of a forward pass against its length
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from regla.bench.rows import write_rows
+from regla.bench.measure import Case, Row
 from regla.ops import gated_linear_attention, regla_attention
+
+
+def cases() -> list[Case]:
+    """By the name of the benchmark."""
+
+    def case(name: str, measure: Callable[[], list[Row]]) -> Case:
+        def rows() -> Iterator[Row | str]:
+            yield from measure()
+
+        return Case(name, rows)
+
+    return [case("forms", measure_forms), case("decode", measure_decode), case("memory", measure_memory)]
 
 
 def measure_forms(
@@ -142,19 +152,3 @@ def _peak_bytes() -> int:
 def _bytes(cache_layer: Any) -> int:
     state = cache_layer.read()
     return sum(x.numel() * x.element_size() for x in state if x is not None)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="rows are appended there")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    rows = [*measure_forms(), *measure_decode(), *measure_memory()]
-    write_rows(args.out, rows)
-    for row in rows:
-        print(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main()

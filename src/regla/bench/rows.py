@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -15,28 +16,36 @@ import torch
 import regla
 
 
-def surroundings() -> dict[str, Any]:
-    """What a figure depends on besides the code: hardware, versions, commit, date."""
-    cuda = torch.cuda.is_available()
+def surroundings(device: torch.device | None = None) -> dict[str, Any]:
+    """What a figure depends on besides the code: hardware, versions, commit, date. device: None is the GPU if any."""
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        **({"cuda": torch.version.cuda} if cuda else {"threads": torch.get_num_threads()}),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{package: _version(package) for package in ("triton", "transformers")},
         "regla": regla.__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
 
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], device: torch.device | None = None) -> None:
     """Append rows to a .jsonl file, each with its surroundings."""
-    around = surroundings()
+    around = surroundings(device)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row | around) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
@@ -50,7 +59,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout this code runs from, with "+" if it has changes; None outside of one."""
-    here = Path(__file__).parent
+    here = Path(regla.__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
         changes = subprocess.run(

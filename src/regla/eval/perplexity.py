@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LONGEST_DEFAULT = 1024
-_FIRST_BIN = 128  # positions; every further bin ends at twice the one before
+_FIRST_BIN = 64  # positions; every further bin ends at twice the one before
+_LOGITS = 2**28  # at a time, unless one window has more
+_LOGITS_OF_A_SLICE = 2**26  # as float32 and as what cross-entropy makes of them
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _score(
 
 
 def position_scores(nats_N: Tensor, seq_len: int) -> tuple[PositionScore, ...]:
-    """Mean loss at the positions 0-127, 128-255, 256-511, ... of windows of `seq_len` tokens. nats_N: float [N]."""
+    """Mean loss at the positions 0-63, 64-127, 128-255, ... of windows of `seq_len` tokens. nats_N: float [N]."""
     position_N = torch.arange(len(nats_N)) % seq_len
     longest = min(seq_len, len(nats_N))
     edges = [0]
@@ -140,7 +142,10 @@ def position_scores(nats_N: Tensor, seq_len: int) -> tuple[PositionScore, ...]:
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """Every source weighs the same: the means of their losses and bits per byte, the perplexity of the mean loss."""
+    """Every source weighs the same: the means of their losses and bits per byte, the perplexity of the mean loss.
+
+    So it is at every bin of positions, if the sources have the same ones.
+    """
     loss = sum(score.loss for score in scores) / len(scores)
     sizes = [score.bytes for score in scores if score.bytes is not None]
     bits = [score.bits_per_byte for score in scores if score.bits_per_byte is not None]
@@ -156,7 +161,20 @@ def mean_score(scores: Sequence[Score]) -> Score:
         bits_per_byte=sum(bits) / len(bits) if known else None,
         words=sum(score.words or 0 for score in scores) if words_known else None,
         word_perplexity=_exp(sum(per_word) / len(per_word)) if words_known else None,
+        positions=_mean_positions([score.positions for score in scores]),
     )
+
+
+def _mean_positions(sources: Sequence[tuple[PositionScore, ...]]) -> tuple[PositionScore, ...]:
+    edges = [[(bin_.first, bin_.last) for bin_ in positions] for positions in sources]
+    if any(other != edges[0] for other in edges):
+        return ()
+    means = []
+    for bins in zip(*sources, strict=True):
+        loss = sum(bin_.loss for bin_ in bins) / len(bins)
+        tokens = sum(bin_.tokens for bin_ in bins)
+        means.append(PositionScore(bins[0].first, bins[0].last, tokens, loss, _exp(loss)))
+    return tuple(means)
 
 
 def count_words(source: Source) -> int | None:
@@ -176,8 +194,12 @@ def total_nats(
 def token_nats(
     model: PreTrainedModel, ids_N: np.ndarray, *, first: int, seq_len: int, batch_size: int, dtype: str
 ) -> Tensor:
-    """-ln p(x_i) of every token, float32 [N] on the CPU. The model is put into evaluation mode."""
+    """-ln p(x_i) of every token, float32 [N] on the CPU. The model is put into evaluation mode.
+
+    `batch_size` windows run at a time, or fewer where their logits would take too much memory.
+    """
     model.eval()
+    batch_size = max(1, min(batch_size, _LOGITS // (seq_len * model.config.get_text_config().vocab_size)))
     device = model.device
     inputs_N, targets_N = _inputs_and_targets(ids_N, first)
     whole = len(ids_N) // seq_len * seq_len
@@ -214,7 +236,10 @@ def _inputs_and_targets(ids_N: np.ndarray, first: int) -> tuple[Tensor, Tensor]:
 
 
 def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
+    """-ln p of the targets, float32 [B T]; in slices, since float32 logits of a long window are large."""
+    slice_ = max(1, _LOGITS_OF_A_SLICE // logits_BTV.shape[-1])
+    parts = zip(logits_BTV.flatten(0, 1).split(slice_), targets_BT.flatten().split(slice_), strict=True)
+    return torch.cat([F.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in parts])
 
 
 def evaluate(
@@ -256,11 +281,15 @@ def evaluate(
     print(table(scores))
     if by_position:
         print("\n" + position_table(scores))
+    context = length if stream is None else stream
+    if (note := beyond_the_model(model, context)) is not None:
+        print("\n" + note)
     if json_file is not None:
         result: dict[str, Any] = {
             "model": str(folder),
             "seq_len": length,
             "stream": stream,
+            "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
             "device": where.type,
             "dtype": dtype,
             "sources": [asdict(score) for score in scores],
@@ -273,6 +302,14 @@ def evaluate(
 def first_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What stands before a text: the beginning-of-text token, or for want of one the end of the text before."""
     return end_of_text_id(tokenizer) if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+
+
+def beyond_the_model(model: PreTrainedModel, context: int) -> str | None:
+    """A sentence where `context` tokens are more than the model's configuration names."""
+    named = getattr(model.config, "max_position_embeddings", None)
+    if named is None or context <= named:
+        return None
+    return f"{context:,} tokens of context are more than the model's max_position_embeddings, {named:,}."
 
 
 def table(scores: Sequence[Score]) -> str:
@@ -291,7 +328,12 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def position_table(scores: Sequence[Score]) -> str:
-    """Perplexity of every bin of positions, one column per source; a shorter source's last bin ends where it does."""
+    """Perplexity of every bin of positions, one column per source, and that of the mean loss if they share all bins.
+
+    A shorter source's last bin ends where it does.
+    """
+    if len(scores) > 1 and (mean := mean_score(scores)).positions:
+        scores = [*scores, mean]
     widths = [max(len(score.name), 10) for score in scores]
     names = "  ".join(f"{score.name:>{width}}" for score, width in zip(scores, widths, strict=True))
     lines = [f"{'positions':<15}  {names}"]

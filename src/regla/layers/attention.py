@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from regla.layers.calibration import QKCalibration, QKTemperature
-from regla.layers.feature_maps import FEATURE_MAPS
-from regla.layers.gates import GATE_AXES, GATES
-from regla.layers.norms import NORMS
+from regla.layers.feature_maps import FEATURE_MAPS, SafeExp
+from regla.layers.gates import GATE_AXES, GATES, Decays
+from regla.layers.norms import NORMS, HeadLayerNorm, HeadRMSNorm
 from regla.layers.positions import ShortConvolution, apply_rotary
+from regla.ops.attention import safe_exp_step_
+from regla.ops.backends import runs_decode_kernel
 from regla.ops.features import KEY_MAX
 
 OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
@@ -129,6 +131,7 @@ class ReGLAAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: ReGLAState | None = None,
         return_state: bool = False,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, ReGLAState | None]:
         """
         Args:
@@ -138,6 +141,8 @@ class ReGLAAttention(nn.Module):
             cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1).
             state: what came before x; not with cu_seqlens.
             return_state: return the state after x; not with cu_seqlens.
+            overwrite_state: `state` may be overwritten, and S and m returned in its place: where the decode kernel
+                runs, nothing is copied. Not with states that anything else still reads.
 
         Returns:
             [B, T, hidden_size] in the dtype of x, and the new state or None.
@@ -166,13 +171,54 @@ class ReGLAAttention(nn.Module):
         if decays.write is not None:
             v = v * decays.write.to(v.dtype)
         v, decays = self.norm.prepare(v, decays)
-        before = None if state is None else (state.S, state.m)
-        h, after = self.feature_map(q, k, v, decays, mask, cu_seqlens, before, return_state)
-        o = self.norm(h).flatten(2)
+        after = None if state is None else (state.S, state.m)
+        o = self._step_(q, k, v, decays, mask, state) if overwrite_state and cu_seqlens is None else None
+        if o is None:
+            h, after = self.feature_map(q, k, v, decays, mask, cu_seqlens, after, return_state)
+            o = self.norm(h)
+        o = o.flatten(2)
         if self.output_gate is not None and self.output_activation is not None:
             o = o * self.output_activation(self.output_gate(x))
         y = self.o_proj(o)
-        return y, None if after is None else ReGLAState(after[0], after[1], conv_state)
+        return y, ReGLAState(after[0], after[1], conv_state) if return_state and after is not None else None
+
+    def _step_(
+        self, q: Tensor, k: Tensor, v: Tensor, decays: Decays, mask: Tensor | None, state: ReGLAState | None
+    ) -> Tensor | None:
+        """The normalised output of one token [B, 1, HQ, V], `state` overwritten, by the decode kernel; None, and
+        nothing done, where it cannot run."""
+        if not isinstance(self.feature_map, SafeExp) or state is None:
+            return None
+        gk, gv, _, refine_k, refine_v = decays
+        S, m, _ = state
+        key_max, backend = self.feature_map.key_max, self.feature_map.backend
+        is_plain = S.dtype == m.dtype == torch.float32 and S.is_contiguous() and m.is_contiguous()
+        if not is_plain or S.requires_grad:
+            return None
+        if not runs_decode_kernel(backend, key_max, k, v, q, gk, gv, refine_k, refine_v):
+            return None
+        weight, bias = None, None
+        if isinstance(self.norm, HeadRMSNorm | HeadLayerNorm) and self.norm.weight.device == v.device:
+            # Weights that are kept elsewhere come to the device when the norm itself is called.
+            weight = self.norm.weight
+            bias = self.norm.bias if isinstance(self.norm, HeadLayerNorm) else None
+        h = safe_exp_step_(
+            q,
+            k,
+            v,
+            S,
+            m,
+            gk,
+            gv,
+            refine_k=refine_k,
+            refine_v=refine_v,
+            mask=mask,
+            key_max=key_max,
+            weight=weight,
+            bias=bias,
+            eps=self.norm.eps,
+        )
+        return self.norm(h) if weight is None else h
 
 
 def _one_of(name: str, value: str | None, known: Iterable[str | None]) -> None:

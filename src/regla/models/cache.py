@@ -32,7 +32,8 @@ class ReGLACacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """The state (S, m, conv) of one linear layer and the number of tokens it has seen.
 
     Its size does not depend on that number. S and m are float32 whatever the model's dtype. A new state replaces the
-    old tensors and never overwrites them, so gradients flow through any number of calls.
+    old tensors, so gradients flow through any number of calls; the decode kernel, which knows no gradients, overwrites
+    them.
     """
 
     is_compileable = False  # the token count is a Python number, as in transformers' DynamicLayer
@@ -136,7 +137,7 @@ class ReGLAStaticCacheLayer(ReGLACacheLayer):
         self.cumulative_length.zero_()
 
     def _replace(self, old: Tensor | None, new: Tensor) -> Tensor:
-        if new.requires_grad or (old is not None and old.requires_grad):
+        if new is old or new.requires_grad or (old is not None and old.requires_grad):
             return new
         if old is None or old.shape != new.shape:
             old = _at_fixed_address(torch.empty_like(new))

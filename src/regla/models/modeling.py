@@ -64,6 +64,7 @@ class ReGLADecoderLayer(GradientCheckpointingLayer):
                 cu_seqlens=cu_seqlens,
                 state=None if cached is None else cached.read(),
                 return_state=cached is not None,
+                overwrite_state=cached is not None,
             )
             if cached is not None:
                 cached.write(state, x.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regla.ops.backends import choose_backend
+from regla.ops.backends import choose_backend, runs_decode_kernel
 from regla.ops.checks import check_decays, check_gla, check_refine, check_regla
 from regla.ops.chunked import chunked_gated_linear_attention
 from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
@@ -98,16 +98,24 @@ def safe_exp_attention(
 
     h_t equals what the paper's formula gives up to one positive factor per token and head, which a scale-free
     normalisation removes; without one, h depends on m, and m takes no gradient. The state is kept as 2^48 S_t: what
-    comes back as S goes back in as S, and is of use nowhere else. See `regla_attention` for arguments,
-    shapes, dtypes and errors; gk, gv as in `gated_linear_attention`, or, of an axis whose `refine_` is given, the
-    gate's logits: its log-decays are then `log_refined_gate(gk, refine_k)`, `log_refined_gate(gv, refine_v)`.
+    comes back as S goes back in as S, and is of use nowhere else. See `regla_attention` for arguments, shapes, dtypes
+    and errors; gk, gv as in `gated_linear_attention`, or, of an axis whose `refine_` is given, the gate's logits: its
+    log-decays are then `log_refined_gate(gk, refine_k)`, `log_refined_gate(gv, refine_v)`. With backend "triton" a
+    single token that needs no gradient is one launch, `safe_exp_step_` on copies of S and m.
     """
     check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
     check_refine(gk, gv, refine_k, refine_v)
     if refine_k is None and refine_v is None:
         check_decays(gk, gv, validate, mask)
-    backend = choose_backend(backend, k, v, cu_seqlens, key_max)
     scale = variance_reduction(k.shape[-1]) if scale is None else scale
+    S0 = None if initial_state is None else initial_state[0]
+    if cu_seqlens is None and runs_decode_kernel(backend, key_max, k, v, q, gk, gv, refine_k, refine_v, S0):
+        S, m = _copy_of_state(initial_state, k, v)
+        h = safe_exp_step_(
+            q, k, v, S, m, gk, gv, refine_k=refine_k, refine_v=refine_v, scale=scale, mask=mask, key_max=key_max
+        )
+        return h, (S, m) if output_final_state else None
+    backend = choose_backend(backend, k, v, cu_seqlens, key_max)
     state, before = (None, None) if initial_state is None else initial_state
     if state is not None and before is not None:
         # Zeros are an empty state, whatever m says.
@@ -148,6 +156,48 @@ def safe_exp_attention(
         phi_q = torch.where(real, phi_q, 0.0)
     h, final = _PLAIN[backend](phi_q, lifted_key_features(k, m, mask), v, gk, gv, scale, state, cu_seqlens)
     return _lower(h), _empty_as_zero(final, after) if output_final_state else None
+
+
+def safe_exp_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor,
+    m: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    *,
+    refine_k: Tensor | None = None,
+    refine_v: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    key_max: str = "decay",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """`safe_exp_attention` of one token in one launch: overwrites S and m and returns h, or h normalised.
+
+    Only for inputs that `regla.ops.backends.runs_decode_kernel` accepts. No gradient flows.
+
+    Args:
+        q, k, v, gk, gv, refine_k, refine_v, scale, mask, key_max: as in `safe_exp_attention`, with T = 1.
+        S: [B, H, K, V] and m: [B, H], float32, contiguous: the state before the token, then the one after it.
+        weight, bias: [HQ, V], of the norm over h: the scale-free RMS norm (weight alone) or layer norm (both).
+        eps: of the norm.
+
+    Returns:
+        [B, 1, HQ, V] in the dtype of v.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check_regla(q, k, v, gk, gv, (S, m), mask, None, key_max, validate=False)
+    from regla.ops.triton.decode import decode_
+
+    scale = variance_reduction(k.shape[-1]) if scale is None else scale
+    decaying = key_max == "decay"
+    return decode_(q, k, v, gk, refine_k, gv, refine_v, mask, S, m, weight, bias, scale, decaying, eps)
 
 
 def regla_attention(
@@ -254,6 +304,15 @@ def gate_decays(log_decay: Tensor, gate_axis: str, K: int, V: int) -> tuple[Tens
     if gate_axis == "key":
         return log_decay, None
     return log_decay[..., :K], log_decay[..., K:]
+
+
+def _copy_of_state(state: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A state to overwrite: that one's numbers in float32, or an empty one's."""
+    if state is None:
+        B, _, H, K = k.shape
+        return k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32), k.new_zeros(B, H, dtype=torch.float32)
+    S, m = (torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(x) for x in state)
+    return S, m
 
 
 def _empty_as_zero(S: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:

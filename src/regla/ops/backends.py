@@ -10,8 +10,9 @@ from torch import Tensor
 
 BACKENDS = ("recurrent", "chunked", "triton")
 
-#: Channels of a key or value that the kernels hold in registers.
+#: Channels of a key or value that the kernels hold in registers; those that the decode kernel does.
 WIDEST = 128
+WIDEST_STEP = 256
 
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -37,8 +38,19 @@ def choose_backend(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
     return backend
 
 
-def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
-    """Why the kernels cannot run on these tensors; None if they can."""
+def runs_decode_kernel(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+    """Whether the decode kernel takes these inputs of `safe_exp_attention`: one token, no gradient needed, "triton"
+    asked for. "auto" takes the recurrence until the kernel has been measured on a GPU."""
+    return (
+        k.shape[1] == 1
+        and backend == "triton"
+        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k, v, *others)))
+        and why_not_triton(k, v, key_max, WIDEST_STEP) is None
+    )
+
+
+def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay", most: int = WIDEST) -> str | None:
+    """Why the kernels, for heads of at most `most` channels, cannot run on these tensors; None if they can."""
     if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     if not k.is_cuda and not _is_interpreted():
@@ -50,8 +62,8 @@ def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
     if key_max == "sequence":
         return "key_max is 'sequence', which is not causal, and the kernels run forward in time"
     widest = max(k.shape[-1], v.shape[-1])
-    if widest > WIDEST:
-        return f"a head has {widest} channels, and the kernels hold at most {WIDEST}"
+    if widest > most:
+        return f"a head has {widest} channels, and the kernels hold at most {most}"
     return None
 
 

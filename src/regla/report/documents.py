@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from regla.report.benches import benches_table, plot_bench
 from regla.report.plots import plot_losses
 from regla.report.studies import plot_study, study_table, trials_table
 from regla.report.tables import (
     calibration_table,
     decode_table,
     forms_table,
+    latest,
     memory_table,
     read_rows,
     scores_table,
@@ -39,9 +41,9 @@ CURVES = {
 _Table = Callable[[Sequence[dict[str, Any]]], str]
 TABLES: dict[str, tuple[str, _Table]] = {
     "train_34m": ("benchmarks/train_34m.jsonl", training_table),
-    "forms": ("benchmarks/cpu.jsonl", forms_table),
-    "decode": ("benchmarks/cpu.jsonl", decode_table),
-    "memory": ("benchmarks/cpu.jsonl", memory_table),
+    "forms": ("benchmarks/cpu.jsonl", latest(forms_table)),
+    "decode": ("benchmarks/cpu.jsonl", latest(decode_table)),
+    "memory": ("benchmarks/cpu.jsonl", latest(memory_table)),
     "linearize": ("benchmarks/linearize.jsonl", scores_table),
     "calibration": ("benchmarks/linearize.jsonl", calibration_table),
 }
@@ -52,6 +54,12 @@ STUDIES = "benchmarks/studies"
 
 STUDY_TABLES: dict[str, _Table] = {"study": study_table, "trials": trials_table}
 """By what the name of a table begins with: `study/NAME` and `trials/NAME` show rows of the study NAME."""
+
+BENCHES = "benchmarks/gpu"
+"""Rows of `regla bench ops|decode|train`: NAME.jsonl."""
+
+BENCH_TABLES = ("ops", "decode", "train")
+"""By what the name of a table begins with: `ops/NAME` shows the rows of `regla bench ops` in NAME.jsonl."""
 
 BENCHMARKS = {"calibration": "linearize"}
 """The benchmark whose rows a table shows, where it is not the table's name."""
@@ -64,10 +72,13 @@ def fill(text: str, root: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
-        kind, _, study = name.partition("/")
-        if kind in STUDY_TABLES and study:
-            rows = read_rows(root / STUDIES / f"{study}.jsonl", "study")
+        kind, _, file_name = name.partition("/")
+        if kind in STUDY_TABLES and file_name:
+            rows = read_rows(root / STUDIES / f"{file_name}.jsonl", "study")
             return f"{match[1]}\n{STUDY_TABLES[kind](rows)}\n\n{match[3]}"
+        if kind in BENCH_TABLES and file_name:
+            rows = read_rows(root / BENCHES / f"{file_name}.jsonl", f"bench {kind}")
+            return f"{match[1]}\n{benches_table(rows)}\n\n{match[3]}"
         if name not in TABLES:
             raise ValueError(f"There is no table {name!r}; the known ones are {', '.join(TABLES)}.")
         file, show = TABLES[name]
@@ -77,8 +88,8 @@ def fill(text: str, root: Path) -> str:
 
 
 def documents(root: Path) -> list[str]:
-    """DOCUMENTS, and every other page of results in a checkout that has tables, such as those of studies."""
-    pages = [page.relative_to(root).as_posix() for page in sorted((root / "docs/results").glob("*.md"))]
+    """DOCUMENTS, and every other page under docs in a checkout that has tables, such as those of studies."""
+    pages = [page.relative_to(root).as_posix() for page in sorted((root / "docs").glob("**/*.md"))]
     others = [page for page in pages if page not in DOCUMENTS]
     return [*DOCUMENTS, *(page for page in others if _BLOCK.search((root / page).read_text(encoding="utf-8")))]
 
@@ -99,7 +110,11 @@ def update(root: Path) -> list[Path]:
 
 
 def draw(root: Path) -> list[Path]:
-    """Draw the plots of the documentation from the committed logs and the rows of studies; their files."""
+    """Draw the plots of the documentation from the committed logs and the rows of studies and benchmarks; their files.
+
+    NAME.jsonl of studies gives docs/results/NAME.png; of benchmarks NAME-ops.png, NAME-decode.png and NAME-train.png,
+    as far as it has their rows.
+    """
     for plot, logs in CURVES.items():
         curves = {}
         for name, log in logs.items():
@@ -110,4 +125,10 @@ def draw(root: Path) -> list[Path]:
     for rows in sorted((root / STUDIES).glob("*.jsonl")):
         plots.append(root / "docs/results" / f"{rows.stem}.png")
         plot_study(read_rows(rows, "study"), plots[-1])
+    for file in sorted((root / BENCHES).glob("*.jsonl")):
+        there = {json.loads(line)["benchmark"] for line in file.read_text(encoding="utf-8").splitlines()}
+        for kind in BENCH_TABLES:
+            if f"bench {kind}" in there:
+                plots.append(root / "docs/results" / f"{file.stem}-{kind}.png")
+                plot_bench(read_rows(file, f"bench {kind}"), plots[-1])
     return plots

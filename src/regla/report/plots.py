@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers, too
-_MARKERS = ("o", "s", "^", "D")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers, too
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _SMOOTHING_STEPS = 20
 _DPI = 150
 
@@ -51,6 +51,23 @@ def plot_decoding(
     time_axes.set_ylim(bottom=0)
     memory_axes.set_yscale("log", base=2)
     memory_axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.savefig(file)
+
+
+def plot_lengths(
+    panels: Mapping[str, Mapping[str, Curve]], file: str | Path, *, title: str, along: str, unit: str
+) -> None:
+    """Panels side by side, by title: values in `unit` over the length, a curve by its name; logarithmic.
+
+    At most six curves in a panel.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4.6 * len(panels), 4.4), dpi=_DPI, layout="constrained")
+    figure.suptitle(title)
+    for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _contexts(axes, curves, title=name, unit=unit, along=along)
+        axes.set_yscale("log")
     figure.savefig(file)
 
 
@@ -97,12 +114,14 @@ def moving_mean(values: Sequence[float], width: int) -> list[float]:
     return means
 
 
-def _contexts(axes: Axes, curves: Mapping[str, Curve], *, title: str, unit: str) -> None:
+def _contexts(
+    axes: Axes, curves: Mapping[str, Curve], *, title: str, unit: str, along: str = "tokens of context"
+) -> None:
     for (name, curve), colour, marker in zip(curves.items(), _COLOURS, _MARKERS, strict=False):
         lengths, values = zip(*curve, strict=True)
         axes.plot(lengths, values, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name)
     axes.set_xscale("log", base=2)
-    axes.set(title=title, xlabel="tokens of context", ylabel=unit)
+    axes.set(title=title, xlabel=along, ylabel=unit)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
     _finish(axes)
 

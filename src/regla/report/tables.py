@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 _MIXERS = {"regla": "ReGLA", "hybrid": "hybrid", "softmax": "softmax"}
 
+Row = dict[str, Any]
 
-def read_rows(file: str | Path, benchmark: str) -> list[dict[str, Any]]:
+
+def read_rows(file: str | Path, benchmark: str) -> list[Row]:
     """The rows of one benchmark in a .jsonl file, in the file's order; ValueError where there are none."""
     lines = Path(file).read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["benchmark"] == benchmark]
@@ -19,7 +21,12 @@ def read_rows(file: str | Path, benchmark: str) -> list[dict[str, Any]]:
     return rows
 
 
-def training_table(rows: Sequence[dict[str, Any]]) -> str:
+def latest(table: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], str]:
+    """`table` of the rows alone that were measured on the last row's commit: what the code does now."""
+    return lambda rows: table([row for row in rows if row["commit"] == rows[-1]["commit"]])
+
+
+def training_table(rows: Sequence[Row]) -> str:
     """Runs of `regla train` that differ in mixer, learning rate and start; perplexity per source and of the mean loss.
 
     `start` is initializer_range, the standard deviation of the initial weights, where a run overrode the default.
@@ -54,7 +61,7 @@ def training_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(header, body, numbers_from=1) + "\n\n" + ran_on(rows)
 
 
-def forms_table(rows: Sequence[dict[str, Any]]) -> str:
+def forms_table(rows: Sequence[Row]) -> str:
     """Chunked form against recurrence."""
     header = ["operation", "B, T, H, K, V", "chunked", "of it products", "recurrence", "ratio"]
     body = [
@@ -71,7 +78,7 @@ def forms_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(header, body, numbers_from=1) + "\n\n" + ran_on(rows)
 
 
-def decode_table(rows: Sequence[dict[str, Any]]) -> str:
+def decode_table(rows: Sequence[Row]) -> str:
     """Cost of one more token at two positions."""
     header = ["tokens before", "time per token", "against the first row", "cache"]
     body = [
@@ -86,7 +93,7 @@ def decode_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(header, body) + "\n\n" + ran_on(rows)
 
 
-def memory_table(rows: Sequence[dict[str, Any]]) -> str:
+def memory_table(rows: Sequence[Row]) -> str:
     """Peak memory of a forward pass over its length."""
     header = ["tokens", "peak memory", "per token"]
     body = [
@@ -96,7 +103,7 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(header, body) + "\n\n" + ran_on(rows)
 
 
-def scores_table(rows: Sequence[dict[str, Any]]) -> str:
+def scores_table(rows: Sequence[Row]) -> str:
     """Conversions: perplexity per source of the original, right after conversion, and after training."""
     sources = [source["name"] for source in rows[0]["scores"]["original"]]
     names = [name.removeprefix("valid_").rpartition("_")[0] or name for name in sources]
@@ -115,7 +122,7 @@ def scores_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(header, body, numbers_from=3) + "\n\n" + ran_on(rows)
 
 
-def calibration_table(rows: Sequence[dict[str, Any]]) -> str:
+def calibration_table(rows: Sequence[Row]) -> str:
     """Conversions: what the pretrained queries and keys make of the exponential feature map, layer by layer."""
     header = ["layer", "features before", "after", "KL before", "after", "uniform"]
     body = [
@@ -139,7 +146,7 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]], *, numbers_fr
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
 
 
-def ran_on(rows: Sequence[dict[str, Any]]) -> str:
+def ran_on(rows: Sequence[Row]) -> str:
     """Hardware, versions, commit and date of the rows, each kind of them once."""
     kinds = []
     for row in rows:

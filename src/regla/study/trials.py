@@ -16,7 +16,7 @@ from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
 
 _OF_THE_PLACE = (  # fields of TrainConfig that say where a run reads and writes, not what it computes
     *("out", "data", "dataset", "text_field", "valid", "tokenizer", "vocab_size", "device", "compile"),
-    *("activation_checkpointing", "save_every", "resume", "eval_every", "tensorboard"),
+    *("activation_checkpointing", "save_every", "resume", "eval_every", "eval_context", "tensorboard"),
 )
 
 

@@ -103,6 +103,7 @@ def result_of(summary: dict[str, Any], points: list[tuple[int, float]]) -> dict[
             "transformers": summary["versions"]["transformers"],
             "curve": points,
         }
+        | ({"by_position": summary["by_position"]} if "by_position" in summary else {})
     )
 
 

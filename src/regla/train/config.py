@@ -81,6 +81,8 @@ class TrainConfig:
     """Go on in `out`, from its newest checkpoint (`latest`) or the one before that (`previous`)."""
     eval_every: int | None = None
     """Steps between validations in the log; None: only one, at the end."""
+    eval_context: int | None = None
+    """Tokens of the windows in which the trained model is scored by position, too; None: not done."""
     tensorboard: bool = False
     """Write the log for TensorBoard, too."""
 
@@ -97,6 +99,7 @@ class TrainConfig:
             "tokens",
             "save_every",
             "eval_every",
+            "eval_context",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from regla.train.checkpoint import Checkpoints
 from regla.train.config import TrainConfig
 from regla.train.device import autocast
+from regla.train.regions import compiled_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,7 +144,8 @@ def optimise(
     """Train `model` in place on `tokens_N` (int32, on its device) until the last step, or `stop()` after any step.
 
     `loss(model, crop_BL)` is minimised: int64 crops of `config.seq_len + 1` tokens to a scalar. It runs under the
-    autocast of `config.dtype`, is divided by `config.accumulate` here, and is compiled where `config.compile` says so.
+    autocast of `config.dtype`, is divided by `config.accumulate` here, and is compiled where `config.compile` says so,
+    the blocks of `model` and what is around them as regions of their own, see `regla.train.regions`.
     `groups`, each `{"params": parameters, "lr_scale": factor}`, are what is trained and how fast in relation to
     `config.lr`; other parameters stay as they are. None: all of `model` at `config.lr`.
 
@@ -158,7 +161,6 @@ def optimise(
     device = tokens_N.device
     optimizer = make_optimizer(model, weight_decay=config.weight_decay, device=device, groups=groups)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    loss_of = torch.compile(loss, dynamic=False) if config.compile else loss
     if checkpoints is not None:
         checkpoints.restore(model, optimizer, progress)
     if config.activation_checkpointing:
@@ -173,7 +175,11 @@ def optimise(
     total = steps * config.tokens_per_step
     first = progress.steps
     done = first * config.tokens_per_step
-    with tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="train", mininterval=shown_every) as bar:
+    with (
+        compiled_blocks(model) if config.compile else nullcontext(),
+        tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="train", mininterval=shown_every) as bar,
+    ):
+        loss_of = torch.compile(loss, dynamic=False) if config.compile else loss
         for step in range(first, steps):
             rate = learning_rate(step, steps=steps, warmup=config.warmup_steps, peak=config.lr)
             for group in optimizer.param_groups:
@@ -222,7 +228,8 @@ def optimise(
                 unread.clear()
                 bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
                 if score and evaluate is not None:
-                    record["validation_loss"] = evaluate()
+                    with torch.compiler.set_stance("force_eager"):  # its shapes are others, each a compilation
+                        record["validation_loss"] = evaluate()
                     model.train()
                 if log is not None:
                     log(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from regla.train.device import autocast, pick_device
 from regla.train.embedded import embedded_text
 from regla.train.log import TrainingLog
 from regla.train.loop import Group, Loss, Progress, crops, optimise
+from regla.train.regions import compiled_blocks
 from regla.train.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
@@ -231,26 +233,27 @@ def _train(
             def write(record: dict[str, Any], stage: str = stage, before: int = before) -> None:
                 log(record | {"step": before + record["step"], "stage": stage})
 
-            optimise(
-                model,
-                tokens_N,
-                TrainConfig(
-                    out=config.out,
-                    steps=steps,
-                    seq_len=config.seq_len,
-                    batch_size=config.batch_size,
-                    lr=config.lr,
-                    weight_decay=0.0,
-                    seed=config.seed + 1 + number,  # other crops than calibration and the stage before
-                    dtype=config.dtype,
-                    compile=compiled,
-                ),
-                progress=progress,
-                stop=lambda: signals.received is not None,
-                loss=loss,
-                groups=trained,
-                log=write,
-            )
+            with compiled_blocks(original) if compiled else nullcontext():
+                optimise(
+                    model,
+                    tokens_N,
+                    TrainConfig(
+                        out=config.out,
+                        steps=steps,
+                        seq_len=config.seq_len,
+                        batch_size=config.batch_size,
+                        lr=config.lr,
+                        weight_decay=0.0,
+                        seed=config.seed + 1 + number,  # other crops than calibration and the stage before
+                        dtype=config.dtype,
+                        compile=compiled,
+                    ),
+                    progress=progress,
+                    stop=lambda: signals.received is not None,
+                    loss=loss,
+                    groups=trained,
+                    log=write,
+                )
             before += progress.steps
             summary["stages"][stage] = {
                 "steps": progress.steps,

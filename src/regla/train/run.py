@@ -16,7 +16,7 @@ import transformers
 from safetensors import SafetensorError
 
 import regla
-from regla.eval.perplexity import Score, first_id, mean_score, score, table
+from regla.eval.perplexity import Score, beyond_the_model, first_id, mean_score, position_table, score, table
 from regla.models.folders import check_new, load_tokenizer, new_folder
 from regla.models.modeling import ReGLAForCausalLM
 from regla.train.checkpoint import FOLDER as CHECKPOINTS
@@ -40,7 +40,7 @@ _OF_A_BEGINNING = (LOG, TENSORBOARD, CHECKPOINTS)  # what a run writes before it
 _CHARACTERS_PER_TOKEN = 8  # of a data set: more than English text has in any tokenizer, so that crops repeat little
 _WITHOUT_EFFECT = {  # options that do not change what a step computes; the data count by their tokens
     *("out", "data", "valid", "tokenizer", "device", "compile", "activation_checkpointing"),
-    *("save_every", "resume", "eval_every", "tensorboard", "text_field", "dataset"),
+    *("save_every", "resume", "eval_every", "eval_context", "tensorboard", "text_field", "dataset"),
 }
 
 
@@ -67,6 +67,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "give more text or a smaller --seq-len."
         )
     valid_texts = [encode_source(source, tokenizer) for source in valid_sources]
+    for text in valid_texts:
+        if config.eval_context is not None and len(text.ids) < config.eval_context:
+            raise ValueError(
+                f"The validation text {text.name} has {len(text.ids)} tokens, fewer than --eval-context "
+                f"{config.eval_context}; give more text or a shorter context."
+            )
 
     torch.manual_seed(config.seed)
     model_configuration, softmax_parameters = match_softmax(
@@ -117,15 +123,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
         except (OSError, SafetensorError) as error:
             raise OSError(f"The model cannot be written to {out} ({error}). {checkpoints.kept}") from error
 
-    def validate() -> list[Score]:
+    def validate(seq_len: int = config.seq_len, *, by_position: bool = False) -> list[Score]:
         return [
             score(
                 model,
                 text,
                 first=first_id(tokenizer),
-                seq_len=config.seq_len,
+                seq_len=seq_len,
                 batch_size=config.batch_size,
                 dtype=config.dtype,
+                by_position=by_position,
             )
             for text in valid_texts
         ]
@@ -175,6 +182,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     }
     _write(out, summary)
     print(table(scores))
+    if config.eval_context is not None:
+        scores = validate(config.eval_context, by_position=True)
+        summary["by_position"] = [asdict(bin_) for bin_ in mean_score(scores).positions]
+        _write(out, summary)
+        note = beyond_the_model(model, config.eval_context)
+        print("\n" + position_table(scores) + (f"\n{note}" if note else "") + "\n")
     print(f"Validation loss {mean.loss:.4f}, perplexity {mean.perplexity:.2f}. Saved to {out}.")
     return summary
 

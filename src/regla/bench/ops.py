@@ -1,0 +1,272 @@
+"""Time and memory of the operations against their peers, and against what no version can go below.
+
+The floor is the time in which the memory, at the rate of a plain copy measured in the same run, moves
+
+    forward             every input read once, the output written once
+    forward+backward    that, and every input and the output's gradient read once more, every input's gradient written
+
+    step                every input and the state read once, the output and the state written once
+
+so at B8 T2048 H12 K=V=64 in bfloat16, from raw logits (q, k, v, gate, refine), 6 and 17 tensors of 25 MB.
+
+Everything is computed from the same standard normal tensors: `regla_attention` from raw logits; gated_linear_attention
+and fla's `chunk_gla` from features and log-decays made of them beforehand; softmax attention from q, k and v.
+`regla_step` is one token behind a state: with the kernel in place, with the recurrence to a new state.
+
+Shape legend: B batch, T tokens, H heads, K and V channels of keys and values.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from regla.bench.measure import (
+    Case,
+    Row,
+    copy_rate,
+    dtype_name,
+    floor_columns,
+    normal,
+    peak_extra_bytes,
+    seconds_of,
+    time_call,
+)
+from regla.ops import gated_linear_attention, regla_attention
+from regla.ops.attention import safe_exp_step_
+from regla.ops.backends import why_not_triton
+from regla.ops.features import safe_exp_query
+from regla.ops.gates import log_refined_gate
+
+BENCHMARK = "bench ops"
+DIRECTIONS = ("forward", "forward+backward")
+STEP = "step"
+AXES = ("value", "key")
+_BACKENDS = ("triton", "chunked")
+_STEP_BACKENDS = ("recurrent", "triton")
+_TOO_LONG = 2.0  # seconds of one call, above which a backend gets no row
+
+Operation = Callable[..., Tensor]
+
+
+class Shape(NamedTuple):
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"B{self.B}-T{self.T}-H{self.H}-{self.K}x{self.V}"
+
+
+SHAPES = (Shape(8, 2048, 12, 64, 64), Shape(4, 4096, 16, 128, 128), Shape(1, 32768, 16, 128, 128))
+LENGTHS = tuple(Shape(32768 // T, T, 12, 64, 64) for T in (512, 1024, 2048, 4096, 8192, 16384, 32768))
+STEPS = (Shape(64, 1, 12, 64, 64), Shape(512, 1, 12, 64, 64), Shape(64, 1, 16, 128, 128))
+_QUICK = (Shape(2, 64, 2, 16, 16), Shape(1, 128, 2, 16, 16))
+_QUICK_STEPS = (Shape(2, 1, 2, 16, 16),)
+
+
+def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> list[Case]:
+    """Every shape with every operation, axis, backend and direction; what is compared with comes first."""
+    many, one = (_QUICK, _QUICK_STEPS) if quick else (SHAPES + LENGTHS, STEPS)
+    seconds = 0.02 if quick else 0.2  # to spend on each case
+    rate = _Rate(device, quick)
+    every = [(shape, direction, *subject) for shape in many for direction in DIRECTIONS for subject in _subjects()]
+    every += [
+        (shape, STEP, "regla_step", axis, backend) for shape in one for axis in AXES for backend in _STEP_BACKENDS
+    ]
+    found = []
+    for shape, direction, operation, axis, backend in every:
+        name = f"{operation}/{axis}/{backend}/{shape}/{direction}"
+        measure = partial(_measure, operation, axis, backend, shape, direction, device, dtype, rate, seconds)
+        found.append(Case(name, measure))
+    return found
+
+
+def _subjects() -> Iterator[tuple[str, str, str]]:
+    """(operation, axis, backend) of many tokens at once."""
+    yield "softmax_attention", "none", "sdpa"
+    yield "chunk_gla", "key", "fla"
+    for operation in ("regla_attention", "gated_linear_attention"):
+        for axis in AXES:
+            for backend in _BACKENDS:
+                yield operation, axis, backend
+
+
+class _Rate:
+    """Bytes per second of a copy, measured when first asked for."""
+
+    def __init__(self, device: torch.device, quick: bool) -> None:
+        self._device, self._quick = device, quick
+        self._rate: float | None = None
+
+    def __call__(self) -> float:
+        if self._rate is None:
+            self._rate = copy_rate(self._device, quick=self._quick)
+        return self._rate
+
+
+def _measure(
+    operation: str,
+    axis: str,
+    backend: str,
+    shape: Shape,
+    direction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rate: _Rate,
+    seconds: float,
+) -> Iterator[Row | str]:
+    name = f"{operation}/{axis}/{backend}/{shape}/{direction}"
+    row: Row = {
+        "benchmark": BENCHMARK,
+        "subject": "/".join((operation, axis, backend)),
+        "setting": {**shape._asdict(), "direction": direction, "dtype": dtype_name(dtype)},
+        "operation": operation,
+        "axis": axis,
+        "backend": backend,
+    }
+    try:
+        copied = rate()
+        logits = _logits(shape, device, dtype)
+        reason = _why_not(backend, logits["k"], logits["v"])
+        if reason is not None:
+            yield f"{operation}/{axis}/{backend}: no rows, {reason}"
+            return
+        function, inputs = _operation(operation, axis, backend, logits)
+        del logits
+        call = _call(function, inputs, direction)
+        call()  # compiles
+        taken = seconds_of(call, device)
+        if taken > _TOO_LONG:
+            yield f"{name}: no row, one call takes {taken:.1f} s"
+            return
+        extra = peak_extra_bytes(call, device)
+        timing = time_call(call, device, seconds=seconds)
+        moved = _floor_bytes(inputs, call()[0], direction)
+    except torch.OutOfMemoryError:
+        yield row | {"out_of_memory": True}
+        return
+    except Exception as error:
+        if backend != "fla":  # a peer that fails must not cost the other rows
+            raise
+        yield f"{name}: no row, {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return
+    yield row | timing.as_row() | floor_columns(moved, copied, timing.p50_us) | {"peak_extra_bytes": extra}
+
+
+def _logits(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Standard normal q, k, v, gate and refine [B, T, H, K or V]; the gate's channels fit the values and, as K = V in
+    every shape, the keys."""
+    B, T, H, K, V = shape
+    widths = {"q": K, "k": K, "v": V, "gate": V, "refine": V}
+    return {
+        name: normal(B, T, H, D, seed=seed, device=device, dtype=dtype) for seed, (name, D) in enumerate(widths.items())
+    }
+
+
+def _why_not(backend: str, k: Tensor, v: Tensor) -> str | None:
+    """Why `backend` cannot run on these tensors; None if it can."""
+    if backend == "triton":
+        return why_not_triton(k, v)
+    if backend == "sdpa" and k.is_cuda and v.dtype == torch.float32:
+        return "flash attention takes no float32"
+    if backend == "fla":
+        if importlib.util.find_spec("fla") is None:
+            return "the package fla is not installed"
+        if not k.is_cuda:
+            return "fla needs a GPU"
+    return None
+
+
+def _operation(
+    operation: str, axis: str, backend: str, logits: dict[str, Tensor]
+) -> tuple[Operation, Sequence[Tensor]]:
+    """(function of the inputs, the inputs)."""
+    q, k, v, gate, refine = logits.values()
+    if operation == "softmax_attention":
+        return _flash_attention, [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    if operation == "regla_attention":
+        return partial(_regla, axis=axis, backend=backend), [q, k, v, gate, refine]
+    if operation == "regla_step":
+        (B, _, H, K), V = k.shape, v.shape[-1]
+        state = normal(B, H, K, V, seed=5, device=v.device), torch.zeros(B, H, device=v.device)
+        step = _step_in_place if backend == "triton" else _step
+        return partial(step, axis=axis, backend=backend), [q, k, v, gate, refine, *state]
+    features = safe_exp_query(q).to(v.dtype), safe_exp_query(k).to(v.dtype)
+    decay = log_refined_gate(gate, refine).to(v.dtype)
+    if operation == "chunk_gla":
+        chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
+        return lambda *inputs: chunk_gla(*inputs)[0], [*features, v, decay]
+    return partial(_gated, axis=axis, backend=backend), [*features, v, decay]
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _regla(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, refine: Tensor, *, axis: str, backend: str) -> Tensor:
+    return regla_attention(q, k, v, gate, refine, gate_axis=axis, backend=backend)[0]
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, refine: Tensor, S: Tensor, m: Tensor, *, axis: str, backend: str
+) -> Tensor:
+    options: dict[str, Any] = {"initial_state": (S, m), "output_final_state": True, "backend": backend}
+    return regla_attention(q, k, v, gate, refine, gate_axis=axis, **options)[0]
+
+
+def _step_in_place(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, refine: Tensor, S: Tensor, m: Tensor, *, axis: str, backend: str
+) -> Tensor:
+    gates: dict[str, Any] = {"gk": gate, "refine_k": refine} if axis == "key" else {"gv": gate, "refine_v": refine}
+    return safe_exp_step_(q, k, v, S, m, **gates)
+
+
+def _gated(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, axis: str, backend: str) -> Tensor:
+    gk, gv = (decay, None) if axis == "key" else (None, decay)
+    return gated_linear_attention(q, k, v, gk, gv, backend=backend)[0]
+
+
+def _call(function: Operation, inputs: Sequence[Tensor], direction: str) -> Callable[[], Sequence[Tensor]]:
+    """A call that returns the output, and behind it the gradients of the inputs where they are asked for."""
+    if direction in ("forward", STEP):
+
+        @torch.no_grad()
+        def forward() -> Sequence[Tensor]:
+            return (function(*inputs),)
+
+        return forward
+    for x in inputs:
+        x.requires_grad_()
+    with torch.no_grad():
+        like = function(*inputs)
+    d_o = normal(*like.shape, seed=6, device=like.device, dtype=like.dtype)
+    del like
+
+    def both() -> Sequence[Tensor]:
+        o = function(*inputs)
+        return (o.detach(), *torch.autograd.grad(o, inputs, d_o))
+
+    return both
+
+
+def _floor_bytes(inputs: Sequence[Tensor], o: Tensor, direction: str) -> int:
+    """Bytes that no version avoids: see the head of this module."""
+    of_inputs = sum(x.numel() * x.element_size() for x in inputs)
+    of_output = o.numel() * o.element_size()
+    if direction == "forward":
+        return of_inputs + of_output
+    if direction == STEP:
+        return of_inputs + of_output + sum(x.numel() * x.element_size() for x in inputs[-2:])
+    return 3 * of_inputs + 2 * of_output

@@ -1,0 +1,150 @@
+"""Tokens per second of training, end to end: forward, backward and AdamW, from the parts that `regla train` runs on.
+
+Three models of one shape at several sequence lengths, with the same number of tokens in every step: softmax attention
+(PyTorch's SDPA), ReGLA at equal parameters, and that model with every mixer replaced by the identity, which is what all
+the rest costs. Weights are float32, products run under autocast. Tokens are random.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regla.bench.measure import Case, Row, Timing, dtype_name, give_memory_back, quantiles
+from regla.bench.models import build, configs
+from regla.train.device import autocast
+from regla.train.loop import make_optimizer, next_token_loss
+from regla.train.regions import compiled_blocks
+
+if TYPE_CHECKING:
+    from regla.models import ReGLAForCausalLM
+
+BENCHMARK = "bench train"
+LENGTHS = (2048, 8192, 32768)
+TOKENS = 32768  # of a step
+_WARM_UP, _REPEATS = 3, 12
+
+
+class IdentityMixer(nn.Module):
+    """Stands where a linear mixer stood and returns its input."""
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return x, None
+
+
+def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False, eager: bool = False) -> list[Case]:
+    """Every length with softmax, the identity and ReGLA."""
+    lengths, tokens = ((16, 64), 64) if quick else (LENGTHS, TOKENS)
+    compiled = device.type == "cuda" and not eager
+    found = []
+    for length in lengths:
+        for model in ("softmax", "identity", "regla"):
+            measure = partial(_measure, model, length, tokens // length, device, dtype, compiled, quick)
+            found.append(Case(f"{model}/length{length}", measure))
+    return found
+
+
+def _measure(
+    name: str, length: int, batch: int, device: torch.device, dtype: torch.dtype, compiled: bool, quick: bool
+) -> Iterator[Row | str]:
+    """A row; where memory runs out, one that says so and another with activation checkpointing."""
+    setting = {"length": length, "batch": batch, "dtype": dtype_name(dtype), "compiled": compiled}
+    for checkpointing in (False, True):
+        row: Row = {
+            "benchmark": BENCHMARK,
+            "subject": name,
+            "setting": setting,
+            "activation_checkpointing": checkpointing,
+        }
+        try:
+            measured = _train(name, length, batch, device, dtype, compiled, checkpointing, quick)
+        except torch.OutOfMemoryError:
+            yield row | {"out_of_memory": True}
+        else:
+            yield row | measured
+            return
+        give_memory_back(device)
+
+
+def _train(
+    name: str,
+    length: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    checkpointing: bool,
+    quick: bool,
+) -> Row:
+    """Figures of a number of steps. All that it holds is free when it returns."""
+    if compiled:
+        torch.compiler.reset()  # else a second length makes the compiler give up fixed shapes
+    model = _model(name, length, device, quick)
+    timing, peak = _time_steps(model, length, batch, dtype, compiled, checkpointing, quick)
+    tokens_per_second = length * batch / timing.p50_us * 1e6
+    return {
+        "parameters": model.num_parameters(),
+        **timing.as_row(),
+        "tokens_per_second": tokens_per_second,
+        "peak_bytes": peak,
+    }
+
+
+def _model(name: str, length: int, device: torch.device, quick: bool) -> ReGLAForCausalLM:
+    """Float32, in training mode."""
+    both = configs(max_length=length, quick=quick)
+    model = build(both["regla" if name == "identity" else name], device, torch.float32).train()
+    if name == "identity":
+        for layer in model.model.layers:
+            layer.self_attn = IdentityMixer()
+    return model
+
+
+def _time_steps(
+    model: ReGLAForCausalLM,
+    length: int,
+    batch: int,
+    dtype: torch.dtype,
+    compiled: bool,
+    checkpointing: bool,
+    quick: bool,
+) -> tuple[Timing, int | None]:
+    """(time of an optimiser step, peak memory of the device in bytes or None)."""
+    device = model.device
+    cuda = device.type == "cuda"
+    optimizer = make_optimizer(model, weight_decay=0.1, device=device)
+    if checkpointing:
+        # Newer transformers warn about the second name, older ones lack the first.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    generator = torch.Generator(device).manual_seed(0)
+    crop_BL = torch.randint(model.config.vocab_size, (batch, length + 1), generator=generator, device=device)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with compiled_blocks(model) if compiled else nullcontext():
+        loss_of = torch.compile(next_token_loss, dynamic=False) if compiled else next_token_loss
+
+        def step() -> float:
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            with autocast(device, dtype_name(dtype)):
+                loss = loss_of(model, crop_BL)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        for _ in range(1 if quick else _WARM_UP):
+            step()
+        seconds = [step() for _ in range(3 if quick else _REPEATS)]
+    return quantiles(seconds, "clock"), torch.cuda.max_memory_allocated() if cuda else None

@@ -1,0 +1,188 @@
+"""The decode kernel: one token of every sequence in one launch, the state updated where it lies.
+
+Bytes. A state of K x V float32 is read once and written once: 8 K V bytes per sequence and state head are the floor,
+32 KiB at K = V = 64 and 128 KiB at K = V = 128. What else a token needs adds 2 % at 64 and 1 % at 128: in bfloat16,
+with a refined gate of the value axis and as many query heads as state heads, q, k, v, the logits of the gate and the
+output are 4 K + 8 V bytes, m is 8.
+
+One program holds the state of a head in registers and serves all query heads that share it. The state is not split
+over programs: whether it is empty, its unit m, and the norm concern all of it, and m too is overwritten in place, which
+no second program could then read.
+
+Shape legend: N sequences, H state heads, G queries per state head, HQ = G H, K key channels, V value channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, library
+
+from regla.ops.triton.tiles import LIFT_BITS, LN2, LOG2E, LOWEST, NO_KEY, log2_refined
+
+
+@triton.jit
+def axis_decays(g_ptr, r_ptr, column, width, real, GATE: tl.constexpr):
+    """(log2-decays [D] <= 0, the slowest). GATE: "log" (natural logarithms), "refined" (logits), "none" (zeros)."""
+    inside = (column < width) & real
+    g = tl.zeros([column.shape[0]], tl.float32)
+    if GATE != "none":
+        g = tl.load(g_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if GATE == "refined":
+            g = log2_refined(g, tl.load(r_ptr + column, mask=inside, other=0.0).to(tl.float32))
+            g = tl.where(inside, g, 0.0)
+        else:
+            g = g * LOG2E
+        g = tl.maximum(g, LOWEST)
+    return g, tl.max(tl.where(column < width, g, LOWEST), 0)
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, S_ptr, m_ptr, weight_ptr, bias_ptr, o_ptr,
+    scale, eps, H,
+    q_row, k_row, v_row, gk_row, rk_row, gv_row, rv_row, mask_row,
+    q_head, k_head, v_head, gk_head, rk_head, gv_head, rv_head,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, DECAYING: tl.constexpr, MASKED: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    n, h = (program // H).to(tl.int64), program % H
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    state_at = S_ptr + program.to(tl.int64) * K * V + ki[:, None] * V + vi[None, :]
+    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+    S = tl.load(state_at, mask=state_mask, other=0.0)
+    m_old = tl.load(m_ptr + program)
+    real = tl.full([], 1, tl.int1)
+    if MASKED:
+        real = tl.load(mask_ptr + n * mask_row) != 0
+    # A padding token reads nothing: its keys are -inf, its value and its decays 0, so S and m come out as they were.
+    key_inside, value_inside = (ki < K) & real, (vi < V) & real
+    k = tl.load(k_ptr + n * k_row + h * k_head + ki, mask=key_inside, other=float("-inf")).to(tl.float32)
+    v = tl.load(v_ptr + n * v_row + h * v_head + vi, mask=value_inside, other=0.0).to(tl.float32)
+    gk, slowest_k = axis_decays(
+        gk_ptr + (n * gk_row + h * gk_head) if KEY != "none" else gk_ptr,
+        rk_ptr + (n * rk_row + h * rk_head) if KEY == "refined" else rk_ptr,
+        ki, K, real, KEY,
+    )  # fmt: skip
+    gv, slowest_v = axis_decays(
+        gv_ptr + (n * gv_row + h * gv_head) if VALUE != "none" else gv_ptr,
+        rv_ptr + (n * rv_row + h * rv_head) if VALUE == "refined" else rv_ptr,
+        vi, V, real, VALUE,
+    )  # fmt: skip
+
+    # m is kept in natural units: rounded to base 2 and back at every token, it would drift from the unit of S.
+    is_empty = tl.max(tl.max((S != 0).to(tl.int32), 1), 0) == 0
+    before = tl.where(is_empty, NO_KEY, m_old)
+    m = before
+    if DECAYING:
+        m = before + (slowest_k + slowest_v) * LN2
+    m = tl.maximum(m, tl.max(k, 0))
+    unit = (before - m) * LOG2E
+    phi_k = tl.exp2((k - m) * LOG2E + LIFT_BITS)
+    # The change of unit goes to one axis, such that what each axis decays by stays <= 1 by itself.
+    if VALUE != "none":
+        gk = gk - slowest_k
+        gv = gv + (unit + slowest_k)
+    else:
+        gk = gk + unit
+    S *= tl.exp2(tl.minimum(tl.maximum(gk, LOWEST), 0.0))[:, None]
+    if VALUE != "none":
+        S *= tl.exp2(tl.minimum(tl.maximum(gv, LOWEST), 0.0))[None, :]
+    S += phi_k[:, None] * v[None, :]
+    tl.store(state_at, S, mask=state_mask)
+    tl.store(m_ptr + program, tl.where(real, m, m_old))
+
+    for j in range(G):
+        query = h * G + j
+        q = tl.load(q_ptr + n * q_row + query * q_head + ki, mask=key_inside, other=float("-inf")).to(tl.float32)
+        phi_q = tl.where(key_inside, tl.exp2((q - tl.max(q, 0)) * LOG2E), 0.0)
+        out = scale * tl.sum(S * phi_q[:, None], 0)
+        # 2^-48, or more where a head's output would vanish: see regla.ops.attention
+        largest = tl.maximum(tl.max(tl.abs(out), 0), 7.888609052210118e-31)
+        out *= tl.maximum(2.0**-12 / largest, 1.0) * 2.0**-48
+        if NORM != "none":  # regla.layers.norms
+            largest = tl.max(tl.abs(out), 0)
+            out = out / tl.where(largest < 1.1754943508222875e-38, 1.0, largest)
+            if NORM == "layernorm":
+                out = tl.where(vi < V, out - tl.sum(out, 0) / V, 0.0)
+            out *= tl.rsqrt(tl.sum(out * out, 0) / V + eps)
+            out *= tl.load(weight_ptr + query * V + vi, mask=vi < V, other=0.0).to(tl.float32)
+            if NORM == "layernorm":
+                out += tl.load(bias_ptr + query * V + vi, mask=vi < V, other=0.0).to(tl.float32)
+        tl.store(o_ptr + (n * H * G + query) * V + vi, out.to(o_ptr.dtype.element_ty), mask=vi < V)
+
+
+@library.custom_op("regla::decode", mutates_args=("S", "m"))
+def decode_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    rk: Tensor | None,
+    gv: Tensor | None,
+    rv: Tensor | None,
+    mask: Tensor | None,
+    S: Tensor,
+    m: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    decaying: bool,
+    eps: float,
+) -> Tensor:
+    """`safe_exp_attention` of one token, S and m overwritten, and a norm over the output where a weight is given.
+
+    Args:
+        q: [N, 1, HQ, K] and k: [N, 1, H, K] logits; v: [N, 1, H, V].
+        gk, gv: [N, 1, H, K or 1], [N, 1, H, V or 1]: natural log-decays, or gate logits where rk, rv are given.
+        rk, rv: logits of the refining gate, as gk, gv.
+        mask: [N, 1] bool; where it is False S and m stay as they are and h is 0.
+        S, m: [N, H, K, V] and [N, H], float32, contiguous; S all zeros is an empty state whatever m.
+        weight, bias: [HQ, V], of the RMS norm (bias None) or the layer norm of `regla.layers.norms`; None: no norm.
+        decaying: the stabiliser falls with the slowest channel (key_max "decay"), or never ("running").
+        eps: of the norm.
+
+    Returns:
+        [N, 1, HQ, V] in the dtype of v.
+    """
+    N, _, H, K = k.shape
+    V, HQ = v.shape[-1], q.shape[2]
+    q, k, v = (_with_dense_channels(x) for x in (q, k, v))
+    gk, rk, gv, rv = (
+        None if x is None else _with_dense_channels(x.expand(N, 1, H, D))
+        for x, D in ((gk, K), (rk, K), (gv, V), (rv, V))
+    )
+    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
+    o = v.new_empty(N, 1, HQ, V)
+    tensors = (q, k, v, gk, rk, gv, rv)
+    rows, heads = ([0 if x is None else x.stride(axis) for x in tensors] for axis in (0, 2))
+    BK, BV = (max(16, triton.next_power_of_2(D)) for D in (K, V))
+    with torch.cuda.device_of(k):
+        decode_kernel[(N * H,)](
+            *tensors, mask, S, m, weight, bias, o,
+            scale, eps, H, *rows, 0 if mask is None else mask.stride(0), *heads,
+            G=HQ // H, K=K, V=V, BK=BK, BV=BV, KEY=_gate(gk, rk), VALUE=_gate(gv, rv), DECAYING=decaying,
+            MASKED=mask is not None, NORM="none" if weight is None else "rmsnorm" if bias is None else "layernorm",
+            num_warps=num_warps(BK, BV),
+        )  # fmt: skip
+    return o
+
+
+@decode_.register_fake
+def _(q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape[0], 1, q.shape[2], v.shape[-1])
+
+
+def num_warps(BK: int, BV: int) -> int:
+    """As many as keep a state in registers: up to 64 numbers a thread, beyond 128 x 128 with some of the rest spilt."""
+    return min(max(BK * BV // 2048, 4), 32)
+
+
+def _with_dense_channels(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _gate(g: Tensor | None, r: Tensor | None) -> str:
+    return "none" if g is None else "log" if r is None else "refined"

@@ -1,0 +1,178 @@
+"""What `regla bench` measured: a line and a table of rows, and plots against the length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regla.report.plots import plot_lengths
+from regla.report.tables import markdown, ran_on
+
+Row = dict[str, Any]
+
+_WIDTHS = {"operation": 38, "model": 36, "shape": 20, "p20 / p50 / p80, us": 24}  # in characters, of printed columns
+_WIDTH = 11  # of the others
+_DIRECTIONS = {"forward": "fwd", "forward+backward": "fwd+bwd", "step": "step"}
+_NAMES = {"softmax": "softmax", "regla": "ReGLA", "identity": "identity for a mixer"}
+
+
+def benches_table(rows: Sequence[Row]) -> str:
+    """Rows of one of `regla bench ops|decode|train`, in their order; of equal settings the last."""
+    rows = latest(rows)
+    shown = [cells(row) for row in rows]
+    titles = list(dict.fromkeys(title for row in shown for title in row))
+    body = [[row.get(title, "-") for title in titles] for row in shown]
+    return markdown(titles, body, numbers_from=1) + "\n\n" + ran_on(rows)
+
+
+def lines(row: Row) -> tuple[str, str]:
+    """(titles, the row) as text in columns of the same width for every row of a benchmark."""
+    if row["benchmark"] not in _CELLS:
+        return "", json.dumps(row)
+    shown = cells(row)
+    widths = [_WIDTHS.get(title, max(len(title), _WIDTH)) for title in shown]
+    titles, texts = (
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in (shown.keys(), shown.values())
+    )
+    return titles, texts
+
+
+def cells(row: Row) -> dict[str, str]:
+    """What a table shows of a row of `regla bench ops|decode|train`, by the column's title."""
+    return _CELLS[row["benchmark"]](row)
+
+
+def _ops_cells(row: Row) -> dict[str, str]:
+    setting = row["setting"]
+    shape = f"B{setting['B']} T{setting['T']} H{setting['H']} {setting['K']}x{setting['V']}"
+    return {
+        "operation": row["subject"],
+        "shape": shape,
+        "direction": _DIRECTIONS[setting["direction"]],
+        "dtype": setting["dtype"],
+        **_time(row, "us", 1.0),
+        "GB/s": _number(row, "gb_per_s", ",.0f"),
+        "of floor": _number(row, "of_floor", ".0%"),
+        "extra memory": _memory(row.get("peak_extra_bytes")),
+        "x sdpa": _ratio(row, "softmax_attention/none/sdpa"),
+        "x fla": _ratio(row, "chunk_gla/key/fla"),
+    }
+
+
+def _decode_cells(row: Row) -> dict[str, str]:
+    setting = row["setting"]
+    return {
+        "model": _name(row),
+        "batch": str(setting["batch"]),
+        "context": f"{setting['context']:,}",
+        "tokens/s": _number(row, "tokens_per_second", ",.0f"),
+        **_time(row, "ms", 1e-3),
+        "of floor": _number(row, "of_floor", ".0%"),
+        "peak memory": _memory(row.get("peak_bytes")),
+        "cache": _memory(row.get("cache_bytes")),
+        "x softmax": _ratio(row, "softmax"),
+    }
+
+
+def _train_cells(row: Row) -> dict[str, str]:
+    setting = row["setting"]
+    return {
+        "model": _name(row) + (", activation checkpointing" if row["activation_checkpointing"] else ""),
+        "length": f"{setting['length']:,}",
+        "batch": str(setting["batch"]),
+        "tokens/s": _number(row, "tokens_per_second", ",.0f"),
+        **_time(row, "ms", 1e-3),
+        "peak memory": _memory(row.get("peak_bytes")),
+        "x softmax": _ratio(row, "softmax"),
+        "x identity": _ratio(row, "identity"),
+    }
+
+
+_CELLS = {"bench ops": _ops_cells, "bench decode": _decode_cells, "bench train": _train_cells}
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Without those of which a later run has the same subject and setting, and the same activation checkpointing."""
+
+    def key(row: Row) -> str:
+        return json.dumps([row["subject"], row["setting"], row.get("activation_checkpointing")], sort_keys=True)
+
+    return list({key(row): row for row in rows}.values())
+
+
+def plot_bench(rows: Sequence[Row], file: str | Path) -> None:
+    """Speed against length, from rows of one of `regla bench ops|decode|train`.
+
+    ops: nanoseconds per token of the batch; of shapes with equal heads and tokens those that have the most lengths, and
+    without the chunked form where the kernels ran. decode, train: tokens per second.
+    """
+    measured = [row for row in latest(rows) if "p50_us" in row]
+    kind = rows[0]["benchmark"]
+    if kind == "bench ops":
+        panels, unit, along = _panels_of_ops(measured), "nanoseconds per token", "tokens of a sequence"
+        title = "Time of the operations"
+    elif kind == "bench decode":
+        panels, unit, along = _panels(measured, "batch", "context"), "tokens per second", "tokens of context"
+        title = "Decoding with `generate`"
+    else:
+        panels, unit, along = _panels(measured, None, "length"), "tokens per second", "tokens of a sequence"
+        title = "Training, end to end"
+    plot_lengths(panels, file, title=f"{title}, {rows[0]['device']}", along=along, unit=unit)
+
+
+def _panels_of_ops(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    families: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        setting = row["setting"]
+        if setting["direction"] == "step":
+            continue
+        key = (setting["B"] * setting["T"], *(setting[name] for name in ("H", "K", "V", "dtype")))
+        families.setdefault(key, []).append(row)
+    family = max(families.values(), key=lambda some: len({row["setting"]["T"] for row in some}))
+    if any(row["backend"] == "triton" for row in family):
+        family = [row for row in family if row["backend"] != "chunked"]
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in sorted(family, key=lambda row: row["setting"]["T"]):
+        setting = row["setting"]
+        curve = panels.setdefault(setting["direction"], {}).setdefault(row["subject"], [])
+        curve.append((setting["T"], row["p50_us"] * 1e3 / (setting["B"] * setting["T"])))
+    return panels
+
+
+def _panels(rows: Sequence[Row], across: str | None, along: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in sorted(rows, key=lambda row: row["setting"][along]):
+        title = "" if across is None else f"{across} {row['setting'][across]}"
+        name = next(iter(cells(row).values()))
+        curve = panels.setdefault(title, {}).setdefault(name, [])
+        curve.append((row["setting"][along], row["tokens_per_second"]))
+    return panels
+
+
+def _name(row: Row) -> str:
+    return _NAMES[row["subject"]] + ("" if row["setting"]["compiled"] else ", not compiled")
+
+
+def _time(row: Row, unit: str, of_us: float) -> dict[str, str]:
+    """Three quantiles, or one word where memory ran out."""
+    if row.get("out_of_memory"):
+        return {f"p20 / p50 / p80, {unit}": "out of memory"}
+    digits = [row[f"p{quantile}_us"] * of_us for quantile in (20, 50, 80)]
+    return {f"p20 / p50 / p80, {unit}": " / ".join(f"{x:,.0f}" if x >= 100 else f"{x:.2f}" for x in digits)}
+
+
+def _number(row: Row, key: str, form: str) -> str:
+    return f"{row[key]:{form}}" if key in row else "-"
+
+
+def _memory(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:,.1f} MiB"
+
+
+def _ratio(row: Row, subject: str) -> str:
+    """How many times as fast as `subject`, in the same run."""
+    ratio = row.get("against", {}).get(subject)
+    return "-" if ratio is None else f"{ratio:.2f}"

@@ -1,0 +1,31 @@
+"""torch.compile by regions: one compilation serves all layers that are alike, so that training starts early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context each block of `model`, and its final norm, run compiled; blocks that are alike share the code.
+
+    The rest (embeddings, masks, the head's product) runs eagerly, and a compiled function that calls the model leaves
+    it out: compiled, a loss is a region, too. Shapes are taken as fixed; others compile again.
+    """
+    base = model.base_model
+    with ExitStack() as undo:
+        # Not whole modules: hooks, which transformers leaves on the blocks, would break the graph.
+        for region in (*base.layers, base.norm):
+            region.forward = torch.compile(region.forward, dynamic=False)
+            undo.callback(delattr, region, "forward")
+        # Else the compiler would follow a loss into the model, and through its blocks one by one.
+        model.forward = torch.compiler.disable(model.forward)
+        undo.callback(delattr, model, "forward")
+        yield

@@ -1,0 +1,269 @@
+"""`regla bench`: every path runs at tiny sizes, and what a row says is what was measured."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from regla.bench import ops, run
+from regla.bench.decode import fill, set_length
+from regla.bench.measure import Case, Row, floor_columns, quantiles, time_call
+from regla.bench.models import build, configs
+from regla.bench.train import IdentityMixer, _model
+from regla.cli import main
+
+CPU = torch.device("cpu")
+EVERY_ROW = {"benchmark", "subject", "setting", "p20_us", "p50_us", "p80_us", "repeats", "timing", "against"}
+SURROUNDINGS = {"device", "threads", "python", "torch", "triton", "transformers", "regla", "commit", "date"}
+
+
+def bench(line: str, out: Path) -> list[Row]:
+    assert main(["bench", *line.split(), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in rows:
+        assert row.keys() >= EVERY_ROW | SURROUNDINGS
+        assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+    return rows
+
+
+def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    out = tmp_path / "new" / "rows.jsonl"
+    rows = bench("ops --quick --device cpu --only */B2-T64-* */sdpa/B1-T128-*/forward *step", out)
+    subjects = [f"{name}/{axis}/chunked" for name in ("regla_attention", "gated_linear_attention") for axis in ops.AXES]
+    every = ["softmax_attention/none/sdpa", *subjects]
+    assert [row["subject"] for row in rows if row["setting"]["direction"] == "forward+backward"] == every
+    assert {row["setting"]["direction"] for row in rows} == {"forward", "forward+backward", "step"}
+    for row in rows:
+        assert row["floor_us"] / row["p50_us"] == pytest.approx(row["of_floor"])
+        assert row["gb_per_s"] == pytest.approx(row["of_floor"] * row["copy_gb_per_s"])
+        assert row["timing"] == "clock" and row["peak_extra_bytes"] is None and row["repeats"] >= 3
+    softmax, regla = rows[0], rows[1]
+    assert softmax["against"] == {} and regla["against"] == {
+        "softmax_attention/none/sdpa": softmax["p50_us"] / regla["p50_us"]
+    }
+    printed = capsys.readouterr().out
+    assert printed.startswith("operation ") and f"{regla['of_floor']:.0%}" in printed
+    assert printed.count("regla_attention/value/triton: no rows, the tensors are on cpu") == 1
+    assert printed.count("chunk_gla/key/fla: no rows, the package fla is not installed") == 1
+
+
+def test_the_kernels_run_where_they_can() -> None:
+    """Here through Triton's interpreter."""
+    only = ["regla_step/value/triton/*", "*/key/triton/B1-T128-*/forward"]
+    rows = run.bench_ops(device="cpu", quick=True, only=only)
+    assert [row["subject"] for row in rows] == [
+        "regla_attention/key/triton",
+        "gated_linear_attention/key/triton",
+        "regla_step/value/triton",
+    ]
+
+
+def test_floor_bytes() -> None:
+    """B2 T3 H1 K4 V4 in float32: a tensor has 96 bytes; the state 2 * 16 floats, m 2."""
+    x = torch.zeros(2, 3, 1, 4)
+    assert ops._floor_bytes([x] * 5, x, "forward") == 96 * 6
+    assert ops._floor_bytes([x] * 5, x, "forward+backward") == 96 * 17
+    state = [torch.zeros(2, 1, 4, 4), torch.zeros(2, 1)]
+    assert ops._floor_bytes([x, *state], x, "step") == 96 * 2 + 2 * (128 + 8)
+    columns = floor_columns(3000, 1e9, 6.0)
+    assert columns["floor_us"] == 3.0 and columns["of_floor"] == 0.5 and columns["gb_per_s"] == 0.5
+
+
+def test_every_operation_computes_what_its_name_says() -> None:
+    """From the same logits the gated form on features is the safe exponential one, up to the stabiliser's factor."""
+    logits = ops._logits(ops.Shape(1, 20, 2, 16, 16), CPU, torch.float64)
+    for axis in ops.AXES:
+        function, inputs = ops._operation("regla_attention", axis, "chunked", logits)
+        gated, features = ops._operation("gated_linear_attention", axis, "chunked", logits)
+        assert len(inputs) == 5 and len(features) == 4
+        # The first token's output is one key's value, whatever the gates.
+        for out in (function(*inputs), gated(*features)):
+            assert torch.allclose(
+                torch.nn.functional.normalize(out[:, 0], dim=-1),
+                torch.nn.functional.normalize(logits["v"][:, 0], dim=-1),
+            )
+        call = ops._call(function, inputs, "forward+backward")
+        assert [tuple(x.shape) for x in call()] == [(1, 20, 2, 16)] * 6
+    softmax, inputs = ops._operation("softmax_attention", "none", "sdpa", logits)
+    assert torch.allclose(softmax(*inputs)[:, :, 0], logits["v"][:, 0])
+
+
+def test_a_backend_that_takes_too_long_has_no_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(ops, "_TOO_LONG", 0.0)
+    assert run.bench_ops(device="cpu", quick=True, only=["*/chunked/B1-T128*/forward"]) == []
+    assert capsys.readouterr().out.count("no row, one call takes") == 4
+
+
+def test_decode(tmp_path: Path) -> None:
+    rows = bench("decode --quick --device cpu --only */batch2/*", tmp_path / "rows.jsonl")
+    assert [(row["subject"], row["setting"]["context"]) for row in rows] == [
+        ("softmax", 16),
+        ("regla", 16),
+        ("softmax", 64),
+        ("regla", 64),
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(2e6 / row["p50_us"]) and row["setting"]["compiled"] is False
+    size = {(row["subject"], row["setting"]["context"]): row["cache_bytes"] for row in rows}
+    assert size["regla", 16] == size["regla", 64]
+    assert size["softmax", 16] < size["softmax", 64]
+    assert set(rows[3]["against"]) == {"softmax"}
+    parameters = [row["parameters"] for row in rows]
+    assert parameters[1] == pytest.approx(parameters[0], rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["softmax", "regla"])
+def test_decoding_goes_on_behind_the_context_each_time(name: str) -> None:
+    from transformers import StaticCache
+
+    config = configs(max_length=32, quick=True)[name]
+    model = build(config, CPU, torch.float32).eval()
+    cache = StaticCache(config=config, max_cache_len=32)
+    fill(model, cache, 2, 20)
+    assert int(cache.get_seq_length()) == 20
+    ids, mask = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 21, dtype=torch.long)
+    for _ in range(3):  # without the way back it would run out of room
+        set_length(cache, 20)
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, min_new_tokens=9)
+        assert int(cache.get_seq_length()) == 29
+
+
+def test_train(tmp_path: Path) -> None:
+    rows = bench("train --quick --device cpu --only */length16 --dtype bfloat16", tmp_path / "rows.jsonl")
+    assert [row["subject"] for row in rows] == ["softmax", "identity", "regla"]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(64e6 / row["p50_us"])
+        assert row["setting"] == {"length": 16, "batch": 4, "dtype": "bfloat16", "compiled": False}
+        assert row["activation_checkpointing"] is False
+    assert set(rows[2]["against"]) == {"softmax", "identity"}
+
+
+def test_the_identity_is_all_of_regla_but_its_mixers() -> None:
+    identity, regla = (_model(name, 16, CPU, True) for name in ("identity", "regla"))
+    assert all(isinstance(layer.self_attn, IdentityMixer) for layer in identity.model.layers)
+    rest = {name: x.shape for name, x in regla.named_parameters() if ".self_attn." not in name}
+    assert {name: x.shape for name, x in identity.named_parameters()} == rest
+
+
+def test_where_memory_runs_out_training_tries_again_with_less(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from regla.bench import train
+
+    whole = train._time_steps
+
+    def short_of_memory(model, length, batch, dtype, compiled, checkpointing, quick):
+        if not checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, length, batch, dtype, compiled, checkpointing, quick)
+
+    monkeypatch.setattr(train, "_time_steps", short_of_memory)
+    failed, done = run.bench_train(device="cpu", quick=True, only=["regla/length64"], out=str(tmp_path / "r.jsonl"))
+    assert failed["out_of_memory"] and not failed["activation_checkpointing"]
+    assert done["activation_checkpointing"] and done["tokens_per_second"] > 0
+    assert "out of memory" in capsys.readouterr().out
+
+
+def case(name: str, *found: Row | str, error: BaseException | None = None) -> Case:
+    def measure() -> Iterator[Row | str]:
+        yield from found
+        if error is not None:
+            raise error
+
+    return Case(name, measure)
+
+
+def row(subject: str, setting: int, p50_us: float) -> Row:
+    return {"benchmark": "any", "subject": subject, "setting": {"n": setting}, "p50_us": p50_us}
+
+
+def test_an_interrupt_costs_no_row_that_was_measured(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    cases = [case("a", row("a", 1, 2.0)), case("b", row("b", 1, 3.0), error=KeyboardInterrupt())]
+    with pytest.raises(KeyboardInterrupt):
+        run.run(cases, CPU, out=str(out))
+    assert [json.loads(line)["subject"] for line in out.read_text().splitlines()] == ["a", "b"]
+    run.run(cases[:1], CPU, out=str(out))
+    assert len(out.read_text().splitlines()) == 3  # appended
+
+
+def test_ratios_are_within_a_run_and_a_setting() -> None:
+    shown: list[str] = []
+    full = {"benchmark": "any", "subject": "d", "setting": {"n": 1}, "out_of_memory": True}
+    cases = [
+        case("a", row("a", 1, 8.0), "a remark"),
+        case("d", full, "a remark"),
+        case("b", row("b", 2, 4.0)),
+        case("c", row("c", 1, 2.0)),
+    ]
+    rows = run.run(cases, CPU, out=None, show=shown.append)
+    assert [found.get("against") for found in rows] == [{}, None, {}, {"a": 4.0}]
+    assert shown.count("a remark") == 1
+    assert run.run(cases, CPU, out=None, only=["b", "c"])[1]["against"] == {}
+
+
+def test_quantiles_and_the_clock() -> None:
+    timing = quantiles([1e-6, 2e-6, 3e-6, 4e-6, 5e-6, 6e-6], "clock")
+    assert (timing.p20_us, timing.p50_us, timing.p80_us) == pytest.approx((2.0, 3.5, 5.0))
+    calls = []
+
+    def call() -> tuple[()]:
+        calls.append(0)
+        return ()
+
+    assert time_call(call, CPU, seconds=0.0).repeats == 3 and len(calls) == 4  # one to warm up
+
+
+def test_bench_cpu_runs_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from regla.bench import cpu
+
+    monkeypatch.setattr(cpu, "measure_memory", lambda: [{"benchmark": "memory", "T": 8, "setting": {}}])
+    threads, out = torch.get_num_threads(), tmp_path / "cpu.jsonl"
+    try:
+        assert main(["bench", "cpu", "--only", "memory", "--out", str(out), "--threads", "1"]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    (line,) = out.read_text().splitlines()
+    assert json.loads(line).items() >= {"benchmark": "memory", "T": 8, "threads": 1}.items()
+    assert '"T": 8' in capsys.readouterr().out
+
+
+BAD = {
+    "no benchmark": ("bench", "the following arguments are required: WHAT"),
+    "unknown benchmark": ("bench speed", "invalid choice: 'speed'"),
+    "no case": ("bench ops --device cpu --quick --only zebra", "--only matches no case; their names are like"),
+    "no rows file": ("bench ops --device cpu --quick --out rows.txt", "expected a file that ends in .jsonl"),
+    "folder": ("bench ops --device cpu --quick --out folder.jsonl", "folder.jsonl cannot be written (Is a directory)"),
+    "threads": ("bench cpu --threads 0", "--threads is 0, expected a number above 0."),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.jsonl").mkdir()
+    line, message = BAD[name]
+    try:
+        code: object = main(line.split())
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["", "ops", "decode", "train", "cpu"])
+def test_help_teaches(what: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *what.split(), "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text and f"regla bench {what}".strip() in text
