@@ -63,7 +63,7 @@ def gated_linear_attention(
     """
     check_gla(q, k, v, gk, gv, initial_state, cu_seqlens, validate)
     check_decays(gk, gv, validate)
-    backend = choose_backend(backend, k, v, cu_seqlens)
+    backend = choose_backend(backend, k, v, cu_seqlens, crowded=_crowded(q, k, gk, gv))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "triton":
         o, state, _ = _fused(q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale, safe_exp=False)
@@ -115,7 +115,7 @@ def safe_exp_attention(
             q, k, v, S, m, gk, gv, refine_k=refine_k, refine_v=refine_v, scale=scale, mask=mask, key_max=key_max
         )
         return h, (S, m) if output_final_state else None
-    backend = choose_backend(backend, k, v, cu_seqlens, key_max)
+    backend = choose_backend(backend, k, v, cu_seqlens, key_max, crowded=_crowded(q, k, gk, gv))
     state, before = (None, None) if initial_state is None else initial_state
     if state is not None and before is not None:
         # Zeros are an empty state, whatever m says.
@@ -313,6 +313,10 @@ def _copy_of_state(state: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) ->
         return k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32), k.new_zeros(B, H, dtype=torch.float32)
     S, m = (torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(x) for x in state)
     return S, m
+
+
+def _crowded(q: Tensor, k: Tensor, gk: Tensor | None, gv: Tensor | None) -> bool:
+    return gk is not None and gv is not None and q.shape[2] > k.shape[2]
 
 
 def _empty_as_zero(S: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,20 @@ BACKENDS = ("recurrent", "chunked", "triton")
 #: Channels of a key or value that the kernels hold in registers; those that the decode kernel does.
 WIDEST = 128
 WIDEST_STEP = 256
+WIDEST_CROWDED = 64  # more leaves no room in shared memory
 
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def choose_backend(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, key_max: str = "decay") -> str:
+def choose_backend(
+    backend: str,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    key_max: str = "decay",
+    *,
+    crowded: bool = False,
+) -> str:
     """The backend that `backend` stands for: itself, or for "auto" the recurrence for one token, the kernels where they
     can run on a GPU, else the chunked form.
 
@@ -27,12 +36,12 @@ def choose_backend(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
     if backend == "auto":
         if k.shape[1] == 1 and cu_seqlens is None:
             return "recurrent"
-        return "triton" if k.is_cuda and why_not_triton(k, v, key_max) is None else "chunked"
+        return "triton" if k.is_cuda and why_not_triton(k, v, key_max, crowded=crowded) is None else "chunked"
     if backend not in BACKENDS:
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend is {backend!r}; expected one of {names}")
     if backend == "triton":
-        reason = why_not_triton(k, v, key_max)
+        reason = why_not_triton(k, v, key_max, crowded=crowded)
         if reason is not None:
             raise ValueError(f"backend='triton' cannot run: {reason}; use 'auto' or 'chunked'")
     return backend
@@ -49,8 +58,13 @@ def runs_decode_kernel(backend: str, key_max: str, k: Tensor, v: Tensor, *others
     )
 
 
-def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay", most: int = WIDEST) -> str | None:
-    """Why the kernels, for heads of at most `most` channels, cannot run on these tensors; None if they can."""
+def why_not_triton(
+    k: Tensor, v: Tensor, key_max: str = "decay", most: int = WIDEST, *, crowded: bool = False
+) -> str | None:
+    """Why the kernels, for heads of at most `most` channels, cannot run on these tensors; None if they can.
+
+    `crowded`: both axes decay, and several query heads share a state.
+    """
     if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     if not k.is_cuda and not _is_interpreted():
@@ -64,6 +78,11 @@ def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay", most: int = WID
     widest = max(k.shape[-1], v.shape[-1])
     if widest > most:
         return f"a head has {widest} channels, and the kernels hold at most {most}"
+    if crowded and v.dtype == torch.float32 and widest > WIDEST_CROWDED:
+        return (
+            f"a head has {widest} channels in float32, both axes decay and several query heads share a state, and then "
+            f"the kernels hold at most {WIDEST_CROWDED}"
+        )
     return None
 
 
