@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from regla.layers.norms import HeadLayerNorm, HeadRMSNorm
 from regla.ops import gate_decays, regla_attention, safe_exp_attention
@@ -249,7 +250,7 @@ def test_the_operation_tells_the_compiler_what_it_does():
     weight = torch.ones(3, 24)
     arguments = (q, k, v, None, None, gate, refine, None, *some_state(1, 1, 16, 24), weight, None)
     arguments += (variance_reduction(16), True, 1e-6)
-    torch.library.opcheck(decode_, arguments, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(decode_, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("axis", AXES)

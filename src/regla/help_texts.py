@@ -1,0 +1,207 @@
+"""What `regla --help` and `regla COMMAND --help` say besides the options."""
+
+MAIN = """\
+ReGLA language models: linear attention with a refined gate, constant memory per generated token.
+
+examples:
+  regla train --out runs/regla                        train on the English that ships with Python
+  regla eval runs/regla                               perplexity on its held-out part
+  regla generate runs/regla --prompt "The statement"  continue a text
+  regla quickstart                                    see all of it in minutes: train, compare, stream, plot
+
+`regla COMMAND --help` explains each command.
+"""
+
+TRAIN = """\
+Train a causal language model from scratch by cross-entropy and save it as a Hugging Face folder
+(weights, config, tokenizer, generation config, training.json with arguments and scores).
+
+Without --data it trains on the language reference that every CPython ships, in about a minute on two CPU cores.
+All mixers compare at equal parameters: --intermediate-size is the MLP width of the softmax model; where ReGLA layers
+replace softmax ones, the MLP gives up as many parameters as they add, to within 0.5 % (the exact count is printed).
+
+examples:
+  regla train --out runs/regla
+  regla train --out runs/softmax --mixer softmax
+  regla train --out runs/mine --data book.txt notes.txt --steps 1000
+  regla train --out runs/plain --config plain.json            where plain.json holds {"linear_conv_kernel_dim": 0}
+  regla train --out runs/wiki --dataset wikitext:wikitext-103-raw-v1 --steps 5000
+
+34M parameters, 26M tokens on a GPU, from tokens prepared by `regla tokenize`:
+  regla tokenize --vocab-size 16384 --out tokens train.txt valid.txt
+  regla train --out runs/34m --tokenizer tokens --data tokens/train.bin --valid tokens/valid.bin \\
+    --hidden-size 512 --layers 8 --heads 8 --seq-len 1024 --batch-size 64 --steps 400 --lr 2e-3 --warmup 60 \\
+    --device cuda --dtype bfloat16 --compile
+
+DIR/log.jsonl has a line per step. DIR/checkpoints keeps the last two checkpoints, one every --save-every steps.
+Ctrl-C or SIGTERM ends the run after the current step and saves a checkpoint and the model as it is then (exit code 130
+or 143). After that, or after a crash, the same command with --resume goes on from the newest checkpoint as if nothing
+had happened (on a CPU to the same weights, bit for bit); where none was saved yet, it starts from the first step.
+  regla train --out runs/mine --data book.txt notes.txt --steps 1000 --resume
+"""
+
+EVAL = """\
+Perplexity of a causal language model in a Hugging Face folder (ReGLA or any other), by file and as the mean over files.
+
+Each file is cut into windows of --seq-len tokens that do not overlap; every token is predicted once, from those before
+it in its window. `loss` is in nats per token. `bits/byte` and `per word` (the perplexity of words between spaces)
+compare models with different tokenizers.
+
+--by-position shows the perplexity of the tokens 0-63, 64-127, 128-255, ... of the windows: what context is worth.
+Windows may be longer than what the model was trained on.
+--stream N scores the first N tokens of each file as one sequence instead, far beyond the length trained on if you like:
+it is fed in chunks of --seq-len tokens through the cache, whose size does not grow in ReGLA layers.
+
+examples:
+  regla eval runs/regla                                       the held-out tenth of the embedded text
+  regla eval runs/regla --data wiki.txt books.txt --json scores.json
+  regla eval runs/regla --data book.txt --seq-len 8192 --by-position
+  regla eval runs/regla --data book.txt --stream 100000 --by-position
+"""
+
+GENERATE = """\
+Continue a text with the model in a Hugging Face folder; prints it token by token. Or continue many: --prompts takes a
+UTF-8 file with one prompt a line (empty lines are passed over), runs --batch-size of them at a time and prints each
+with its continuation, with --json as one JSON object a line: {"prompt": ..., "continuation": ...}.
+
+examples:
+  regla generate runs/regla --prompt "The statement"
+  regla generate runs/regla --prompt "A class" --temperature 0 --max-new-tokens 200
+  regla generate runs/regla --prompts prompts.txt --json > continuations.jsonl
+"""
+
+QUICKSTART = """\
+See ReGLA learn, in about three minutes on two CPU cores and without a download: trains a small ReGLA, a hybrid and a
+softmax model on equal parameters and tokens of the English that ships with Python, compares their validation
+perplexities and speeds, shows that streaming equals the full forward pass, plots the losses and the cost of the next
+token against the length of the context, and generates a sample.
+
+DIR gets the models (regla, hybrid, softmax), loss.png, decoding.png and quickstart.json with every figure. A second
+quickstart replaces the first.
+
+examples:
+  regla quickstart
+  regla quickstart --out runs/longer --steps 600
+"""
+
+DOCTOR = """\
+Say what this machine offers regla: versions, devices, whether bfloat16 is supported, which backend would run and why,
+and which optional packages are there and what each is for. Exit code 0.
+
+examples:
+  regla doctor
+  regla doctor --json
+"""
+
+LINEARIZE = """\
+Put ReGLA into layers of a pretrained softmax model (Llama, SmolLM2, Mistral, Qwen2), train it to do what the original
+does, and save it as a Hugging Face folder (weights, config, tokenizer, generation config, model card, linearize.json).
+
+The pretrained projections move over, key and value heads shared as before; softmax attention run through them must
+reproduce the original's logits. Then queries and keys are fitted to the feature map on a few thousand tokens, and the
+figures of each layer are printed. Training is in two stages: attention transfer (each new layer learns its original's
+output), then distillation (the whole model learns the original's predictions). Without --steps it only converts.
+
+examples:
+  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol --steps 300
+  regla linearize model.gguf --out runs/smol --data wiki.txt books.txt --steps 300 --dtype bfloat16
+  regla linearize models/llama --out runs/all-linear --keep none --steps 1000
+  regla linearize models/llama --out runs/plan --steps 1000 --dry-run
+
+Ctrl-C ends the training after the current step and saves the model as it is then (exit code 130).
+"""
+
+STUDY = """\
+Train a grid of runs that one short YAML file describes (what varies, learning rates, seeds), and compare them.
+DIR gets a row per run (rows.jsonl), and NAME.md with tables and a plot. Every variant gets every learning rate.
+
+STUDY is one that is shipped (gate-start, qk, mixer-parts, softmax, refined-vs-plain, final, demo) or a .yaml file.
+Each run is a process of its own; its output is DIR/runs/*/log.txt. Ctrl-C or SIGTERM saves checkpoints and ends it
+(exit code 130 or 143). After that, or after a crash, the same command goes on: finished runs are kept, and one that
+was cut off goes on from its last checkpoint. A run that diverges is a result; where one fails, the others go on, and
+the exit code is 1.
+
+examples:
+  regla study demo --out runs/demo
+  regla study gate-start --dry-run
+  regla study gate-start --tokenizer tokens --data tokens/train.bin --valid tokens/valid.bin --out runs/gate-start
+  regla study gate-start --only 'value/*' --set steps=100 --set lr=[2e-3] --data book.txt --out runs/short --minutes 9
+  regla study gate-start --report --rows benchmarks/studies/gate-start.jsonl --out docs/results
+"""
+
+BENCH = """\
+Measure speed and memory. Every measurement is printed and appended to --out FILE.jsonl as one row with its quantiles,
+the hardware, the versions and the commit as soon as it is there; what it is compared with is measured in the same run.
+
+  ops     forward and backward of the operations: backends, softmax flash attention, fla's chunk_gla where installed
+  decode  tokens/s of `generate` behind contexts of 1k to 64k: a 162M-parameter model against softmax of equal size
+  train   tokens/s of training such models at lengths of 2k to 32k: ReGLA, softmax, and no mixer at all
+  cpu     what the CPU path promises: chunked form against the recurrence, cost of a token, memory of a forward pass
+
+examples:
+  regla bench ops --out benchmarks/gpu/h100.jsonl
+  regla bench ops --only 'regla_attention/value/triton/*' 'softmax_attention/*'
+  regla bench decode --only '*/batch64/*' --out rows.jsonl
+  regla bench train --device cpu --quick
+
+`regla bench WHAT --help` explains the options of each.
+"""
+
+BENCH_OPS = """\
+Time the operations at the shapes that matter and over lengths of 512 to 32768 at a fixed number of tokens, forward and
+forward+backward, and single steps of decoding. `of floor` is the share of the speed that the memory allows: each input
+read once, each output written once, at the rate of a plain copy; `extra memory` is beyond inputs, outputs and
+gradients; `x sdpa` and `x fla` say how many times as fast as softmax flash attention and fla's chunk_gla.
+
+A case is called OPERATION/AXIS/BACKEND/SHAPE/DIRECTION:
+  regla_attention/value/triton/B8-T2048-H12-64x64/forward+backward
+
+examples:
+  regla bench ops --out benchmarks/gpu/h100.jsonl
+  regla bench ops --only '*/B8-T2048-*'
+  regla bench ops --device cpu --quick
+"""
+
+BENCH_DECODE = """\
+Time `generate` with a static cache that holds a context already: tokens per second of all sequences together, with the
+floor (weights and cache moved once), peak memory and size of the cache. Where memory runs out, the row says so.
+
+A case is called MODEL/batchN/contextN, such as regla/batch64/context16384.
+
+examples:
+  regla bench decode --out benchmarks/gpu/h100.jsonl
+  regla bench decode --only '*/batch8/*'
+  regla bench decode --device cpu --quick
+"""
+
+BENCH_TRAIN = """\
+Time whole steps of training, forward, backward and AdamW, of a softmax model, of ReGLA at equal parameters, and of that
+model with every mixer replaced by the identity, all with the same number of tokens in a step. Where memory runs out,
+the row says so, and another has activation checkpointing.
+
+A case is called MODEL/lengthN, such as regla/length2048.
+
+examples:
+  regla bench train --out benchmarks/gpu/h100.jsonl
+  regla bench train --only '*/length2048' --eager
+  regla bench train --device cpu --quick
+"""
+
+BENCH_CPU = """\
+Measure what the CPU path promises, one after the other in about two minutes: forms, decode, memory.
+
+examples:
+  regla bench cpu --out benchmarks/cpu.jsonl
+  regla bench cpu --only memory
+"""
+
+TOKENIZE = """\
+Write text files as token files (NAME.bin: little-endian uint16 ids, every document ended by the end-of-text token)
+and the tokenizer beside them, for `regla train --tokenizer DIR --data DIR/NAME.bin`.
+
+Text is UTF-8; a line <|endoftext|> separates documents. Without --tokenizer, a byte-level BPE is trained on the files.
+
+examples:
+  regla tokenize --vocab-size 16384 --out tokens train.txt valid.txt
+  regla tokenize --tokenizer tokens --out more-tokens other.txt
+"""
