@@ -7,6 +7,7 @@ memory  peak memory of a forward pass against its length
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -118,11 +119,18 @@ def measure_decode(early: int = 128, late: int = 8192, steps: int = 300) -> list
 
 
 def measure_memory(lengths: tuple[int, ...] = (8192, 16384, 32768)) -> list[dict[str, Any]]:
-    """Peak resident bytes of a chunked forward pass, each length in a process of its own (B1 H4 K=V=64)."""
+    """Peak resident bytes of a chunked forward pass, each length in a process of its own (B1 H4 K=V=64).
+
+    glibc would keep freed memory of up to 32 MiB at a time for itself, more or less of it from run to run. With a fixed
+    threshold it gives every tensor's memory back, and the peak is that of the tensors.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     rows = []
     for T in lengths:
         program = f"from regla.bench.cpu import _forward_peak; print(_forward_peak({T}))"
-        taken = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        taken = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+        )
         rows.append({"benchmark": "memory", "T": T, "peak_bytes": int(taken.stdout)})
     return rows
 
