@@ -10,7 +10,7 @@ import torch
 
 from regla import doctor
 from regla.cli import main
-from regla.ops import attention
+from regla.ops import attention, backends
 
 
 def test_versions_and_devices() -> None:
@@ -22,17 +22,30 @@ def test_versions_and_devices() -> None:
     assert found["default_device"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize(("length", "backend"), [(1, "recurrent"), (2, "chunked")])
-def test_the_backend_named_is_the_one_that_runs(length: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("length", "plain"), [(1, "recurrent"), (2, "chunked")])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_the_backend_named_is_the_one_that_runs(
+    length: int, plain: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiler:
+        monkeypatch.setattr(backends, "why_missing", lambda: "there is no C compiler")
+    backend = plain if backends.why_missing() else "native"
     assert doctor.chosen_backend(length) == backend
 
-    def broken(*args: object) -> None:
+    def broken(*args: object, **options: object) -> None:
         raise RuntimeError("this one ran")
 
-    monkeypatch.setitem(attention._PLAIN, backend, broken)
+    monkeypatch.setitem(attention._PLAIN, plain, broken)
+    monkeypatch.setattr(attention, "_fused", broken if backend == "native" else attention._fused)
     x = torch.ones(1, length, 1, 16)
     with pytest.raises(RuntimeError, match="this one ran"):
         attention.gated_linear_attention(x, x, x)
+
+
+def test_the_kernels_absence_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "why_missing", lambda: "there is no C compiler")
+    (row,) = (row for row in doctor.examine()["backends"] if row["use"] == "backend='native'")
+    assert row["backend"] == "none" and row["why"] == "there is no C compiler"
 
 
 def test_absent_packages_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +69,9 @@ def test_nothing_optional_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert f"torch            {torch.__version__}" in text and "decoding token by token     recurrent" in text
+    assert (
+        f"torch            {torch.__version__}" in text
+        and f"decoding token by token     {doctor.chosen_backend(1)}" in text
+    )
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == doctor.examine()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import regla
-from regla.ops.backends import choose_backend, why_not_triton
+from regla.ops.backends import choose_backend, why_not_native, why_not_triton
 
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "matplotlib")
 _OPTIONAL = {
@@ -110,17 +110,24 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _backends() -> list[dict[str, str]]:
-    """What runs for what, on the default device."""
+    """What runs for what, on the default device; and whether the kernels can run, those in C on the CPU."""
+    why = {
+        "native": "kernels in C",
+        "triton": "fused kernels",
+        "chunked": "many tokens at once: matrix products over chunks of tokens",
+        "recurrent": "a single token is one step of the recurrence",
+    }
     rows = []
-    for use, length, why in (
-        ("training, reading a prompt", 2, "many tokens at once: matrix products over chunks of tokens"),
-        ("decoding token by token", 1, "a single token is one step of the recurrence"),
+    for use, length in (("training, reading a prompt", 2), ("decoding token by token", 1)):
+        backend = chosen_backend(length)
+        rows.append({"use": use, "backend": backend, "why": why[backend]})
+    x_BTHK, on_cpu_BTHK = _example(2), _example(2).cpu()
+    for kernels, reason in (
+        ("native", why_not_native(on_cpu_BTHK, on_cpu_BTHK)),
+        ("triton", why_not_triton(x_BTHK, x_BTHK)),
     ):
-        rows.append({"use": use, "backend": chosen_backend(length), "why": why})
-    x_BTHK = _example(2)
-    reason = why_not_triton(x_BTHK, x_BTHK)
-    why = reason or "fused kernels"
-    rows.append({"use": "backend='triton'", "backend": "none" if reason else "triton", "why": why})
+        backend = "none" if reason else kernels
+        rows.append({"use": f"backend={kernels!r}", "backend": backend, "why": reason or why[kernels]})
     return rows
 
 

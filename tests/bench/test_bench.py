@@ -13,6 +13,7 @@ from regla.bench.measure import Case, Row, floor_columns, quantiles, time_call
 from regla.bench.models import build, configs
 from regla.bench.train import IdentityMixer, _model
 from regla.cli import main
+from regla.ops.backends import why_not_native
 
 CPU = torch.device("cpu")
 EVERY_ROW = {"benchmark", "subject", "setting", "p20_us", "p50_us", "p80_us", "repeats", "timing", "against"}
@@ -32,7 +33,10 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     out = tmp_path / "new" / "rows.jsonl"
     rows = bench("ops --quick --device cpu --only */B2-T64-* */sdpa/B1-T128-*/forward *step", out)
-    subjects = [f"{name}/{axis}/chunked" for name in ("regla_attention", "gated_linear_attention") for axis in ops.AXES]
+    x = torch.ones(1)
+    backends = ["chunked"] if why_not_native(x, x) else ["native", "chunked"]
+    names = ("regla_attention", "gated_linear_attention")
+    subjects = [f"{name}/{axis}/{backend}" for name in names for axis in ops.AXES for backend in backends]
     every = ["softmax_attention/none/sdpa", *subjects]
     assert [row["subject"] for row in rows if row["setting"]["direction"] == "forward+backward"] == every
     assert {row["setting"]["direction"] for row in rows} == {"forward", "forward+backward", "step"}

@@ -18,8 +18,10 @@ def _as_users_run():
     torch.set_num_threads(threads)
 
 
-def test_chunked_is_faster_than_the_recurrence():
-    assert all(row["ratio"] >= 2 for row in measure_forms())
+def test_blocks_and_kernels_are_faster_than_the_recurrence():
+    least = {"chunked": 2, "native": 7}
+    rows = measure_forms()
+    assert all(row["ratio"] >= least[row["backend"]] for row in rows), rows
 
 
 def test_decoding_does_not_slow_down_or_grow():

@@ -37,7 +37,10 @@ BAD = {
     ),
     "axis": ({"gate_axis": "values"}, "gate_axis is 'values'; expected one of 'value', 'key', 'both'"),
     "key_max": ({"key_max": "max"}, "key_max is 'max'; expected one of 'decay', 'running', 'sequence'"),
-    "backend": ({"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', 'recurrent', 'chunked', 'triton'"),
+    "backend": (
+        {"backend": "cuda"},
+        "backend is 'cuda'; expected one of 'auto', 'recurrent', 'chunked', 'native', 'triton'",
+    ),
     "triton and the sequence's maximum": (
         {"backend": "triton", "key_max": "sequence"},
         "backend='triton' cannot run: key_max is 'sequence'",

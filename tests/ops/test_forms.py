@@ -1,5 +1,6 @@
 """Every form of the recurrence equals the float64 definition: outputs, final states and all gradients."""
 
+import functools
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from regla.layers.norms import HeadRMSNorm
 from regla.ops import gate_decays, gated_linear_attention, regla_attention, safe_exp_attention
+from regla.ops.backends import why_not_native
 from regla.ops.features import LIFT
 
 from . import definition
@@ -70,7 +72,22 @@ def chunked(*inputs, **options):
     return regla_attention(*inputs, backend="chunked", output_final_state=True, **options)
 
 
-FORMS = {"chunked": chunked, "step by step": step_by_step}
+def native(*inputs, **options):
+    return regla_attention(*inputs, backend="native", output_final_state=True, **options)
+
+
+def _forms():
+    """By name; the C kernels where the tests make their tensors on a CPU and there is a compiler."""
+    forms = {"chunked": chunked, "step by step": functools.partial(step_by_step, backend="recurrent")}
+    if why_not_native(torch.ones(1), torch.ones(1)) is None:
+        forms |= {"native": native, "native step by step": functools.partial(step_by_step, backend="native")}
+    return forms
+
+
+def skip_without(backend):
+    reason = why_not_native(torch.ones(1), torch.ones(1)) if backend == "native" else None
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def backward(h: Tensor, S: Tensor, leaves: list[Tensor], mask: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -92,10 +109,10 @@ def reference(inputs: list[Tensor], axis: str, S0: Tensor | None, m0: Tensor | N
     return h, S, m, backward(h, S, leaves, mask)
 
 
-def assert_equal_to_definition(inputs, axis, S0=None, m0=None, mask=None, forms=FORMS):
+def assert_equal_to_definition(inputs, axis, S0=None, m0=None, mask=None, forms=None):
     h_ref, S_ref, m_ref, grads_ref = reference(inputs, axis, S0, m0, mask)
     keep = torch.ones(h_ref.shape[:2], dtype=torch.bool) if mask is None else mask
-    for form, run in forms.items():
+    for form, run in (forms or _forms()).items():
         leaves = [x.clone().requires_grad_() for x in inputs] + ([] if S0 is None else [S0.clone().requires_grad_()])
         state = None if S0 is None else (leaves[5], m0)
         h, (S, m) = run(*leaves[:5], gate_axis=axis, initial_state=state, mask=mask)
@@ -134,15 +151,17 @@ def test_masks_anywhere(axis):
     assert_equal_to_definition(inputs, axis, *some_state(3, 3, 16, 24), mask)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "native"])
 @pytest.mark.parametrize("axis", AXES)
-def test_padding_holds_anything(axis):
+def test_padding_holds_anything(axis, backend):
     """The output and the gradients of the real tokens do not see what padding holds, not even nan."""
+    skip_without(backend)
     mask = torch.rand(2, 40) < 0.6
     inputs = make(40, SHAPES[4], axis, "plain", B=2)
     results = []
     for junk in (0.0, torch.nan):
         leaves = [torch.where(mask[..., None, None], x, junk).requires_grad_() for x in inputs]
-        h, _ = regla_attention(*leaves, gate_axis=axis, mask=mask)
+        h, _ = regla_attention(*leaves, gate_axis=axis, mask=mask, backend=backend)
         assert (h[~mask] == 0).all()
         grads = torch.autograd.grad(h.square().sum(), leaves)
         assert all((grad[~mask] == 0).all() for grad in grads)
@@ -151,8 +170,9 @@ def test_padding_holds_anything(axis):
 
 
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("backend", ["chunked", "recurrent"])
+@pytest.mark.parametrize("backend", ["chunked", "recurrent", "native"])
 def test_packing_equals_separate_sequences(axis, backend):
+    skip_without(backend)
     lengths = [1, 63, 64, 65, 2, 30]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)])
     _HQ, H, K, V = SHAPES[4]
@@ -190,9 +210,10 @@ def test_packing_equals_separate_sequences(axis, backend):
 
 
 @pytest.mark.parametrize("decays", ["none", "key", "value", "both", "scalar key", "scalar value", "scalar both"])
-@pytest.mark.parametrize("backend", ["chunked", "recurrent"])
+@pytest.mark.parametrize("backend", ["chunked", "recurrent", "native"])
 @pytest.mark.parametrize("T", LENGTHS)
 def test_gated_linear_attention(T, backend, decays):
+    skip_without(backend)
     HQ, H, K, V = SHAPES[LENGTHS.index(T) % len(SHAPES)]
     widths = (1, 1) if "scalar" in decays else (K, V)
 
@@ -227,23 +248,25 @@ def test_gated_linear_attention(T, backend, decays):
         assert definition.overall(value, expected) <= (GLA if i < 2 else GRADIENT)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "native"])
 @pytest.mark.parametrize("outlier", [25.0, 80.0, 100.0])
 @pytest.mark.parametrize("axis", AXES)
-def test_recovery_after_an_outlier(axis, outlier):
+def test_recovery_after_an_outlier(axis, outlier, backend):
     """A key outlier is forgotten at the rate of the slowest channel; then the output is what it was without it."""
+    skip_without(backend)
     T, at = 360, 20
     inputs = make(T, (2, 2, 16, 16), axis, "plain")
     inputs[3] = inputs[3].clamp_max(1.0)  # gates of at most 0.73, refined 0.93: e^-100 takes at most some 100 tokens
     inputs[4] = inputs[4].clamp_max(0.0)
-    clean, _ = regla_attention(*inputs, gate_axis=axis)
+    clean, _ = regla_attention(*inputs, gate_axis=axis, backend=backend)
     inputs[1][0, at, :, 3] = outlier
-    h, (_, m) = regla_attention(*inputs, gate_axis=axis, output_final_state=True)
+    h, (_, m) = regla_attention(*inputs, gate_axis=axis, output_final_state=True, backend=backend)
     assert (m < 10).all()
     assert definition.per_token(normalised(h)[:, :at], normalised(clean)[:, :at].double()) == 0
     assert definition.per_token(normalised(h)[:, at : at + 1], normalised(clean)[:, at : at + 1].double()) > 0.1
     assert definition.per_token(normalised(h)[:, -1:], normalised(clean)[:, -1:].double()) < 1e-4
     # The running maximum never comes down: the same outlier leaves later keys nothing to be told apart by.
-    h, (_, m) = regla_attention(*inputs, gate_axis=axis, key_max="running", output_final_state=True)
+    h, (_, m) = regla_attention(*inputs, gate_axis=axis, key_max="running", output_final_state=True, backend=backend)
     assert (m == outlier).all()
 
 
@@ -256,68 +279,79 @@ def test_the_lift_keeps_digits_behind_an_outlier(monkeypatch):
     for lift in (0, LIFT):
         monkeypatch.setattr("regla.ops.features.LIFT", lift)
         monkeypatch.setattr("regla.ops.attention.LIFT", lift)
-        worst[lift] = definition.per_token(normalised(regla_attention(*inputs)[0]), expected)
+        worst[lift] = definition.per_token(normalised(regla_attention(*inputs, backend="chunked")[0]), expected)
     assert worst[LIFT] < 1e-5 and worst[0] > 1e-4
 
 
+@pytest.mark.parametrize("backend", ["chunked", "native"])
 @pytest.mark.parametrize("cuts", [[100], [1, 2, 3], [64, 128], [63, 65, 199]])
 @pytest.mark.parametrize("axis", AXES)
-def test_any_split_into_calls(axis, cuts):
+def test_any_split_into_calls(axis, cuts, backend):
+    skip_without(backend)
     inputs = make(200, SHAPES[4], axis, "outliers", B=2)
-    whole, (S, _m) = regla_attention(*inputs, gate_axis=axis, output_final_state=True)
+    options = {"gate_axis": axis, "output_final_state": True, "backend": backend}
+    whole, (S, _m) = regla_attention(*inputs, **options)
     state, parts = None, []
     for lo, hi in itertools.pairwise([0, *cuts, 200]):
-        h, state = regla_attention(
-            *(x[:, lo:hi] for x in inputs), gate_axis=axis, initial_state=state, output_final_state=True
-        )
+        h, state = regla_attention(*(x[:, lo:hi] for x in inputs), initial_state=state, **options)
         parts.append(h)
     assert definition.per_token(normalised(torch.cat(parts, 1)), normalised(whole).double()) <= FORWARD
     assert definition.overall(state[0], S.double()) <= FORWARD
 
 
-def test_zeros_are_an_empty_state():
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_zeros_are_an_empty_state(backend):
     """Also where every key lies far below 0, the m of an empty state."""
+    skip_without(backend)
     q, k, v, gate, refine = make(50, SHAPES[4], "value", "plain")
     k = k - 95
     zeros = torch.zeros(1, 3, 16, 24), torch.zeros(1, 3)
     for key_max in ("decay", "running"):
-        h, _ = regla_attention(q, k, v, gate, refine, key_max=key_max)
-        h_zeros, _ = regla_attention(q, k, v, gate, refine, initial_state=zeros, key_max=key_max)
+        h, _ = regla_attention(q, k, v, gate, refine, key_max=key_max, backend=backend)
+        h_zeros, _ = regla_attention(q, k, v, gate, refine, initial_state=zeros, key_max=key_max, backend=backend)
         assert torch.equal(h, h_zeros)
         assert h.isfinite().all() and h.abs().amax(-1).min() > 1e-6
     nothing = torch.zeros(1, 50, dtype=torch.bool)
-    _, state = regla_attention(q, k, v, gate, refine, mask=nothing, output_final_state=True)
+    _, state = regla_attention(q, k, v, gate, refine, mask=nothing, output_final_state=True, backend=backend)
     assert all((x == 0).all() for x in state)
 
 
-def test_total_reset():
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_total_reset(backend):
     """A log-decay of -inf on every channel of both axes forgets entirely, without nan."""
+    skip_without(backend)
     q, k, v = torch.randn(3, 1, 80, 2, 8).unbind(0)
     gk, gv = (-torch.rand(2, 1, 80, 2, 8)).unbind(0)
     gk[:, 40], gv[:, 40] = -torch.inf, -torch.inf
     for options in ({"gk": gk}, {"gv": gv}, {"gk": gk, "gv": gv}):
         leaves = {name: g.clone().requires_grad_() for name, g in options.items()}
-        h, _ = safe_exp_attention(q, k, v, **leaves, backend="chunked")
-        fresh, _ = safe_exp_attention(q[:, 40:], k[:, 40:], v[:, 40:], **{n: g[:, 40:] for n, g in options.items()})
+        h, _ = safe_exp_attention(q, k, v, **leaves, backend=backend)
+        fresh, _ = safe_exp_attention(
+            q[:, 40:], k[:, 40:], v[:, 40:], **{n: g[:, 40:] for n, g in options.items()}, backend=backend
+        )
         assert definition.per_token(normalised(h)[:, 40:], normalised(fresh).double()) <= FORWARD
         assert all(g.isfinite().all() for g in torch.autograd.grad(h.sum(), list(leaves.values())))
 
 
-def test_bfloat16_inputs_and_float32_state():
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_bfloat16_inputs_and_float32_state(backend):
+    skip_without(backend)
     inputs = make(100, SHAPES[4], "value", "plain")
-    expected, _ = regla_attention(*inputs)
-    h, (S, m) = regla_attention(*(x.bfloat16() for x in inputs), output_final_state=True)
+    expected, _ = regla_attention(*inputs, backend=backend)
+    h, (S, m) = regla_attention(*(x.bfloat16() for x in inputs), output_final_state=True, backend=backend)
     assert h.dtype == torch.bfloat16 and S.dtype == m.dtype == torch.float32
     assert definition.overall(normalised(h), normalised(expected).double()) < 0.05
     with torch.autocast(expected.device.type, torch.bfloat16):
-        h, _ = regla_attention(*inputs)
+        h, _ = regla_attention(*inputs, backend=backend)
     assert torch.equal(h, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", AXES)
-def test_compiled(axis):
+@pytest.mark.parametrize("form", [chunked, native])
+def test_compiled(axis, form):
+    skip_without(form.__name__)
     torch.use_deterministic_algorithms(False)
-    forms = {"compiled": torch.compile(chunked, fullgraph=True)}
+    forms = {"compiled": torch.compile(form, fullgraph=True)}
     for scenario in ("plain", "extreme", "outliers"):
         assert_equal_to_definition(make(130, SHAPES[4], axis, scenario, B=2), axis, forms=forms)

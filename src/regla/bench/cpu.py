@@ -1,6 +1,6 @@
 """What the CPU path promises, measured: `regla bench cpu --out benchmarks/cpu.jsonl`.
 
-forms   chunked against the recurrence, forward and backward
+forms   native and chunked against the recurrence, forward and backward
 decode  time per generated token and bytes of cache, early and late in a sequence
 memory  peak memory of a forward pass against its length
 """
@@ -20,6 +20,7 @@ import torch
 
 from regla.bench.measure import Case, Row
 from regla.ops import gated_linear_attention, regla_attention
+from regla.ops.backends import why_not_native
 
 
 def cases() -> list[Case]:
@@ -35,53 +36,53 @@ def cases() -> list[Case]:
 
 
 def measure_forms(
-    B: int = 4, T: int = 2048, H: int = 12, K: int = 64, V: int = 64, *, axis: str = "value", repeats: int = 3
+    B: int = 4, T: int = 2048, H: int = 12, K: int = 64, V: int = 64, *, axis: str = "value", repeats: int = 5
 ) -> list[dict[str, Any]]:
-    """Seconds of forward and backward, chunked and recurrent in turn, of both operations; medians of `repeats`."""
+    """Seconds of forward and backward of both operations by each backend there is, taken in turn; medians of `repeats`
+    (of the recurrence, which is slow and steady, of three)."""
     q, k, v, gate, refine = (torch.randn(B, T, H, d, requires_grad=True) for d in (K, K, V, V, V))
     decay = (-torch.rand(B, T, H, V if axis == "value" else K)).requires_grad_()
     decays: dict[str, Any] = {"gv" if axis == "value" else "gk": decay}
-    operations: dict[str, Callable[[str], torch.Tensor]] = {
-        "gated_linear_attention": lambda backend: gated_linear_attention(q, k, v, **decays, backend=backend)[0],
-        "regla_attention": lambda backend: regla_attention(q, k, v, gate, refine, gate_axis=axis, backend=backend)[0],
+    operations: dict[str, tuple[Callable[[str], torch.Tensor], tuple[torch.Tensor, ...]]] = {
+        "gated_linear_attention": (
+            lambda backend: gated_linear_attention(q, k, v, **decays, backend=backend)[0],
+            (q, k, v, decay),
+        ),
+        "regla_attention": (
+            lambda backend: regla_attention(q, k, v, gate, refine, gate_axis=axis, backend=backend)[0],
+            (q, k, v, gate, refine),
+        ),
     }
+    d_o = torch.randn(B, T, H, V)
+    backends = ["chunked"] if why_not_native(k, v) else ["native", "chunked"]
     rows = []
-    for name, operation in operations.items():
-        seconds: dict[str, list[float]] = {"chunked": [], "recurrent": []}
-        operation("chunked").sum().backward()
-        for _ in range(repeats):
+    for name, (operation, leaves) in operations.items():
+        seconds: dict[str, list[float]] = {backend: [] for backend in [*backends, "recurrent"]}
+        for backend in backends:  # the first calls compile and fill caches
+            torch.autograd.grad(operation(backend), leaves, d_o)
+        for turn in range(repeats):
             for backend, taken in seconds.items():
+                if backend == "recurrent" and turn >= 3:
+                    continue
                 start = time.perf_counter()
-                operation(backend).sum().backward()
+                torch.autograd.grad(operation(backend), leaves, d_o)
                 taken.append(time.perf_counter() - start)
         median = {backend: statistics.median(taken) for backend, taken in seconds.items()}
-        rows.append(
+        rows += [
             {
                 "benchmark": "forms",
                 "operation": name,
+                "backend": backend,
                 "shape": {"B": B, "T": T, "H": H, "K": K, "V": V},
                 "axis": axis,
                 "dtype": "float32",
-                "chunked_seconds": median["chunked"],
+                "seconds": median[backend],
                 "recurrent_seconds": median["recurrent"],
-                "ratio": median["recurrent"] / median["chunked"],
-                "products_seconds": _products_seconds(B, T, H, K, V, repeats),
+                "ratio": median["recurrent"] / median[backend],
             }
-        )
+            for backend in backends
+        ]
     return rows
-
-
-def _products_seconds(B: int, T: int, H: int, K: int, V: int, repeats: int) -> float:
-    """Seconds of the matrix products that no form in chunks of 64 tokens avoids: of each chunk three forward and eight
-    backward, between tokens and tokens or tokens and state."""
-    x, state = torch.randn(B * H, 64, K), torch.randn(B * H, K, V)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(11 * T // 64):
-            torch.bmm(x, state)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 @torch.no_grad()

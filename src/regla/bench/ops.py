@@ -42,7 +42,7 @@ from regla.bench.measure import (
 )
 from regla.ops import gated_linear_attention, regla_attention
 from regla.ops.attention import safe_exp_step_
-from regla.ops.backends import why_not_triton
+from regla.ops.backends import why_not_native, why_not_triton
 from regla.ops.features import safe_exp_query
 from regla.ops.gates import log_refined_gate
 
@@ -50,8 +50,8 @@ BENCHMARK = "bench ops"
 DIRECTIONS = ("forward", "forward+backward")
 STEP = "step"
 AXES = ("value", "key")
-_BACKENDS = ("triton", "chunked")
-_STEP_BACKENDS = ("recurrent", "triton")
+_BACKENDS = ("triton", "native", "chunked")
+_STEP_BACKENDS = ("recurrent", "native", "triton")
 _TOO_LONG = 2.0  # seconds of one call, above which a backend gets no row
 
 Operation = Callable[..., Tensor]
@@ -178,6 +178,8 @@ def _why_not(backend: str, k: Tensor, v: Tensor) -> str | None:
     """Why `backend` cannot run on these tensors; None if it can."""
     if backend == "triton":
         return why_not_triton(k, v)
+    if backend == "native":
+        return why_not_native(k, v)
     if backend == "sdpa" and k.is_cuda and v.dtype == torch.float32:
         return "flash attention takes no float32"
     if backend == "fla":
@@ -200,7 +202,7 @@ def _operation(
     if operation == "regla_step":
         (B, _, H, K), V = k.shape, v.shape[-1]
         state = normal(B, H, K, V, seed=5, device=v.device), torch.zeros(B, H, device=v.device)
-        step = _step_in_place if backend == "triton" else _step
+        step = _step if backend == "recurrent" else _step_in_place
         return partial(step, axis=axis, backend=backend), [q, k, v, gate, refine, *state]
     features = safe_exp_query(q).to(v.dtype), safe_exp_query(k).to(v.dtype)
     decay = log_refined_gate(gate, refine).to(v.dtype)
@@ -230,7 +232,7 @@ def _step_in_place(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, refine: Tensor, S: Tensor, m: Tensor, *, axis: str, backend: str
 ) -> Tensor:
     gates: dict[str, Any] = {"gk": gate, "refine_k": refine} if axis == "key" else {"gv": gate, "refine_v": refine}
-    return safe_exp_step_(q, k, v, S, m, **gates)
+    return safe_exp_step_(q, k, v, S, m, **gates, engine=backend)
 
 
 def _gated(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, axis: str, backend: str) -> Tensor:

@@ -14,7 +14,7 @@ from regla.layers.gates import GATE_AXES, GATES, Decays
 from regla.layers.norms import NORMS, HeadLayerNorm, HeadRMSNorm
 from regla.layers.positions import ShortConvolution, apply_rotary
 from regla.ops.attention import safe_exp_step_
-from regla.ops.backends import runs_decode_kernel
+from regla.ops.backends import step_engine
 from regla.ops.features import KEY_MAX
 
 OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
@@ -195,7 +195,8 @@ class ReGLAAttention(nn.Module):
         is_plain = S.dtype == m.dtype == torch.float32 and S.is_contiguous() and m.is_contiguous()
         if not is_plain or S.requires_grad:
             return None
-        if not runs_decode_kernel(backend, key_max, k, v, q, gk, gv, refine_k, refine_v):
+        engine = step_engine(backend, key_max, k, v, q, gk, gv, refine_k, refine_v)
+        if engine is None:
             return None
         weight, bias = None, None
         if isinstance(self.norm, HeadRMSNorm | HeadLayerNorm) and self.norm.weight.device == v.device:
@@ -214,6 +215,7 @@ class ReGLAAttention(nn.Module):
             refine_v=refine_v,
             mask=mask,
             key_max=key_max,
+            engine=engine,
             weight=weight,
             bias=bias,
             eps=self.norm.eps,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regla.ops.backends import choose_backend, runs_decode_kernel
+from regla.ops.backends import choose_backend, step_engine
 from regla.ops.checks import check_decays, check_gla, check_refine, check_regla
 from regla.ops.chunked import chunked_gated_linear_attention
 from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
+from regla.ops.fused import fused_attention, fused_step_
 from regla.ops.gates import log_refined_gate
 from regla.ops.recurrent import recurrent_gated_linear_attention
 
+_ENGINES = ("native", "triton")
 _PLAIN = {"recurrent": recurrent_gated_linear_attention, "chunked": chunked_gated_linear_attention}
 
 
@@ -43,8 +45,9 @@ def gated_linear_attention(
         initial_state: [N, H, K, V] state before the first token; N = B, or the number of packed sequences.
         output_final_state: return the state after the last token.
         cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending.
-        backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), "triton" (fused
-            kernels for GPUs), or "auto": recurrent for one token, triton where it can run on a GPU, else chunked.
+        backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), "native" (kernels in C
+            for CPUs, compiled at their first use), "triton" (fused kernels for GPUs), or "auto": kernels where they can
+            run; else recurrent for one token and chunked for more.
         validate: check the numbers too (decays <= 0, boundaries). None: on the CPU only, where that costs no wait.
 
     Returns:
@@ -65,8 +68,10 @@ def gated_linear_attention(
     check_decays(gk, gv, validate)
     backend = choose_backend(backend, k, v, cu_seqlens, crowded=_crowded(q, k, gk, gv))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton":
-        o, state, _ = _fused(q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale, safe_exp=False)
+    if backend in _ENGINES:
+        o, state, _ = _fused(
+            backend, q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale, safe_exp=False
+        )
     else:
         o, state = _PLAIN[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)
     return o, state if output_final_state else None
@@ -100,8 +105,8 @@ def safe_exp_attention(
     normalisation removes; without one, h depends on m, and m takes no gradient. The state is kept as 2^48 S_t: what
     comes back as S goes back in as S, and is of use nowhere else. See `regla_attention` for arguments, shapes, dtypes
     and errors; gk, gv as in `gated_linear_attention`, or, of an axis whose `refine_` is given, the gate's logits: its
-    log-decays are then `log_refined_gate(gk, refine_k)`, `log_refined_gate(gv, refine_v)`. With backend "triton" a
-    single token that needs no gradient is one launch, `safe_exp_step_` on copies of S and m.
+    log-decays are then `log_refined_gate(gk, refine_k)`, `log_refined_gate(gv, refine_v)`. With kernels a
+    single token that needs no gradient is one call, `safe_exp_step_` on copies of S and m.
     """
     check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
     check_refine(gk, gv, refine_k, refine_v)
@@ -109,20 +114,47 @@ def safe_exp_attention(
         check_decays(gk, gv, validate, mask)
     scale = variance_reduction(k.shape[-1]) if scale is None else scale
     S0 = None if initial_state is None else initial_state[0]
-    if cu_seqlens is None and runs_decode_kernel(backend, key_max, k, v, q, gk, gv, refine_k, refine_v, S0):
+    engine = step_engine(backend, key_max, k, v, q, gk, gv, refine_k, refine_v, S0) if cu_seqlens is None else None
+    if engine is not None:
         S, m = _copy_of_state(initial_state, k, v)
         h = safe_exp_step_(
-            q, k, v, S, m, gk, gv, refine_k=refine_k, refine_v=refine_v, scale=scale, mask=mask, key_max=key_max
+            q,
+            k,
+            v,
+            S,
+            m,
+            gk,
+            gv,
+            refine_k=refine_k,
+            refine_v=refine_v,
+            scale=scale,
+            mask=mask,
+            key_max=key_max,
+            engine=engine,
         )
-        return h, (S, m) if output_final_state else None
+        return h, _empty_as_zero(S, m) if output_final_state else None
     backend = choose_backend(backend, k, v, cu_seqlens, key_max, crowded=_crowded(q, k, gk, gv))
     state, before = (None, None) if initial_state is None else initial_state
     if state is not None and before is not None:
         # Zeros are an empty state, whatever m says.
         before = torch.where((state.detach() == 0).all(-1).all(-1), NO_KEY, before.detach())
-    if backend == "triton":
+    if backend in _ENGINES:
         h, final, after = _fused(
-            q, k, v, gk, gv, refine_k, refine_v, mask, cu_seqlens, state, before, scale, safe_exp=True, key_max=key_max
+            backend,
+            q,
+            k,
+            v,
+            gk,
+            gv,
+            refine_k,
+            refine_v,
+            mask,
+            cu_seqlens,
+            state,
+            before,
+            scale,
+            safe_exp=True,
+            key_max=key_max,
         )
         return h, _empty_as_zero(final, after) if output_final_state else None
     if mask is not None:
@@ -172,17 +204,19 @@ def safe_exp_step_(
     scale: float | None = None,
     mask: Tensor | None = None,
     key_max: str = "decay",
+    engine: str,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
     """`safe_exp_attention` of one token in one launch: overwrites S and m and returns h, or h normalised.
 
-    Only for inputs that `regla.ops.backends.runs_decode_kernel` accepts. No gradient flows.
+    Only for inputs that `regla.ops.backends.step_engine` accepts. No gradient flows.
 
     Args:
         q, k, v, gk, gv, refine_k, refine_v, scale, mask, key_max: as in `safe_exp_attention`, with T = 1.
         S: [B, H, K, V] and m: [B, H], float32, contiguous: the state before the token, then the one after it.
+        engine: what `step_engine` says: "native" or "triton".
         weight, bias: [HQ, V], of the norm over h: the scale-free RMS norm (weight alone) or layer norm (both).
         eps: of the norm.
 
@@ -193,11 +227,9 @@ def safe_exp_step_(
         ValueError: shapes that do not fit.
     """
     check_regla(q, k, v, gk, gv, (S, m), mask, None, key_max, validate=False)
-    from regla.ops.triton.decode import decode_
-
     scale = variance_reduction(k.shape[-1]) if scale is None else scale
     decaying = key_max == "decay"
-    return decode_(q, k, v, gk, refine_k, gv, refine_v, mask, S, m, weight, bias, scale, decaying, eps)
+    return fused_step_(q, k, v, gk, refine_k, gv, refine_v, mask, S, m, weight, bias, scale, decaying, eps, engine)
 
 
 def regla_attention(
@@ -324,6 +356,7 @@ def _empty_as_zero(S: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fused(
+    engine: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -340,8 +373,6 @@ def _fused(
     safe_exp: bool,
     key_max: str = "decay",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from regla.ops.triton.operation import fused_attention
-
     K, V = k.shape[-1], v.shape[-1]
     gk, rk, gv, rv = (
         None if x is None else x.expand(*x.shape[:3], D) for x, D in ((gk, K), (refine_k, K), (gv, V), (refine_v, V))
@@ -361,4 +392,5 @@ def _fused(
         scale=scale,
         safe_exp=safe_exp,
         decaying=key_max == "decay",
+        engine=engine,
     )

@@ -8,7 +8,9 @@ import os
 import torch
 from torch import Tensor
 
-BACKENDS = ("recurrent", "chunked", "triton")
+from regla.ops.native.library import why_missing
+
+BACKENDS = ("recurrent", "chunked", "native", "triton")
 
 #: Channels of a key or value that the kernels hold in registers; those that the decode kernel does.
 WIDEST = 128
@@ -27,35 +29,52 @@ def choose_backend(
     *,
     crowded: bool = False,
 ) -> str:
-    """The backend that `backend` stands for: itself, or for "auto" the recurrence for one token, the kernels where they
-    can run on a GPU, else the chunked form.
+    """The backend that `backend` stands for: itself, or for "auto" kernels where they can run, on a GPU or a CPU; else
+    the recurrence for one token and the chunked form for more.
 
     Raises:
-        ValueError: an unknown name, or "triton" where the kernels cannot run.
+        ValueError: an unknown name, or kernels that are asked for and cannot run.
     """
     if backend == "auto":
+        if k.is_cpu and why_not_native(k, v, key_max) is None:
+            return "native"
         if k.shape[1] == 1 and cu_seqlens is None:
             return "recurrent"
         return "triton" if k.is_cuda and why_not_triton(k, v, key_max, crowded=crowded) is None else "chunked"
     if backend not in BACKENDS:
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend is {backend!r}; expected one of {names}")
-    if backend == "triton":
+    reason = None
+    if backend == "native":
+        reason = why_not_native(k, v, key_max)
+    elif backend == "triton":
         reason = why_not_triton(k, v, key_max, crowded=crowded)
-        if reason is not None:
-            raise ValueError(f"backend='triton' cannot run: {reason}; use 'auto' or 'chunked'")
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot run: {reason}; use 'auto' or 'chunked'")
     return backend
 
 
-def runs_decode_kernel(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
-    """Whether the decode kernel takes these inputs of `safe_exp_attention`: one token, no gradient needed, "triton"
-    asked for. "auto" takes the recurrence until the kernel has been measured on a GPU."""
-    return (
-        k.shape[1] == 1
-        and backend == "triton"
-        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k, v, *others)))
-        and why_not_triton(k, v, key_max, WIDEST_STEP) is None
-    )
+def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
+    """Whose decode kernel takes these inputs of `safe_exp_attention`, one token that needs no gradient: "native",
+    "triton" or None. "auto" takes the recurrence on a GPU until the kernel has been measured there."""
+    if k.shape[1] != 1:
+        return None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k, v, *others)):
+        return None
+    if backend in ("auto", "native") and k.is_cpu and why_not_native(k, v, key_max) is None:
+        return "native"
+    return "triton" if backend == "triton" and why_not_triton(k, v, key_max, WIDEST_STEP) is None else None
+
+
+def why_not_native(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
+    """Why the C kernels cannot run on these tensors; None if they can. Compiles them where nobody has."""
+    if not k.is_cpu:
+        return f"the tensors are on {k.device.type}, and the C kernels run on a CPU"
+    if torch.float64 in (k.dtype, v.dtype):
+        return "a tensor is float64, and the C kernels compute in float32"
+    if key_max == "sequence":
+        return "key_max is 'sequence', which is not causal, and the kernels run forward in time"
+    return why_missing()
 
 
 def why_not_triton(

@@ -14,10 +14,8 @@ Shape legend: N sequences, H state heads, G queries per state head, HQ = G H, K 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
 
 from regla.ops.triton.tiles import LIFT_BITS, LN2, LOG2E, LOWEST, NO_KEY, log2_refined
 
@@ -114,75 +112,6 @@ def decode_kernel(
         tl.store(o_ptr + (n * H * G + query) * V + vi, out.to(o_ptr.dtype.element_ty), mask=vi < V)
 
 
-@library.custom_op("regla::decode", mutates_args=("S", "m"))
-def decode_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
-    S: Tensor,
-    m: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    decaying: bool,
-    eps: float,
-) -> Tensor:
-    """`safe_exp_attention` of one token, S and m overwritten, and a norm over the output where a weight is given.
-
-    Args:
-        q: [N, 1, HQ, K] and k: [N, 1, H, K] logits; v: [N, 1, H, V].
-        gk, gv: [N, 1, H, K or 1], [N, 1, H, V or 1]: natural log-decays, or gate logits where rk, rv are given.
-        rk, rv: logits of the refining gate, as gk, gv.
-        mask: [N, 1] bool; where it is False S and m stay as they are and h is 0.
-        S, m: [N, H, K, V] and [N, H], float32, contiguous; S all zeros is an empty state whatever m.
-        weight, bias: [HQ, V], of the RMS norm (bias None) or the layer norm of `regla.layers.norms`; None: no norm.
-        decaying: the stabiliser falls with the slowest channel (key_max "decay"), or never ("running").
-        eps: of the norm.
-
-    Returns:
-        [N, 1, HQ, V] in the dtype of v.
-    """
-    N, _, H, K = k.shape
-    V, HQ = v.shape[-1], q.shape[2]
-    q, k, v = (_with_dense_channels(x) for x in (q, k, v))
-    gk, rk, gv, rv = (
-        None if x is None else _with_dense_channels(x.expand(N, 1, H, D))
-        for x, D in ((gk, K), (rk, K), (gv, V), (rv, V))
-    )
-    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
-    o = v.new_empty(N, 1, HQ, V)
-    tensors = (q, k, v, gk, rk, gv, rv)
-    rows, heads = ([0 if x is None else x.stride(axis) for x in tensors] for axis in (0, 2))
-    BK, BV = (max(16, triton.next_power_of_2(D)) for D in (K, V))
-    with torch.cuda.device_of(k):
-        decode_kernel[(N * H,)](
-            *tensors, mask, S, m, weight, bias, o,
-            scale, eps, H, *rows, 0 if mask is None else mask.stride(0), *heads,
-            G=HQ // H, K=K, V=V, BK=BK, BV=BV, KEY=_gate(gk, rk), VALUE=_gate(gv, rv), DECAYING=decaying,
-            MASKED=mask is not None, NORM="none" if weight is None else "rmsnorm" if bias is None else "layernorm",
-            num_warps=num_warps(BK, BV),
-        )  # fmt: skip
-    return o
-
-
-@decode_.register_fake
-def _(q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps):  # type: ignore[no-untyped-def]
-    return v.new_empty(v.shape[0], 1, q.shape[2], v.shape[-1])
-
-
 def num_warps(BK: int, BV: int) -> int:
     """As many as keep a state in registers: up to 64 numbers a thread, beyond 128 x 128 with some of the rest spilt."""
     return min(max(BK * BV // 2048, 4), 32)
-
-
-def _with_dense_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _gate(g: Tensor | None, r: Tensor | None) -> str:
-    return "none" if g is None else "log" if r is None else "refined"

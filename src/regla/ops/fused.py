@@ -1,0 +1,196 @@
+"""The kernels as differentiable operations, opaque to torch.compile: what is common to those of a GPU and of a CPU.
+
+An engine is a module with the functions `outputs`, `forward`, `backward` and `step`, in the shapes that the operations
+here have: `regla.ops.triton.operation` and `regla.ops.native.operation`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? gk, Tensor? rk, Tensor? gv, Tensor? rv, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor? initial_state, Tensor? before, "
+)
+_OPTIONS = "float scale, bool safe_exp, bool decaying, str engine"
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    rk: Tensor | None,
+    gv: Tensor | None,
+    rv: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    before: Tensor | None,
+    *,
+    scale: float,
+    safe_exp: bool,
+    decaying: bool = True,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated linear attention, with the safe exponential and the refined gate inside if asked for.
+
+    Args:
+        q: [B, T, HQ, K]; k: [B, T, H, K]; v: [B, T, H, V]. Logits of the features with `safe_exp`.
+        gk, gv: [B, T, H, K], [B, T, H, V]: natural log-decays, or gate logits where rk, rv are given; None: none.
+        rk, rv: logits of the refining gate, as gk, gv.
+        mask: [B, T] bool, only with `safe_exp`; cu_seqlens: [N + 1].
+        initial_state, before: [N, H, K, V] float32 and [N, H] float32 (`NO_KEY`: no key yet), with `safe_exp`.
+        decaying: the stabiliser falls with the slowest channel (key_max "decay"), or never ("running").
+        engine: "triton" or "native".
+
+    Returns:
+        o [B, T, HQ, V] in the dtype of v; in float32 the final state [N, H, K, V] and m [N, H] (0 without `safe_exp`).
+    """
+    tensors = [None if x is None else rows(x) for x in (q, k, v, gk, rk, gv, rv)]
+    needs = [x for x in (q, k, v, gk, rk, gv, rv, initial_state) if x is not None]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in needs)
+    o, final, last, *_ = _forward(
+        *tensors, mask, cu_seqlens, initial_state, before, scale, safe_exp, decaying, engine, keep
+    )
+    return o, final, last
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [B, T, H, D] such that a token's heads and channels lie side by side, at one distance from token to token."""
+    _B, T, H, D = x.shape
+    aligned = x.stride(3) == 1 and x.stride(2) == D and x.stride(0) == T * x.stride(1)
+    return x if aligned or (H == 1 and x.stride(3) == 1 and x.stride(0) == T * x.stride(1)) else x.contiguous()
+
+
+def gate_kind(g: Tensor | None, r: Tensor | None) -> str:
+    return "none" if g is None else "log" if r is None else "refined"
+
+
+def _engine(name: str) -> Any:
+    return importlib.import_module(f"regla.ops.{name}.operation")
+
+
+@library.custom_op(
+    "regla::fused_forward",
+    mutates_args=(),
+    schema=f"({_INPUTS}{_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """(o, final state, last m, and if `keep` for the backward pass: m, the factors of the outputs, and states)."""
+    *inputs, engine, keep = arguments
+    return _engine(engine).forward(*inputs, keep)
+
+
+@_forward.register_fake
+def _(*arguments):  # type: ignore[no-untyped-def]
+    q, k, v, *_ = arguments
+    cu_seqlens, safe_exp, engine, keep = arguments[8], arguments[12], *arguments[14:]
+    return _engine(engine).outputs(q, k, v, cu_seqlens, safe_exp, keep)
+
+
+@library.custom_op(
+    "regla::fused_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_o, Tensor? d_final, {_INPUTS}Tensor m, Tensor factors, Tensor states, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, gk, rk, gv, rv (empty where there is none) and of the initial state."""
+    *inputs, engine = arguments
+    return _engine(engine).backward(*inputs)
+
+
+@_backward.register_fake
+def _(d_o, d_final, *inputs):  # type: ignore[no-untyped-def]
+    return gradients_like(inputs[:7], inputs[8])
+
+
+def gradients_like(inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    _, k, v, *_ = inputs
+    assert k is not None and v is not None
+    N = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    like = [k.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+    return *like, k.new_empty(N, k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, scale, safe_exp, decaying, engine, _ = inputs
+    ctx.options = scale, safe_exp, decaying, engine
+    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    q, _, v, *_, initial_state, _, _, _, _ = tensors
+    if d_o is None:
+        d_o = v.new_zeros(*q.shape[:3], v.shape[-1])
+    *grads, d_initial = _backward(d_o, d_final, *tensors, *ctx.options)
+    of_inputs = [None if x is None else d for x, d in zip(tensors, grads, strict=False)]
+    return *of_inputs, None, None, None if initial_state is None else d_initial, *(None,) * 6
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@library.custom_op("regla::fused_step", mutates_args=("S", "m"))
+def fused_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    rk: Tensor | None,
+    gv: Tensor | None,
+    rv: Tensor | None,
+    mask: Tensor | None,
+    S: Tensor,
+    m: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    decaying: bool,
+    eps: float,
+    engine: str,
+) -> Tensor:
+    """`safe_exp_attention` of one token, S and m overwritten, and a norm over the output where a weight is given.
+
+    Args:
+        q: [N, 1, HQ, K] and k: [N, 1, H, K] logits; v: [N, 1, H, V].
+        gk, gv: [N, 1, H, K or 1], [N, 1, H, V or 1]: natural log-decays, or gate logits where rk, rv are given.
+        rk, rv: logits of the refining gate, as gk, gv.
+        mask: [N, 1] bool; where it is False S and m stay as they are and h is 0.
+        S, m: [N, H, K, V] and [N, H], float32, contiguous; S all zeros is an empty state whatever m.
+        weight, bias: [HQ, V], of the RMS norm (bias None) or the layer norm of `regla.layers.norms`; None: no norm.
+        decaying: the stabiliser falls with the slowest channel (key_max "decay"), or never ("running").
+        eps: of the norm.
+        engine: "triton" or "native".
+
+    Returns:
+        [N, 1, HQ, V] in the dtype of v.
+    """
+    N, _, H, K = k.shape
+    V = v.shape[-1]
+    q, k, v = (_with_dense_channels(x) for x in (q, k, v))
+    gk, rk, gv, rv = (
+        None if x is None else _with_dense_channels(x.expand(N, 1, H, D))
+        for x, D in ((gk, K), (rk, K), (gv, V), (rv, V))
+    )
+    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
+    step: Tensor = _engine(engine).step(
+        q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps, v.new_empty(N, 1, q.shape[2], V)
+    )
+    return step
+
+
+@fused_step_.register_fake
+def _(q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps, engine):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape[0], 1, q.shape[2], v.shape[-1])
+
+
+def _with_dense_channels(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

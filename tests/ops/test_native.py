@@ -1,0 +1,145 @@
+"""The C kernels as a library: compiled once, wherever there is a compiler, and explained where there is none."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from regla.ops import gated_linear_attention, regla_attention
+from regla.ops.native import library, operation
+
+from .test_forms import SHAPES, make, skip_without
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and a library not yet loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.load.cache_clear()
+    yield tmp_path / "cache" / "regla"
+    library.load.cache_clear()
+
+
+@pytest.fixture
+def no_compiler(cache, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+
+def test_structures_are_the_same_in_c_and_python():
+    skip_without("native")
+    assert library.load().regla_size_of_problem() == ctypes.sizeof(operation._Problem)
+
+
+def test_compiled_once(cache, monkeypatch):
+    skip_without("native")
+    (made,) = cache.iterdir()
+    library.load.cache_clear()
+    ran = []
+    monkeypatch.setattr(library, "_run", lambda command, run=library._run: ran.append(command) or run(command))
+    assert library.why_missing() is None
+    assert list(cache.iterdir()) == [made] and not any("-o" in command for command in ran)
+
+
+def test_another_source_is_another_file(cache, monkeypatch, tmp_path):
+    skip_without("native")
+    folder = tmp_path / "source"
+    shutil.copytree(Path(library.__file__).parent, folder)
+    with (folder / "kernels.c").open("a") as source:
+        source.write("/* more */\n")
+    monkeypatch.setattr(library, "__file__", str(folder / "library.py"))
+    library.load.cache_clear()
+    assert library.why_missing() is None and len(list(cache.iterdir())) == 2
+
+
+def test_processes_that_compile_at_once(cache):
+    """Both load a whole file, and one remains."""
+    skip_without("native")
+    shutil.rmtree(cache)
+    program = "from regla.ops.native.library import why_missing; print(why_missing())"
+    started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in started] == ["None", "None"]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
+    """As in a container whose home is read-only, or is no folder at all."""
+    skip_without("native")
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    library.load.cache_clear()
+    assert library.why_missing() is None
+
+
+def test_no_compiler(no_compiler):
+    x = torch.ones(1, 2, 1, 4)
+    with pytest.raises(ValueError, match=r"backend='native' cannot run: there is no C compiler .* use 'auto' or"):
+        gated_linear_attention(x, x, x, backend="native")
+    o, _ = gated_linear_attention(x, x, x)
+    assert torch.equal(o, gated_linear_attention(x, x, x, backend="chunked")[0])
+
+
+def test_a_compiler_that_fails(cache, monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    assert library.why_missing().startswith("the C kernels did not compile here: ")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "message"),
+    [
+        (torch.float64, {}, "a tensor is float64, and the C kernels compute in float32"),
+        (torch.float32, {"key_max": "sequence"}, "key_max is 'sequence', which is not causal"),
+    ],
+)
+def test_what_they_do_not_do(dtype, options, message):
+    inputs = [x.to(dtype) for x in make(5, SHAPES[4], "value", "plain")]
+    with pytest.raises(ValueError, match=f"backend='native' cannot run: {message}"):
+        regla_attention(*inputs, backend="native", **options)
+
+
+@pytest.mark.parametrize("axis", ["value", "key"])
+def test_any_split_into_calls_gives_the_same_bits(axis):
+    """A token's result depends on the state alone: so a prompt read at once and one read token by token are equal."""
+    skip_without("native")
+    inputs = make(140, SHAPES[1], axis, "outliers", B=2)
+    options = {"gate_axis": axis, "backend": "native", "output_final_state": True}
+    whole, final = regla_attention(*inputs, **options)
+    state, parts = None, []
+    for lo, hi in ((0, 1), (1, 64), (64, 65), (65, 140)):
+        h, state = regla_attention(*(x[:, lo:hi] for x in inputs), initial_state=state, **options)
+        parts.append(h)
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert all(torch.equal(one, other) for one, other in zip(state, final, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    skip_without("native")
+    before = torch.get_num_threads()
+    leaves = [x.requires_grad_() for x in make(200, SHAPES[3], "both", "extreme", B=3)]
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            h, _ = regla_attention(*leaves, gate_axis="both", backend="native")
+            results.append([h, *torch.autograd.grad(h.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_strided_inputs_and_small_dtypes():
+    """Heads as views of one projection, in bfloat16: gradients come back in their dtype."""
+    skip_without("native")
+    qkv = torch.randn(2, 30, 2 * 16 + 2 * 16 + 2 * 24).bfloat16().requires_grad_()
+    q, k, v = (x.unflatten(-1, (2, -1)) for x in qkv.split([32, 32, 48], -1))
+    o, _ = gated_linear_attention(q, k, v, backend="native")
+    expected, _ = gated_linear_attention(*(x.detach().float() for x in (q, k, v)), backend="recurrent")
+    assert o.dtype == torch.bfloat16 and torch.allclose(o.float(), expected, rtol=1e-2, atol=1e-2)
+    (grad,) = torch.autograd.grad(o.float().square().sum(), qkv)
+    assert grad.dtype == torch.bfloat16 and grad.isfinite().all() and (grad != 0).any()
