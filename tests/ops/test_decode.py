@@ -9,7 +9,7 @@ from regla.ops import gate_decays, regla_attention, safe_exp_attention
 from regla.ops.attention import safe_exp_step_
 from regla.ops.backends import step_engine, why_not_native, why_not_triton
 from regla.ops.features import variance_reduction
-from regla.ops.fused import fused_step_
+from regla.ops.fused import _step_operation
 
 from . import definition
 from .test_forms import AXES, FORWARD, make, normalised, some_state
@@ -254,7 +254,7 @@ def test_the_operation_tells_the_compiler_what_it_does(engine):
     weight = torch.ones(3, 24)
     arguments = (q, k, v, None, None, gate, refine, None, *some_state(1, 1, 16, 24), weight, None)
     arguments += (variance_reduction(16), True, 1e-6, engine)
-    library.opcheck(fused_step_, arguments, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(_step_operation, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("axis", AXES)

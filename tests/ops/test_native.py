@@ -1,6 +1,7 @@
 """The C kernels as a library: compiled once, wherever there is a compiler, and explained where there is none."""
 
 import ctypes
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from regla.ops import gated_linear_attention, regla_attention
 from regla.ops.native import library, operation
 
-from .test_forms import SHAPES, make, skip_without
+from .test_forms import SHAPES, assert_equal_to_definition, make, native, skip_without
 
 
 @pytest.fixture
@@ -143,3 +144,17 @@ def test_strided_inputs_and_small_dtypes():
     assert o.dtype == torch.bfloat16 and torch.allclose(o.float(), expected, rtol=1e-2, atol=1e-2)
     (grad,) = torch.autograd.grad(o.float().square().sum(), qkv)
     assert grad.dtype == torch.bfloat16 and grad.isfinite().all() and (grad != 0).any()
+
+
+@pytest.mark.parametrize("options", [[], ["-mavx2", "-mfma"]])
+def test_other_widths_of_vectors(cache, monkeypatch, options):
+    """Of 4 and 8 numbers: what older processors have."""
+    skip_without("native")
+    if options and platform.machine() != "x86_64":
+        pytest.skip("the option is for x86-64")
+    monkeypatch.setattr(library, "_options_for", lambda compiler: [*library._OPTIONS, *options])
+    library.load.cache_clear()
+    skip_without("native")
+    assert library.load().regla_lanes() == (8 if options else 4)
+    for shape, axis, scenario in ((SHAPES[0], "both", "outliers"), (SHAPES[4], "value", "extreme")):
+        assert_equal_to_definition(make(70, shape, axis, scenario), axis, forms={"native": native})

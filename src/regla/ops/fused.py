@@ -138,7 +138,6 @@ def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) ->
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-@library.custom_op("regla::fused_step", mutates_args=("S", "m"))
 def fused_step_(
     q: Tensor,
     k: Tensor,
@@ -173,6 +172,29 @@ def fused_step_(
     Returns:
         [N, 1, HQ, V] in the dtype of v.
     """
+    # A custom operation's own work would take longer than the kernel's.
+    step = _step_operation if torch.compiler.is_compiling() else _step
+    return step(q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps, engine)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    rk: Tensor | None,
+    gv: Tensor | None,
+    rv: Tensor | None,
+    mask: Tensor | None,
+    S: Tensor,
+    m: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    decaying: bool,
+    eps: float,
+    engine: str,
+) -> Tensor:
     N, _, H, K = k.shape
     V = v.shape[-1]
     q, k, v = (_with_dense_channels(x) for x in (q, k, v))
@@ -187,7 +209,10 @@ def fused_step_(
     return step
 
 
-@fused_step_.register_fake
+_step_operation = library.custom_op("regla::fused_step", _step, mutates_args=("S", "m"))
+
+
+@_step_operation.register_fake
 def _(q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps, engine):  # type: ignore[no-untyped-def]
     return v.new_empty(v.shape[0], 1, q.shape[2], v.shape[-1])
 

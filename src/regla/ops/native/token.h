@@ -5,7 +5,6 @@
 #include "vector.h"
 
 #define NO_KEY -1e30f
-#define AHEAD 4
 
 enum { NONE, LOG, REFINED };
 
@@ -64,21 +63,6 @@ INLINE void store(vec y, float *x, int64_t i, int64_t n) {
 INLINE void put(vec y, float *x, int64_t i) { *(vec *)(x + i) = y; }
 
 INLINE vec get(const float *x, int64_t i) { return *(const vec *)(x + i); }
-
-/* Asks for the numbers of a token that comes some tokens later: from token to token they lie too far apart for the
- * processor to guess. */
-INLINE void expect_row(Rows x, int64_t t, int64_t offset, int64_t n) {
-    if (x.at)
-        for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x.at + t * x.step + offset + i);
-}
-
-static void expect_token(const Problem *p, int64_t t, int64_t h) {
-    const int64_t K = p->K, V = p->V, G = p->queries;
-    expect_row(p->q, t, h * G * K, G * K), expect_row(p->k, t, h * K, K), expect_row(p->v, t, h * V, V);
-    expect_row(p->gk, t, h * K, K), expect_row(p->rk, t, h * K, K);
-    expect_row(p->gv, t, h * V, V), expect_row(p->rv, t, h * V, V);
-    expect_row(p->d_o, t, h * G * V, G * V);
-}
 
 /* ---- gates ---- */
 
