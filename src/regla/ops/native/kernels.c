@@ -28,6 +28,7 @@
 
 #define TILE 4 /* vectors that a tile's rows have: as many as there are registers for */
 #define GROUP 2 /* tokens that the backward pass takes a tile through at once */
+#define AHEAD 2 /* tokens whose numbers are asked for before their turn */
 #define ALIGNMENT 64
 #define PARTS 4 /* of the work, per thread: none waits long for the last */
 #define MOST_THREADS 256
@@ -237,6 +238,7 @@ static void forward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int64
             for (int64_t g = 0; g < G && p->weight; g++) normalise(p, h * G + g, row(p->o, t, (h * G + g) * V));
             continue;
         }
+        if (t + AHEAD < end) expect_token(p, t + AHEAD, h);
         read_token(p, t, h, *m, x);
         *m = x->m;
         for (int64_t column = 0; column < VP; column += TILE * LANES) {
@@ -297,6 +299,7 @@ static int64_t read_chunk(const Problem *p, Work *w, int64_t h, int64_t begin, i
             write_zeros(p->d_gv, t, h * V, V), write_zeros(p->d_rv, t, h * V, V);
             continue;
         }
+        if (t + AHEAD < end) expect_token(p, t + AHEAD, h);
         read_token(p, t, h, m, w->tokens + count);
         m = w->tokens[count].m;
         for (int64_t g = 0; g < G; g++) {

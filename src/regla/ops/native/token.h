@@ -64,6 +64,21 @@ INLINE void put(vec y, float *x, int64_t i) { *(vec *)(x + i) = y; }
 
 INLINE vec get(const float *x, int64_t i) { return *(const vec *)(x + i); }
 
+/* Asks for the numbers of a token that comes later: from token to token they lie too far apart for the processor to
+ * guess. To be inlined: a function that only asks has no effect, and compilers drop calls of such. */
+INLINE void expect_row(Rows x, int64_t t, int64_t offset, int64_t n) {
+    if (x.at)
+        for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x.at + t * x.step + offset + i, 0, 2);
+}
+
+INLINE void expect_token(const Problem *p, int64_t t, int64_t h) {
+    const int64_t K = p->K, V = p->V, G = p->queries;
+    expect_row(p->q, t, h * G * K, G * K), expect_row(p->k, t, h * K, K), expect_row(p->v, t, h * V, V);
+    expect_row(p->gk, t, h * K, K), expect_row(p->rk, t, h * K, K);
+    expect_row(p->gv, t, h * V, V), expect_row(p->rv, t, h * V, V);
+    expect_row(p->d_o, t, h * G * V, G * V);
+}
+
 /* ---- gates ---- */
 
 static double log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x)); }
