@@ -260,9 +260,6 @@ def test_the_operation_tells_the_compiler_what_it_does(engine):
 @pytest.mark.parametrize("axis", AXES)
 def test_bfloat16(engine, axis):
     """Within 1 % of float32 on the same rounded inputs; the same bits every time."""
-    reason = why_not_triton(*[torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)] * 2)
-    if engine == "triton" and reason is not None:
-        pytest.skip(reason)
     inputs = [x.bfloat16() for x in make(20, (4, 2, 64, 64), axis, "outliers")]
     results = []
     for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):

@@ -17,6 +17,7 @@ WIDEST = 128
 WIDEST_STEP = 256
 WIDEST_CROWDED = 64  # more leaves no room in shared memory
 
+_INTERPRETED = (torch.float32,)  # what Triton's interpreter computes rightly
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -90,7 +91,7 @@ def why_not_triton(
         return f"the tensors are on {k.device.type}, and the kernels need a CUDA GPU"
     if v.dtype not in (torch.bfloat16, torch.float32):
         return f"v is {v.dtype}, and the kernels take bfloat16 and float32"
-    if not k.is_cuda and v.dtype == torch.bfloat16:
+    if not k.is_cuda and v.dtype not in _INTERPRETED:
         return "v is bfloat16, which Triton's interpreter multiplies as integers"
     if key_max == "sequence":
         return "key_max is 'sequence', which is not causal, and the kernels run forward in time"

@@ -1,0 +1,39 @@
+"""Bfloat16 in Triton's interpreter, which keeps it as unsigned integers: there it multiplies them as such, and cuts
+off what it should round."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from regla.ops import backends
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_in_the_interpreter(monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    language = interpreter.tl
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def widened(x):
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == language.bfloat16 else x.data
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = np.matmul(widened(a), widened(b), dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def cast_impl(self, src, dst_type):
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (language.bfloat16, language.float32):
+            return interpreter.TensorHandle(widened(src), language.float32)
+        if kinds == (language.float32, language.bfloat16):
+            rounded = torch.from_numpy(np.array(src.data, dtype=np.float32)).to(torch.bfloat16)
+            return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), language.bfloat16)
+        return cast(self, src, dst_type)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
+    monkeypatch.setattr(backends, "_INTERPRETED", (torch.float32, torch.bfloat16))
