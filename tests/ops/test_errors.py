@@ -28,6 +28,14 @@ BAD = {
     "three dimensions": ({"q": torch.randn(T, H, K)}, r"q has shape \[6, 2, 4\]; expected four dimensions"),
     "integers": ({"k": torch.ones(B, T, H, K, dtype=torch.long)}, "k has dtype torch.int64; expected float32"),
     "no tokens": ({n: x[:, :0] for n, x in arguments().items()}, "at least one token"),
+    "no query heads": (
+        {"q": torch.randn(B, T, 0, K)},
+        r"q has shape \[1, 6, 0, 4\]; expected at least one token, head",
+    ),
+    "no channels": (
+        dict.fromkeys(("v", "gate", "refine"), torch.randn(B, T, H, 0)),
+        r"v has shape \[1, 6, 2, 0\]; expected at least one token, head",
+    ),
     "v length": ({"v": torch.randn(B, T + 1, H, V)}, r"v has shape \[1, 7, 2, 5\]; expected \[B, T, H, V\]"),
     "q channels": ({"q": torch.randn(B, T, H, K + 1)}, r"q has shape \[1, 6, 2, 5\]; expected \[B, T, HQ, K\]"),
     "q heads": ({"q": torch.randn(B, T, 3, K)}, "q has 3 heads and k has 2; .* must be a multiple"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regla.ops import gated_linear_attention, regla_attention
+from regla.ops import gated_linear_attention, regla_attention, safe_exp_attention
 from regla.ops.native import library, operation
 
 from .test_forms import SHAPES, assert_equal_to_definition, make, native, skip_without
@@ -73,6 +73,43 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    library.load.cache_clear()
+    assert library.why_missing() is None
+
+
+def test_a_user_without_a_home(cache, monkeypatch):
+    skip_without("native")
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    library.load.cache_clear()
+    assert library.why_missing() is None
+
+
+def test_a_damaged_file_is_made_again(cache):
+    """Of no length, as a crash or a full disk leave one."""
+    skip_without("native")
+    (made,) = cache.iterdir()
+    made.unlink()
+    made.touch()
+    for _ in range(2):  # in processes of their own: this one has the library open under that name
+        program = "from regla.ops.native.library import why_missing; print(why_missing())"
+        assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "None"
+        assert list(cache.iterdir()) == [made] and made.stat().st_size > 0
+
+
+def test_a_cache_that_nothing_may_be_run_from(cache, monkeypatch):
+    skip_without("native")
+
+    def open_library(path, CDLL=ctypes.CDLL):
+        if str(cache) in path:
+            raise OSError("failed to map segment from shared object")
+        return CDLL(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", open_library)
     library.load.cache_clear()
     assert library.why_missing() is None
 
@@ -144,6 +181,70 @@ def test_strided_inputs_and_small_dtypes():
     assert o.dtype == torch.bfloat16 and torch.allclose(o.float(), expected, rtol=1e-2, atol=1e-2)
     (grad,) = torch.autograd.grad(o.float().square().sum(), qkv)
     assert grad.dtype == torch.bfloat16 and grad.isfinite().all() and (grad != 0).any()
+
+
+def test_padding_does_not_set_the_unit_of_gradients():
+    """What memory happens to hold at padding tokens is not taken for factors of outputs."""
+    skip_without("native")
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    mask[0, :20], mask[1, 50:] = False, False
+    q, k, v, gate, refine = make(70, SHAPES[4], "value", "plain", B=2)
+    _, _, _, _, factors, _ = operation.forward(
+        q, k, v, None, None, gate, refine, mask, None, None, None, 1.0, True, True, True
+    )
+    assert (factors[~mask] == 0).all() and (factors[mask] > 0).all()
+
+
+@pytest.mark.parametrize("axis", ["value", "key", "both"])
+def test_a_nan_stays_one(axis):
+    """From a token's gate, refining gate, key or value, or from a state's m: what comes after is not a number."""
+    skip_without("native")
+    inputs = make(70, SHAPES[4], axis, "plain")
+    for i in range(1, 5):
+        broken = [x.clone() for x in inputs]
+        broken[i][0, 30, 1, 2] = torch.nan
+        h, _ = regla_attention(*broken, gate_axis=axis, backend="native")
+        assert h[0, :30].isfinite().all() and h[0, 30:, 3:6].isnan().any(-1).all(), i
+    state = torch.ones(1, 3, 16, 24), torch.full((1, 3), torch.inf)
+    assert regla_attention(*inputs, gate_axis=axis, initial_state=state, backend="native")[0].isnan().all()
+
+
+def test_m_takes_no_gradient():
+    skip_without("native")
+    leaves = [x.requires_grad_() for x in make(5, SHAPES[4], "value", "plain")]
+    _, (S, m) = regla_attention(*leaves, output_final_state=True, backend="native")
+    assert S.requires_grad and not m.requires_grad
+
+
+def test_a_log_decay_that_is_nan():
+    skip_without("native")
+    q, k, v = torch.randn(3, 1, 5, 1, 4).unbind(0)
+    g = torch.full((1, 5, 1, 4), -1.0)
+    g[0, 2, 0, 1] = torch.nan
+    for decays in ({"gk": g}, {"gv": g}):
+        for attention in (gated_linear_attention, safe_exp_attention):
+            o, _ = attention(q, k, v, **decays, validate=False, backend="native")
+            assert o[0, :2].isfinite().all() and o[0, 2:].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_a_batch_of_none(T):
+    skip_without("native")
+    leaves = [x.requires_grad_() for x in make(T, SHAPES[0], "value", "plain", B=0)]
+    h, (S, m) = regla_attention(*leaves, output_final_state=True, backend="native")
+    assert h.shape == (0, T, 2, 65) and S.shape == (0, 2, 33, 65) and m.shape == (0, 2)
+    assert [x.shape for x in torch.autograd.grad(h.sum() + S.sum(), leaves)] == [x.shape for x in leaves]
+    with torch.no_grad():
+        assert regla_attention(*leaves, backend="native")[0].shape == h.shape
+
+
+@pytest.mark.parametrize("bounds", [[0, 9], [-3, 5], [0, 4, 3, 5]])
+def test_boundaries_are_always_checked(bounds):
+    """Also where numbers are not: the kernels would write beyond the tensors."""
+    skip_without("native")
+    x = torch.ones(1, 5, 1, 4)
+    with pytest.raises(ValueError, match="expected boundaries that start at 0, ascend, and end at T = 5"):
+        gated_linear_attention(x, x, x, cu_seqlens=torch.tensor(bounds), validate=False, backend="native")
 
 
 @pytest.mark.parametrize("options", [[], ["-mavx2", "-mfma"]])

@@ -92,8 +92,9 @@ def check_gla(
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}; expected float32, bfloat16 or float64")
     B, T, H, K = k.shape
-    if T == 0:
-        raise ValueError(f"k has shape {list(k.shape)}; expected at least one token")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected at least one token, head and channel")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v has shape {list(v.shape)}; expected [B, T, H, V] with [B, T, H] = {[B, T, H]} as k has")
     if q.shape[:2] != k.shape[:2] or q.shape[-1] != K:
@@ -118,16 +119,17 @@ def check_gla(
             )
         N = cu_seqlens.numel() - 1
         if _reads_numbers(cu_seqlens, validate):
-            bounds = cu_seqlens.tolist()
-            if bounds[0] != 0 or bounds[-1] != T or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
-                shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-                raise ValueError(
-                    f"cu_seqlens is {shown}; expected boundaries that start at 0, ascend, and end at T = {T}"
-                )
+            check_bounds(cu_seqlens.tolist(), T)
     if initial_state is not None and initial_state.shape != (N, H, K, v.shape[-1]):
         raise ValueError(
             f"initial_state has shape {list(initial_state.shape)}; expected [N, H, K, V] = {[N, H, K, v.shape[-1]]}"
         )
+
+
+def check_bounds(bounds: list[int], T: int) -> None:
+    if bounds[0] != 0 or bounds[-1] != T or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+        raise ValueError(f"cu_seqlens is {shown}; expected boundaries that start at 0, ascend, and end at T = {T}")
 
 
 def _reads_numbers(x: Tensor, validate: bool | None) -> bool:

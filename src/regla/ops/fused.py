@@ -57,7 +57,7 @@ def fused_attention(
     o, final, last, *_ = _forward(
         *tensors, mask, cu_seqlens, initial_state, before, scale, safe_exp, decaying, engine, keep
     )
-    return o, final, last
+    return o, final, last.detach()
 
 
 def rows(x: Tensor) -> Tensor:

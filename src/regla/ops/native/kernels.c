@@ -224,7 +224,8 @@ static void store_state(const Problem *p, const float *S, float factor, float *t
 }
 
 /* Tokens `begin` to `end` of one head, from S and m to those after them. */
-static void forward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int64_t begin, int64_t end, float *state, float *m) {
+static void forward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int64_t begin, int64_t end,
+                          float *state, float *m) {
     const int64_t K = p->K, V = p->V, H = p->heads, G = p->queries, VP = padded(V);
     Token *x = w->tokens;
     if (p->states) {
@@ -236,6 +237,7 @@ static void forward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int64
         if (p->mask && !p->mask[t]) {
             memset(row(p->o, t, h * G * V), 0, G * V * sizeof(float));
             for (int64_t g = 0; g < G && p->weight; g++) normalise(p, h * G + g, row(p->o, t, (h * G + g) * V));
+            for (int64_t g = 0; g < G && p->factor; g++) p->factor[(t * H + h) * G + g] = 0.0f;
             continue;
         }
         if (t + AHEAD < end) expect_token(p, t + AHEAD, h);
@@ -294,7 +296,8 @@ static int64_t read_chunk(const Problem *p, Work *w, int64_t h, int64_t begin, i
     int64_t count = 0;
     for (int64_t t = begin; t < end; t++) {
         if (p->mask && !p->mask[t]) {
-            write_zeros(p->d_q, t, h * G * K, G * K), write_zeros(p->d_k, t, h * K, K), write_zeros(p->d_v, t, h * V, V);
+            write_zeros(p->d_q, t, h * G * K, G * K);
+            write_zeros(p->d_k, t, h * K, K), write_zeros(p->d_v, t, h * V, V);
             write_zeros(p->d_gk, t, h * K, K), write_zeros(p->d_rk, t, h * K, K);
             write_zeros(p->d_gv, t, h * V, V), write_zeros(p->d_rv, t, h * V, V);
             continue;
@@ -303,7 +306,8 @@ static int64_t read_chunk(const Problem *p, Work *w, int64_t h, int64_t begin, i
         read_token(p, t, h, m, w->tokens + count);
         m = w->tokens[count].m;
         for (int64_t g = 0; g < G; g++) {
-            const float *d_o = row(p->d_o, t, (h * G + g) * V), factor = p->factor[(t * p->heads + h) * G + g] * p->unit;
+            const float *d_o = row(p->d_o, t, (h * G + g) * V);
+            const float factor = p->factor[(t * p->heads + h) * G + g] * p->unit;
             for (int64_t j = 0; j < V; j += LANES)
                 put(load(d_o, j, V, 0.0f) * factor, w->d_out + (count * G + g) * VP, j);
         }
@@ -312,7 +316,8 @@ static int64_t read_chunk(const Problem *p, Work *w, int64_t h, int64_t begin, i
     return count;
 }
 
-static void backward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int64_t begin, int64_t end, float *d_state) {
+static void backward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int64_t begin, int64_t end,
+                           float *d_state) {
     const int64_t K = p->K, G = p->queries, KP = padded(K), VP = padded(p->V);
     const int64_t chunk = (p->first_chunk[n] + (begin - p->bounds[n]) / p->chunk) * p->heads + h;
     const int64_t count = read_chunk(p, w, h, begin, end, p->chunk_m[chunk]);
@@ -345,7 +350,8 @@ static void backward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int6
             const vec *S = (const vec *)(w->history + step * size);
             const Token *x = w->tokens + c;
             const float *d_out = w->d_out + c * G * VP;
-            float *d_v = w->d_v + c * VP, *d_b = w->d_b + c * VP, *d_phi_k = w->d_phi_k + c * KP, *d_a = w->d_a + c * KP;
+            float *d_v = w->d_v + c * VP, *d_b = w->d_b + c * VP;
+            float *d_phi_k = w->d_phi_k + c * KP, *d_a = w->d_a + c * KP;
             for (int64_t g = 1; g < G; g++)
                 BY_WIDTH(width, write_backward(W, K, D, x->phi_q + g * KP, (const vec *)(d_out + g * VP + column)))
             BY_SHAPE(width, m, p->key_gate,
@@ -364,7 +370,8 @@ static void backward_heads(const Problem *p, Work *w, int64_t n, int64_t first, 
         load_state(p, p->d_final ? p->d_final + (at + h) * KV : 0, p->unit, w->S + (h - first) * size);
     for (int64_t start = begin + (end - begin - 1) / p->chunk * p->chunk; start >= begin; start -= p->chunk)
         for (int64_t h = first; h < last; h++)
-            backward_chunk(p, w, n, h, start, start + p->chunk < end ? start + p->chunk : end, w->S + (h - first) * size);
+            backward_chunk(p, w, n, h, start, start + p->chunk < end ? start + p->chunk : end,
+                           w->S + (h - first) * size);
     for (int64_t h = first; h < last; h++)
         store_state(p, w->S + (h - first) * size, 1.0f / p->unit, p->d_initial + (at + h) * KV);
 }
@@ -440,6 +447,7 @@ static void *worker(void *argument) {
 }
 
 static int run(const Problem *p, Pass *pass, int64_t tokens) {
+    if (!p->sequences) return 0; /* a batch of none */
     int64_t groups = (PARTS * p->threads + p->sequences - 1) / p->sequences;
     Job job = {p, pass, tokens, groups < p->heads ? groups : p->heads, 0, 0};
     pthread_t threads[MOST_THREADS];

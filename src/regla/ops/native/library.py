@@ -54,11 +54,19 @@ def _load() -> ctypes.CDLL | str:
         digest.update((here / name).read_bytes())
     path = _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder, "kernels.so")
-            _run([*command, str(here / "kernels.c"), "-o", str(made), "-lm", "-lpthread"])
-            made.replace(path)  # whole or not at all, whoever else is at it
-    return ctypes.CDLL(str(path))
+        _compile(command, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # a crash or a full disk damaged it, or from that folder nothing may be run
+        _compile(command, path)
+        return ctypes.CDLL(shutil.copy(path, _temporary_folder().name))
+
+
+def _compile(command: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder, "kernels.so")
+        _run([*command, str(Path(__file__).parent / "kernels.c"), "-o", str(made), "-lm", "-lpthread"])
+        made.replace(path)  # whole or not at all, whoever else is at it
 
 
 def _options_for(compiler: str) -> list[str]:
@@ -78,13 +86,12 @@ def _run(command: list[str]) -> str:
 
 def _cache() -> Path:
     """A folder to write to: the user's cache, or where that is closed one for this process."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base, "regla")
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "regla")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError):  # the latter from a user without a home
         return Path(_temporary_folder().name)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regla.ops.checks import check_bounds
 from regla.ops.fused import gate_kind, gradients_like, rows
 from regla.ops.native.library import load
 
@@ -63,6 +64,8 @@ class _Call:
         self.problem.threads = torch.get_num_threads()
         self.problem.key_gate, self.problem.value_gate = _KINDS[gate_kind(gk, rk)], _KINDS[gate_kind(gv, rv)]
         bounds = [n * T for n in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+        if cu_seqlens is not None:
+            check_bounds(bounds, T)  # even unasked: the kernels would write anywhere
         chunks = [-((begin - end) // CHUNK) for begin, end in itertools.pairwise(bounds)]
         self.problem.sequences = len(chunks)
         for name, numbers in (("bounds", bounds), ("first_chunk", [0, *itertools.accumulate(chunks)])):
@@ -220,6 +223,8 @@ def _unit(d_o: Tensor, factors: Tensor, d_final: Tensor | None) -> float:
     """A power of two that makes the largest gradient of what is read from a state about 2^36, and that of the last
     state at most 2^60: as large as products with keys, lifted by 2^48, allow. Behind outliers outputs are tiny and
     their gradients huge, up to 2^140 times the others', which must not become 0."""
+    if d_o.numel() == 0:
+        return 1.0
     exponents = [math.frexp(float((d_o.abs().amax(-1) * factors).amax()))[1] - 36]
     if d_final is not None:
         exponents.append(math.frexp(float(d_final.abs().amax()))[1] - 60)

@@ -25,7 +25,7 @@ typedef struct {
     Rows o;
     float *final_state, *last;        /* as initial_state, before */
     float *states, *chunk_m, *factor; /* [chunks, heads, K, padded V], [chunks, heads], [tokens, heads * queries] */
-    const float *weight, *bias; /* [heads * queries, V] of a norm over the output, RMS or, with a bias, layer; or null */
+    const float *weight, *bias; /* [heads * queries, V] of a norm over the output, with a bias a layer norm; or null */
     float eps;
     Rows d_o;
     const float *d_final;
@@ -159,13 +159,14 @@ INLINE int gate(int64_t kind, const float *g, const float *r, int64_t n, float *
     return 1;
 }
 
+/* At most 1; what is compared stands second, so that a nan stays one. */
 INLINE void shift_decay(int are_logarithms, float *decay, float shift, int64_t n) {
     const vec one = all(1.0f), none = {0};
     if (are_logarithms)
-        for (int64_t i = 0; i < n; i += LANES) put(exp_of(smaller(get(decay, i) + shift, none)), decay, i);
+        for (int64_t i = 0; i < n; i += LANES) put(exp_of(smaller(none, get(decay, i) + shift)), decay, i);
     else if (shift != 0.0f) {
         const float half = expf(0.5f * shift); /* the factor by itself may be beyond float32 */
-        for (int64_t i = 0; i < n; i += LANES) put(smaller(get(decay, i) * half * half, one), decay, i);
+        for (int64_t i = 0; i < n; i += LANES) put(smaller(one, get(decay, i) * half * half), decay, i);
     }
 }
 
@@ -253,7 +254,8 @@ INLINE float write_output(const Problem *p, int64_t head, const float *out, floa
     return factor;
 }
 
-INLINE void write_gates(int64_t kind, const float *d, const float *slopes, int64_t n, float back, float *d_g, float *d_r) {
+INLINE void write_gates(int64_t kind, const float *d, const float *slopes, int64_t n, float back, float *d_g,
+                        float *d_r) {
     if (kind == LOG)
         for (int64_t i = 0; i < n; i += LANES) store(get(d, i) * back, d_g, i, n);
     if (kind == REFINED)

@@ -17,6 +17,7 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES))); /* may overflow */
 
 INLINE vec all(float x) { return x - (vec){0}; }
 
@@ -46,7 +47,7 @@ INLINE vec exp_of(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r;
-    vec power = (vec)(((lanes)t << 23) + 0x3f800000);
+    vec power = (vec)(((bits)t << 23) + 0x3f800000);
     return choose(x < -87.3f, (vec){0}, p * power + power);
 }
 
