@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from regla.ops import gated_linear_attention, regla_attention, safe_exp_attention
-from regla.ops.native import library, operation
+from regla.ops.native import build, operation
 
 from .test_forms import SHAPES, assert_equal_to_definition, make, native, skip_without
 
@@ -20,9 +20,9 @@ from .test_forms import SHAPES, assert_equal_to_definition, make, native, skip_w
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and a library not yet loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library.load.cache_clear()
+    build.load.cache_clear()
     yield tmp_path / "cache" / "regla"
-    library.load.cache_clear()
+    build.load.cache_clear()
 
 
 @pytest.fixture
@@ -33,35 +33,35 @@ def no_compiler(cache, monkeypatch):
 
 def test_structures_are_the_same_in_c_and_python():
     skip_without("native")
-    assert library.load().regla_size_of_problem() == ctypes.sizeof(operation._Problem)
+    assert build.load().regla_size_of_problem() == ctypes.sizeof(operation._Problem)
 
 
 def test_compiled_once(cache, monkeypatch):
     skip_without("native")
     (made,) = cache.iterdir()
-    library.load.cache_clear()
+    build.load.cache_clear()
     ran = []
-    monkeypatch.setattr(library, "_run", lambda command, run=library._run: ran.append(command) or run(command))
-    assert library.why_missing() is None
+    monkeypatch.setattr(build, "_run", lambda command, run=build._run: ran.append(command) or run(command))
+    assert build.why_missing() is None
     assert list(cache.iterdir()) == [made] and not any("-o" in command for command in ran)
 
 
 def test_another_source_is_another_file(cache, monkeypatch, tmp_path):
     skip_without("native")
     folder = tmp_path / "source"
-    shutil.copytree(Path(library.__file__).parent, folder)
+    shutil.copytree(Path(build.__file__).parent, folder)
     with (folder / "kernels.c").open("a") as source:
         source.write("/* more */\n")
-    monkeypatch.setattr(library, "__file__", str(folder / "library.py"))
-    library.load.cache_clear()
-    assert library.why_missing() is None and len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(build, "__file__", str(folder / "build.py"))
+    build.load.cache_clear()
+    assert build.why_missing() is None and len(list(cache.iterdir())) == 2
 
 
 def test_processes_that_compile_at_once(cache):
     """Both load a whole file, and one remains."""
     skip_without("native")
     shutil.rmtree(cache)
-    program = "from regla.ops.native.library import why_missing; print(why_missing())"
+    program = "from regla.ops.native.build import why_missing; print(why_missing())"
     started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in started] == ["None", "None"]
     assert len(list(cache.iterdir())) == 1
@@ -73,8 +73,8 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    library.load.cache_clear()
-    assert library.why_missing() is None
+    build.load.cache_clear()
+    assert build.why_missing() is None
 
 
 def test_a_user_without_a_home(cache, monkeypatch):
@@ -85,8 +85,8 @@ def test_a_user_without_a_home(cache, monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", nobody)
-    library.load.cache_clear()
-    assert library.why_missing() is None
+    build.load.cache_clear()
+    assert build.why_missing() is None
 
 
 def test_a_damaged_file_is_made_again(cache):
@@ -96,7 +96,7 @@ def test_a_damaged_file_is_made_again(cache):
     made.unlink()
     made.touch()
     for _ in range(2):  # in processes of their own: this one has the library open under that name
-        program = "from regla.ops.native.library import why_missing; print(why_missing())"
+        program = "from regla.ops.native.build import why_missing; print(why_missing())"
         assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "None"
         assert list(cache.iterdir()) == [made] and made.stat().st_size > 0
 
@@ -110,8 +110,8 @@ def test_a_cache_that_nothing_may_be_run_from(cache, monkeypatch):
         return CDLL(path)
 
     monkeypatch.setattr(ctypes, "CDLL", open_library)
-    library.load.cache_clear()
-    assert library.why_missing() is None
+    build.load.cache_clear()
+    assert build.why_missing() is None
 
 
 def test_no_compiler(no_compiler):
@@ -124,7 +124,7 @@ def test_no_compiler(no_compiler):
 
 def test_a_compiler_that_fails(cache, monkeypatch):
     monkeypatch.setenv("CC", "false")
-    assert library.why_missing().startswith("the C kernels did not compile here: ")
+    assert build.why_missing().startswith("the C kernels did not compile here: ")
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,9 @@ def test_other_widths_of_vectors(cache, monkeypatch, options):
     skip_without("native")
     if options and platform.machine() != "x86_64":
         pytest.skip("the option is for x86-64")
-    monkeypatch.setattr(library, "_options_for", lambda compiler: [*library._OPTIONS, *options])
-    library.load.cache_clear()
+    monkeypatch.setattr(build, "_options_for", lambda compiler: [*build._OPTIONS, *options])
+    build.load.cache_clear()
     skip_without("native")
-    assert library.load().regla_lanes() == (8 if options else 4)
+    assert build.load().regla_lanes() == (8 if options else 4)
     for shape, axis, scenario in ((SHAPES[0], "both", "outliers"), (SHAPES[4], "value", "extreme")):
         assert_equal_to_definition(make(70, shape, axis, scenario), axis, forms={"native": native})

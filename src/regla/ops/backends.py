@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from regla.ops.native.library import why_missing
+from regla.ops.native.build import why_missing
 
 BACKENDS = ("recurrent", "chunked", "native", "triton")
 

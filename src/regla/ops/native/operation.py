@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regla.ops.checks import check_bounds
 from regla.ops.fused import gate_kind, gradients_like, rows
-from regla.ops.native.library import load
+from regla.ops.native.build import load
 
 #: Tokens from one state that is kept for the backward pass to the next.
 CHUNK = 64
