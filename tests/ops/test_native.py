@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from regla.ops import gated_linear_attention, regla_attention, safe_exp_attention
+from regla.ops.fused import Inputs
 from regla.ops.native import build, operation
 
 from .test_forms import SHAPES, assert_equal_to_definition, make, native, skip_without
@@ -189,9 +190,8 @@ def test_padding_does_not_set_the_unit_of_gradients():
     mask = torch.ones(2, 70, dtype=torch.bool)
     mask[0, :20], mask[1, 50:] = False, False
     q, k, v, gate, refine = make(70, SHAPES[4], "value", "plain", B=2)
-    _, _, _, _, factors, _ = operation.forward(
-        q, k, v, None, None, gate, refine, mask, None, None, None, 1.0, True, True, True
-    )
+    inputs = Inputs(q, k, v, None, None, gate, refine, mask)
+    *_, factors, _ = operation.forward(inputs, 1.0, safe_exp=True, decaying=True, keep=True)
     assert (factors[~mask] == 0).all() and (factors[mask] > 0).all()
 
 

@@ -7,7 +7,7 @@ here have: `regla.ops.triton.operation` and `regla.ops.native.operation`.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -17,6 +17,23 @@ _INPUTS = (
     "Tensor? initial_state, Tensor? before, "
 )
 _OPTIONS = "float scale, bool safe_exp, bool decaying, str engine"
+
+
+class Inputs(NamedTuple):
+    """What an engine gets, in the shapes of `fused_attention`; of one token cu_seqlens, initial_state and before
+    are None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gk: Tensor | None
+    rk: Tensor | None
+    gv: Tensor | None
+    rv: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None = None
+    initial_state: Tensor | None = None
+    before: Tensor | None = None
 
 
 def fused_attention(
@@ -82,8 +99,8 @@ def _engine(name: str) -> Any:
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """(o, final state, last m, and if `keep` for the backward pass: m, the factors of the outputs, and states)."""
-    *inputs, engine, keep = arguments
-    return _engine(engine).forward(*inputs, keep)
+    *inputs, scale, safe_exp, decaying, engine, keep = arguments
+    return _engine(engine).forward(Inputs(*inputs), scale, safe_exp, decaying, keep)
 
 
 @_forward.register_fake
@@ -101,8 +118,8 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 )
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, gk, rk, gv, rv (empty where there is none) and of the initial state."""
-    *inputs, engine = arguments
-    return _engine(engine).backward(*inputs)
+    d_o, d_final, *inputs, m, factors, states, scale, safe_exp, decaying, engine = arguments
+    return _engine(engine).backward(d_o, d_final, Inputs(*inputs), m, factors, states, scale, safe_exp, decaying)
 
 
 @_backward.register_fake
@@ -203,9 +220,8 @@ def _step(
         for x, D in ((gk, K), (rk, K), (gv, V), (rv, V))
     )
     weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
-    step: Tensor = _engine(engine).step(
-        q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps, v.new_empty(N, 1, q.shape[2], V)
-    )
+    inputs, o = Inputs(q, k, v, gk, rk, gv, rv, mask), v.new_empty(N, 1, q.shape[2], V)
+    step: Tensor = _engine(engine).step(inputs, S, m, weight, bias, scale, decaying, eps, o)
     return step
 
 

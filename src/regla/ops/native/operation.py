@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regla.ops.checks import check_bounds
-from regla.ops.fused import gate_kind, gradients_like, rows
+from regla.ops.fused import Inputs, gate_kind, gradients_like, rows
 from regla.ops.native.build import load
 
 #: Tokens from one state that is kept for the backward pass to the next.
@@ -55,9 +55,8 @@ _NAMES = ("q", "k", "v", "gk", "rk", "gv", "rv")
 class _Call:
     """A problem, and the tensors that it points to."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], mask: Tensor | None, cu_seqlens: Tensor | None):
-        q, k, v, gk, rk, gv, rv = tensors
-        assert q is not None and k is not None and v is not None
+    def __init__(self, inputs: Inputs):
+        q, k, v, gk, rk, gv, rv, mask, cu_seqlens, *_ = inputs
         B, T, H, K = k.shape
         self.held: list[Any] = []
         self.problem = _Problem(heads=H, queries=q.shape[2] // H, K=K, V=v.shape[-1], chunk=CHUNK, unit=1.0)
@@ -73,7 +72,7 @@ class _Call:
             self.held.append(array)
             setattr(self.problem, name, ctypes.addressof(array))
         self.points(mask=mask)
-        for name, x in zip(_NAMES, tensors, strict=True):
+        for name, x in zip(_NAMES, inputs, strict=False):
             self.rows(name, None if x is None else rows(x.detach().float()))
 
     def points(self, **tensors: Tensor | None) -> None:
@@ -98,30 +97,21 @@ class _Call:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    before: Tensor | None,
+    inputs: Inputs,
     scale: float,
     safe_exp: bool,
     decaying: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """(o, final state, last m, m before each chunk, the factor of every output, the state before each chunk)."""
-    filled = outputs(q, k, v, cu_seqlens, safe_exp, keep)
+    q, k, v, *_ = inputs
+    filled = outputs(q, k, v, inputs.cu_seqlens, safe_exp, keep)
     o, final, last, m, factors, states = filled
-    call = _Call((q, k, v, gk, rk, gv, rv), mask, cu_seqlens)
+    call = _Call(inputs)
     call.problem.scale, call.problem.safe_exp, call.problem.decaying = scale, safe_exp, decaying
     o_32 = o if o.dtype == torch.float32 else torch.empty_like(o, dtype=torch.float32)
     call.rows("o", o_32)
-    call.points(initial_state=_float(initial_state), before=_float(before), final_state=final, last=last)
+    call.points(initial_state=_float(inputs.initial_state), before=_float(inputs.before), final_state=final, last=last)
     if keep:
         call.points(states=states, chunk_m=m, factor=factors)
     call.run("regla_forward")
@@ -153,17 +143,7 @@ def outputs(
 def backward(
     d_o: Tensor,
     d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    before: Tensor | None,
+    inputs: Inputs,
     m: Tensor,
     factors: Tensor,
     states: Tensor,
@@ -172,9 +152,9 @@ def backward(
     decaying: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, gk, rk, gv, rv (empty where there is none) and of the initial state."""
-    tensors = (q, k, v, gk, rk, gv, rv)
-    grads = gradients_like(tensors, cu_seqlens)
-    call = _Call(tensors, mask, cu_seqlens)
+    tensors = inputs[:7]
+    grads = gradients_like(tensors, inputs.cu_seqlens)
+    call = _Call(inputs)
     call.problem.scale, call.problem.safe_exp, call.problem.decaying = scale, safe_exp, decaying
     call.problem.unit = _unit(d_o, factors, d_final)
     call.rows("d_o", rows(d_o.float()))
@@ -191,14 +171,7 @@ def backward(
 
 
 def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
+    inputs: Inputs,
     S: Tensor,
     m: Tensor,
     weight: Tensor | None,
@@ -209,7 +182,7 @@ def step(
     o: Tensor,
 ) -> Tensor:
     """o, filled: one token of every sequence, S and m overwritten."""
-    call = _Call((q, k, v, gk, rk, gv, rv), mask, None)
+    call = _Call(inputs)
     call.problem.scale, call.problem.safe_exp, call.problem.decaying = scale, True, decaying
     call.problem.eps = eps
     o_32 = o if o.dtype == torch.float32 else torch.empty_like(o, dtype=torch.float32)

@@ -8,30 +8,21 @@ import torch
 import triton
 from torch import Tensor
 
-from regla.ops.fused import gate_kind, gradients_like
+from regla.ops.fused import Inputs, gate_kind, gradients_like
 from regla.ops.triton.backward import backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    before: Tensor | None,
+    inputs: Inputs,
     scale: float,
     safe_exp: bool,
     decaying: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """(o, final state, last m, m of every token, the factor of every output, the state before each chunk)."""
+    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = inputs
     filled = outputs(q, k, v, cu_seqlens, safe_exp, keep)
     o, final, last, m, lower, states = filled
     N, chunks, _ = _layout(k, v, cu_seqlens)
@@ -68,17 +59,7 @@ def outputs(
 def backward(
     d_o: Tensor,
     d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    before: Tensor | None,
+    inputs: Inputs,
     m: Tensor,
     lower: Tensor,
     states: Tensor,
@@ -87,6 +68,7 @@ def backward(
     decaying: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, gk, rk, gv, rv (empty where there is none) and of the initial state."""
+    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = inputs
     grads = gradients_like((q, k, v, gk, rk, gv, rv), cu_seqlens)
     N, chunks, _ = _layout(k, v, cu_seqlens)
     T, H = k.shape[1:3]
@@ -103,14 +85,7 @@ def backward(
 
 
 def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
+    inputs: Inputs,
     S: Tensor,
     m: Tensor,
     weight: Tensor | None,
@@ -121,6 +96,7 @@ def step(
     o: Tensor,
 ) -> Tensor:
     """o, filled: one token of every sequence, S and m overwritten."""
+    q, k, v, gk, rk, gv, rv, mask, *_ = inputs
     N, _, H, K = k.shape
     V, HQ = v.shape[-1], q.shape[2]
     tensors = (q, k, v, gk, rk, gv, rv)
