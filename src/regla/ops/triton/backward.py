@@ -1,4 +1,6 @@
-"""The backward kernel: one program runs back through one head of one sequence, a chunk of tokens at a time.
+"""The backward kernel: one program for each chunk of tokens of each head, in one launch, the last chunks first.
+
+The gradient of the state passes from chunk to chunk as the state does in the forward kernel.
 
 Everything but the states before each chunk and the stabiliser is computed again. Of a chunk, with x = v W, k = k W,
 q = q E in the factors of regla.ops.triton.tiles and d = d_out E,
@@ -21,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.forward import query_features, relative_decays, sequence_of
+from regla.ops.triton.forward import place, query_features, relative_decays
 from regla.ops.triton.tiles import (
     CENTRE,
     LIFT_BITS,
@@ -32,18 +34,20 @@ from regla.ops.triton.tiles import (
     load_decay,
     load_tile,
     next_piece,
+    publish,
     store_gate_gradient,
     store_tile,
     to_the_end,
+    wait_until,
 )
 
 
 @triton.jit
 def backward_kernel(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, before_ptr,
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, slot_ptr, before_ptr,
     m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr,
-    scale, T, chunks, H,
+    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flags_ptr,
+    scale, T, chunks, sequences, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
@@ -52,47 +56,41 @@ def backward_kernel(
 ):  # fmt: skip
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
-    n = tl.program_id(0) // H
-    h = tl.program_id(0) % H
-    begin, length, chunk = sequence_of(n, cu_ptr, T, chunks, C, VARLEN)
-    rows = tl.arange(0, C)
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    dtype = v_ptr.dtype.element_ty
-    state_at = ki[:, None] * V + vi[None, :]
-    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    causal = rows[:, None] >= rows[None, :]
-    is_last = (rows == C - 1)[:, None]
-    here = (n * H + h).to(tl.int64) * K * V + state_at
     lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
     centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
-    dS = tl.zeros([BK, BV], tl.float32)
-    if D_FINAL:
-        dS = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * tl.exp2(centre + lift)
-    before = tl.full([], NO_KEY, tl.float32)
-    if SAFE_EXP and INITIAL:
-        before = tl.load(before_ptr + n * H + h) * LOG2E
-    q_ptr += begin * q_step + h * G * K
-    k_ptr += begin * k_step + h * K
-    v_ptr += begin * v_step + h * V
-    do_ptr += begin * (H * G * V) + h * G * V
-    dq_ptr += begin * (H * G * K) + h * G * K
-    dk_ptr += begin * (H * K) + h * K
-    dv_ptr += begin * (H * V) + h * V
-    if KEY != "none":
-        gk_ptr += begin * gk_step + h * K
-        dgk_ptr += begin * (H * K) + h * K
-    if KEY == "refined":
-        rk_ptr += begin * rk_step + h * K
-        drk_ptr += begin * (H * K) + h * K
-    if VALUE != "none":
-        gv_ptr += begin * gv_step + h * V
-        dgv_ptr += begin * (H * V) + h * V
-    if VALUE == "refined":
-        rv_ptr += begin * rv_step + h * V
-        drv_ptr += begin * (H * V) + h * V
-    last = tl.cdiv(length, C) - 1
-    for i_from_last in range(0, last + 1):
-        i = last - i_from_last
+    n, h, i, count, begin, length, slot = place(cu_ptr, slot_ptr, T, chunks, sequences, H, C, VARLEN, True)
+    if n >= 0:
+        head = n * H + h
+        rows = tl.arange(0, C)
+        ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+        dtype = v_ptr.dtype.element_ty
+        state_at = ki[:, None] * V + vi[None, :]
+        state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+        causal = rows[:, None] >= rows[None, :]
+        is_last = (rows == C - 1)[:, None]
+        here = head.to(tl.int64) * K * V + state_at
+        before = tl.full([], NO_KEY, tl.float32)
+        if SAFE_EXP and INITIAL:
+            before = tl.load(before_ptr + head) * LOG2E
+        q_ptr += begin * q_step + h * G * K
+        k_ptr += begin * k_step + h * K
+        v_ptr += begin * v_step + h * V
+        do_ptr += begin * (H * G * V) + h * G * V
+        dq_ptr += begin * (H * G * K) + h * G * K
+        dk_ptr += begin * (H * K) + h * K
+        dv_ptr += begin * (H * V) + h * V
+        if KEY != "none":
+            gk_ptr += begin * gk_step + h * K
+            dgk_ptr += begin * (H * K) + h * K
+        if KEY == "refined":
+            rk_ptr += begin * rk_step + h * K
+            drk_ptr += begin * (H * K) + h * K
+        if VALUE != "none":
+            gv_ptr += begin * gv_step + h * V
+            dgv_ptr += begin * (H * V) + h * V
+        if VALUE == "refined":
+            rv_ptr += begin * rv_step + h * V
+            drv_ptr += begin * (H * V) + h * V
         t = i * C + rows
         inside = t < length
         valid = inside
@@ -100,7 +98,7 @@ def backward_kernel(
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
         k = load_tile(k_ptr, t, valid, k_step, ki, K, 0.0)
         v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
-        S = tl.load(states_ptr + ((chunk + i) * H + h) * K * V + state_at, mask=state_mask, other=0.0)
+        S = tl.load(states_ptr + (slot * H + h) * K * V + state_at, mask=state_mask, other=0.0)
         gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
         gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
         if SAFE_EXP:
@@ -110,9 +108,6 @@ def backward_kernel(
             k = tl.exp2(k * LOG2E - m[:, None] + LIFT_BITS)
             k = tl.where(valid[:, None] & (ki < K)[None, :], k, 0.0)
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-        # Through the state after the chunk.
-        Ud = dS.to(dtype)
-        worth = S.to(tl.float32) * dS  # of the state's decay
         kd, x = k.to(dtype), v.to(dtype)
         k_end, v_end = k, v
         more_k, more_v = False, False
@@ -122,30 +117,20 @@ def backward_kernel(
             more_k = tl.min(ends_k, 0) < C
             kd = (k * Wk).to(dtype)
             k_end, to_end_k = to_the_end(k, gk, rows, Bk, Wk, ends_k, more_k)
-            total_k = tl.exp2(last_row(Bk, rows))[:, None]
-            dS *= total_k
-            worth *= total_k
         if VALUED:
             Bv, Wv, ends_v = first_piece(gv)
             Ev = tl.exp2(Bv + CENTRE)
             more_v = tl.min(ends_v, 0) < C
             x = (v * Wv).to(dtype)
             v_end, to_end_v = to_the_end(v, gv, rows, Bv, Wv, ends_v, more_v)
-            total_v = tl.exp2(last_row(Bv, rows))[None, :]
-            dS *= total_v
-            worth *= total_v
-        k_end, v_end = k_end.to(dtype), v_end.to(dtype)
-        dk = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
-        dv = tl.dot(k_end, Ud, input_precision=PRECISION)
-        if KEYED:
-            written = k_end.to(tl.float32) * dk
-            dBk = tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
-            dk *= to_end_k
-        if VALUED:
-            written = v_end.to(tl.float32) * dv
-            dBv = tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
-            dv *= to_end_v
         # Inside the chunk, and from the state before it.
+        dk = tl.zeros([C, BK], tl.float32)  # of other pieces than the first
+        dv = tl.zeros([C, BV], tl.float32)
+        dS = tl.zeros([BK, BV], tl.float32)
+        if KEYED:
+            dBk = tl.zeros([C, BK], tl.float32)
+        if VALUED:
+            dBv = tl.zeros([C, BV], tl.float32)
         dkd = tl.zeros([C, BK], tl.float32)
         dx = tl.zeros([C, BV], tl.float32)
         for j in range(G):
@@ -206,6 +191,40 @@ def backward_kernel(
             if SAFE_EXP:
                 dq *= q
             store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * tl.exp2(-lift))
+        # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
+        U = tl.zeros([BK, BV], tl.float32)
+        passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
+        if i + 1 < count:
+            wait_until(flags_ptr + head, count - 1 - i)
+            U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
+        elif D_FINAL:
+            U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * tl.exp2(centre + lift)
+        kept = U
+        if KEYED:
+            kept *= tl.exp2(last_row(Bk, rows))[:, None]
+        if VALUED:
+            kept *= tl.exp2(last_row(Bv, rows))[None, :]
+        dS += kept
+        if i > 0:
+            tl.store(passed_at + (i + 1) % 2 * K * V, dS, mask=state_mask)
+            publish(flags_ptr + head, count - i)
+        else:
+            tl.store(d_initial_ptr + here, dS * tl.exp2(-centre - lift), mask=state_mask)
+        worth = S.to(tl.float32) * kept  # of the state's decay
+        Ud = U.to(dtype)
+        k_end, v_end = k_end.to(dtype), v_end.to(dtype)
+        dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
+        dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
+        if KEYED:
+            written = k_end.to(tl.float32) * dk_end
+            dBk += tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
+            dk_end *= to_end_k
+        dk += dk_end
+        if VALUED:
+            written = v_end.to(tl.float32) * dv_end
+            dBv += tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
+            dv_end *= to_end_v
+        dv += dv_end
         if KEYED:
             dBk -= kd.to(tl.float32) * dkd
             dk += dkd * Wk
@@ -228,4 +247,3 @@ def backward_kernel(
             dk *= k
         store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * tl.exp2(-lift), 0.0))
         store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * tl.exp2(-lift), 0.0))
-    tl.store(d_initial_ptr + here, dS * tl.exp2(-centre - lift), mask=state_mask)

@@ -1,4 +1,11 @@
-"""The forward kernel: one program runs through one head of one sequence, a chunk of tokens at a time."""
+"""The forward kernel: one program for each chunk of tokens of each head, all in one launch.
+
+What a chunk computes by itself, from its gates to what it adds to the state, it computes at once; then it waits for the
+state from the chunk before, passes the state after it on, and reads its outputs. States pass through two places in turn
+for each sequence and head: a chunk writes the place that the chunk before it read from, and it does so after that one
+has passed its own on. Programs start in the order of their numbers, in which a sequence's chunks ascend, so that the
+program waited for is always running or done.
+"""
 
 from __future__ import annotations
 
@@ -17,34 +24,34 @@ from regla.ops.triton.tiles import (
     load_decay,
     load_tile,
     next_piece,
-    stabiliser,
+    publish,
+    stabiliser_scan,
     store_tile,
     to_the_end,
+    wait_until,
 )
 
 
 @triton.jit
-def sequence_of(n, cu_ptr, T, chunks, C: tl.constexpr, VARLEN: tl.constexpr):
-    """(first token, length, first chunk) of sequence n."""
+def place(cu_ptr, slot_ptr, T, chunks, sequences, H, C: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr):
+    """(sequence n or -1, head, chunk of the sequence, chunks of it, first token, length, slot of its states)."""
+    pid = tl.program_id(0)
     if VARLEN:
-        begin = tl.load(cu_ptr + n).to(tl.int64)
-        length = (tl.load(cu_ptr + n + 1) - begin).to(tl.int32)
-        chunk = begin // C + n
-    else:
-        begin = n.to(tl.int64) * T
-        length = T
-        chunk = n.to(tl.int64) * chunks
-    return begin, length, chunk
-
-
-@triton.jit
-def key_features(k, g, column, K, valid, before, DECAYING: tl.constexpr):
-    """(features 2^48 e^(k - m) [C, K], m_t, m_{t-1} [C]) from key logits k and the slowest decays g [C], in log2."""
-    top = tl.where(valid, tl.max(k, 1) * LOG2E, NO_KEY)
-    step = g if DECAYING else top * 0.0
-    m, m_before = stabiliser(top, tl.where(valid, step, 0.0), before)
-    features = tl.exp2(k * LOG2E - m[:, None] + LIFT_BITS)
-    return tl.where(valid[:, None] & (column < K)[None, :], features, 0.0), m, m_before
+        slot = pid // H
+        h = pid % H
+        if REVERSE:
+            slot = chunks - 1 - slot
+        n = tl.load(slot_ptr + slot)
+        begin = tl.load(cu_ptr + tl.maximum(n, 0)).to(tl.int64)
+        length = (tl.load(cu_ptr + tl.maximum(n, 0) + 1) - begin).to(tl.int32)
+        i = slot - (begin // C).to(tl.int32) - n
+        return n, h, i, tl.cdiv(length, C), begin, length, slot.to(tl.int64)
+    i = pid // (sequences * H)
+    n = pid % (sequences * H) // H
+    h = pid % H
+    if REVERSE:
+        i = chunks - 1 - i
+    return n, h, i, chunks, n.to(tl.int64) * T, T, n.to(tl.int64) * chunks + i
 
 
 @triton.jit
@@ -72,9 +79,9 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, initial_ptr, before_ptr,
-    o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr,
-    scale, T, chunks, H,
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, slot_ptr, initial_ptr, before_ptr,
+    o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr, flags_ptr,
+    scale, T, chunks, sequences, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
@@ -84,58 +91,65 @@ def forward_kernel(
     # The stabiliser's change of unit is a decay too, of the key axis where the value axis has none.
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
-    n = tl.program_id(0) // H
-    h = tl.program_id(0) % H
-    begin, length, chunk = sequence_of(n, cu_ptr, T, chunks, C, VARLEN)
-    rows = tl.arange(0, C)
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    dtype = v_ptr.dtype.element_ty
-    state_at = ki[:, None] * V + vi[None, :]
-    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    causal = rows[:, None] >= rows[None, :]
-    # S is the state times 2^-CENTRE for each axis that decays.
+    # States are kept times 2^-CENTRE for each axis that decays.
     centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
-    S = tl.zeros([BK, BV], tl.float32)
-    before = tl.full([], NO_KEY, tl.float32)
-    if INITIAL:
-        S = tl.load(initial_ptr + (n * H + h).to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
-        S = S * tl.exp2(-centre)
-        if SAFE_EXP:
-            before = tl.load(before_ptr + n * H + h) * LOG2E
-    q_ptr += begin * q_step + h * G * K
-    k_ptr += begin * k_step + h * K
-    v_ptr += begin * v_step + h * V
-    o_ptr += begin * (H * G * V) + h * G * V
-    if KEY != "none":
-        gk_ptr += begin * gk_step + h * K
-    if KEY == "refined":
-        rk_ptr += begin * rk_step + h * K
-    if VALUE != "none":
-        gv_ptr += begin * gv_step + h * V
-    if VALUE == "refined":
-        rv_ptr += begin * rv_step + h * V
-    for i in range(0, tl.cdiv(length, C)):
+    n, h, i, count, begin, length, slot = place(cu_ptr, slot_ptr, T, chunks, sequences, H, C, VARLEN, False)
+    if n >= 0:
+        head = n * H + h
+        rows = tl.arange(0, C)
+        ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+        dtype = v_ptr.dtype.element_ty
+        state_at = ki[:, None] * V + vi[None, :]
+        state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+        causal = rows[:, None] >= rows[None, :]
         t = i * C + rows
         inside = t < length
         valid = inside
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-        if STORE:
-            at = states_ptr + ((chunk + i) * H + h) * K * V + state_at
-            tl.store(at, S.to(states_ptr.dtype.element_ty), mask=state_mask)
+        q_ptr += begin * q_step + h * G * K
+        k_ptr += begin * k_step + h * K
+        v_ptr += begin * v_step + h * V
+        o_ptr += begin * (H * G * V) + h * G * V
+        if KEY != "none":
+            gk_ptr += begin * gk_step + h * K
+        if KEY == "refined":
+            rk_ptr += begin * rk_step + h * K
+        if VALUE != "none":
+            gv_ptr += begin * gv_step + h * V
+        if VALUE == "refined":
+            rv_ptr += begin * rv_step + h * V
         k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
         v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
         gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
         gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+        flag_ptr = flags_ptr + head * 2
         if SAFE_EXP:
-            slowest = tl.zeros([C], tl.float32)
-            if KEY != "none":
-                slowest += tl.max(tl.where((ki < K)[None, :], gk, float("-inf")), 1)
-            if VALUE != "none":
-                slowest += tl.max(tl.where((vi < V)[None, :], gv, float("-inf")), 1)
-            k, m, m_before = key_features(k, slowest, ki, K, valid, before, DECAYING)
+            step = tl.zeros([C], tl.float32)
+            if DECAYING:
+                if KEY != "none":
+                    step += tl.max(tl.where((ki < K)[None, :], gk, float("-inf")), 1)
+                if VALUE != "none":
+                    step += tl.max(tl.where((vi < V)[None, :], gv, float("-inf")), 1)
+            top = tl.where(valid, tl.max(k, 1) * LOG2E, NO_KEY)
+            sums, tops, sums_before, tops_before = stabiliser_scan(top, tl.where(valid, step, 0.0))
+            before = tl.full([], NO_KEY, tl.float32)
+            if i > 0:
+                wait_until(flag_ptr + 1, i)
+                before = tl.load(passed_m_ptr + head * 2 + i % 2, cache_modifier=".cg")
+            elif INITIAL:
+                before = tl.load(before_ptr + head) * LOG2E
+            m = tl.maximum(before + sums, tops)
+            m_before = tl.maximum(before + sums_before, tops_before)
+            after = tl.sum(tl.where(rows == C - 1, m, 0.0), 0)
+            if i + 1 < count:
+                tl.store(passed_m_ptr + head * 2 + (i + 1) % 2, after)
+                publish(flag_ptr + 1, i + 1)
+            else:
+                tl.store(last_ptr + head, tl.where(after < -1e29, NO_KEY, after * LN2))
+            k = tl.exp2(k * LOG2E - m[:, None] + LIFT_BITS)
+            k = tl.where(valid[:, None] & (ki < K)[None, :], k, 0.0)
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-            before = tl.sum(tl.where(rows == C - 1, m, 0.0), 0)
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
         kd, x, k_end, v_end = k.to(dtype), v.to(dtype), k, v
@@ -152,7 +166,31 @@ def forward_kernel(
             more_v = tl.min(ends_v, 0) < C
             x = (v * Wv).to(dtype)
             v_end, _to_end_v = to_the_end(v, gv, rows, Bv, Wv, ends_v, more_v)
+        written = tl.dot(tl.trans(k_end.to(dtype)), v_end.to(dtype), input_precision=PRECISION)
+        # The state before the chunk, and at once the one after it for the next.
+        S = tl.zeros([BK, BV], tl.float32)
+        passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
+        if i > 0:
+            wait_until(flag_ptr, i)
+            S = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
+        elif INITIAL:
+            S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
+            S = S * tl.exp2(-centre)
+        kept = S
+        if KEYED:
+            kept *= tl.exp2(last_row(Bk, rows))[:, None]
+        if VALUED:
+            kept *= tl.exp2(last_row(Bv, rows))[None, :]
+        written += kept
+        if i + 1 < count:
+            tl.store(passed_at + (i + 1) % 2 * K * V, written, mask=state_mask)
+            publish(flag_ptr, i + 1)
+        else:
+            at = final_ptr + head.to(tl.int64) * K * V + state_at
+            tl.store(at, written * tl.exp2(centre), mask=state_mask)
         Sd = S.to(dtype)
+        if STORE:
+            tl.store(states_ptr + (slot * H + h) * K * V + state_at, Sd, mask=state_mask)
         for j in range(G):
             q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
             if SAFE_EXP:
@@ -185,12 +223,3 @@ def forward_kernel(
                 if STORE:
                     tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
             store_tile(o_ptr + j * V, t, inside, H * G * V, vi, V, out)
-        if KEYED:
-            S *= tl.exp2(last_row(Bk, rows))[:, None]
-        if VALUED:
-            S *= tl.exp2(last_row(Bv, rows))[None, :]
-        S = tl.dot(tl.trans(k_end.to(dtype)), v_end.to(dtype), S, input_precision=PRECISION)
-    at = final_ptr + (n * H + h).to(tl.int64) * K * V + state_at
-    tl.store(at, S * tl.exp2(centre), mask=state_mask)
-    if SAFE_EXP:
-        tl.store(last_ptr + n * H + h, tl.where(before < -1e29, NO_KEY, before * LN2))

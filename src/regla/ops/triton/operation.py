@@ -26,12 +26,16 @@ def forward(
     filled = outputs(q, k, v, cu_seqlens, safe_exp, keep)
     o, final, last, m, lower, states = filled
     N, chunks, _ = _layout(k, v, cu_seqlens)
-    T, H = k.shape[1:3]
+    T, H, K = k.shape[1:]
+    slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
+    passed = k.new_empty(N * H, 2, K, v.shape[-1], dtype=torch.float32)
+    passed_m = k.new_empty(N * H, 2, dtype=torch.float32)
+    flags = k.new_zeros(N * H, 2, dtype=torch.int32)
     with torch.cuda.device_of(k):
-        forward_kernel[(N * H,)](
-            q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before,
-            o, final, m, lower, states, last,
-            scale, T, chunks, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
+        forward_kernel[(chunks * H * (N if slots is None else 1),)](
+            q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, initial_state, before,
+            o, final, m, lower, states, last, passed, passed_m, flags,
+            scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep, **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
         )  # fmt: skip
@@ -71,13 +75,16 @@ def backward(
     q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = inputs
     grads = gradients_like((q, k, v, gk, rk, gv, rv), cu_seqlens)
     N, chunks, _ = _layout(k, v, cu_seqlens)
-    T, H = k.shape[1:3]
+    T, H, K = k.shape[1:]
+    slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
+    passed = k.new_empty(N * H, 2, K, v.shape[-1], dtype=torch.float32)
+    flags = k.new_zeros(N * H, dtype=torch.int32)
     with torch.cuda.device_of(k):
-        backward_kernel[(N * H,)](
-            q, k, v, gk, rk, gv, rv, mask, cu_seqlens, before,
+        backward_kernel[(chunks * H * (N if slots is None else 1),)](
+            q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, before,
             m, lower, states, d_o.contiguous(), d_final,
-            *grads,
-            scale, T, chunks, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
+            *grads, passed, flags,
+            scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, D_FINAL=d_final is not None, **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
         )  # fmt: skip
@@ -114,14 +121,24 @@ def step(
 
 
 def _layout(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
-    """Sequences, chunks of a sequence (0 with packing), chunks in all (with packing a bound)."""
+    """Sequences; chunks of each, with packing of all (a bound: `_sequence_of_slot`); slots of states."""
     B, T = k.shape[:2]
     C = _chunk(k, v)
     if cu_seqlens is None:
-        chunks = triton.cdiv(T, C)
-        return B, chunks, B * chunks
-    N = cu_seqlens.numel() - 1
-    return N, 0, T // C + N
+        return B, -(-T // C), B * -(-T // C)
+    slots = T // C + cu_seqlens.numel() - 1
+    return cu_seqlens.numel() - 1, slots, slots
+
+
+def _sequence_of_slot(cu_seqlens: Tensor | None, C: int, slots: int) -> Tensor | None:
+    """With packing, chunk i of sequence n has slot cu_seqlens[n] // C + n + i; a slot's sequence, -1 for none."""
+    if cu_seqlens is None:
+        return None
+    first = cu_seqlens[:-1] // C + torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
+    end = first + (cu_seqlens.diff() + C - 1) // C
+    slot = torch.arange(slots, device=cu_seqlens.device)
+    n = torch.searchsorted(first, slot, right=True) - 1
+    return torch.where(slot < end[n], n, -1).to(torch.int32)
 
 
 def _chunk(k: Tensor, v: Tensor) -> int:

@@ -126,11 +126,11 @@ def _scan(step, top, step_before, top_before, step2, top2, step2_before, top2_be
 
 
 @triton.jit
-def stabiliser(top, step, before):
-    """m_t = max(m_{t-1} + step_t, top_t) from m = before, and m_{t-1}: [C] each."""
+def stabiliser_scan(top, step):
+    """Of m_t = max(m_{t-1} + step_t, top_t): (A, M, A', M') [C], where with the m before the chunk
+    m_t = max(m + A_t, M_t) and m_{t-1} = max(m + A'_t, M'_t)."""
     zero = step * 0.0
-    total, local, total_before, local_before = tl.associative_scan((step, top, zero, zero + NO_KEY), 0, _scan)
-    return tl.maximum(before + total, local), tl.maximum(before + total_before, local_before)
+    return tl.associative_scan((step, top, zero, zero + NO_KEY), 0, _scan)
 
 
 @triton.jit
@@ -171,3 +171,18 @@ def next_piece(g, rows, start):
     E = tl.where(from_start, tl.exp2(B + CENTRE), 0.0)
     W = tl.where(from_start & inside, tl.exp2(-B - CENTRE), 0.0)
     return B, E, W, tl.sum((inside | (rows[:, None] < start[None, :])).to(tl.int32), 0)
+
+
+@triton.jit
+def wait_until(flag_ptr, count):
+    """Spin until the flag has reached `count`; what its writer stored before is visible then."""
+    seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
+    while seen < count:
+        seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
+
+
+@triton.jit
+def publish(flag_ptr, count):
+    """Set the flag, after everything that this program has stored."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flag_ptr, count, sem="release", scope="gpu")
