@@ -29,8 +29,10 @@ from regla.ops.triton.tiles import (
     LIFT_BITS,
     LOG2E,
     NO_KEY,
+    cumulative,
+    end_of_first,
+    exp2,
     first_piece,
-    last_row,
     load_decay,
     load_tile,
     next_piece,
@@ -40,6 +42,105 @@ from regla.ops.triton.tiles import (
     to_the_end,
     wait_until,
 )
+
+
+@triton.jit
+def within(
+    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """What the outputs of a chunk give: dq, written; the gradients of the state S before it, of k, v, Bk and Bv.
+
+    PIECES: whether a channel has several.
+    """
+    rows = tl.arange(0, C)
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    causal = rows[:, None] >= rows[None, :]
+    dtype = S.dtype
+    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+    kd, x = k.to(dtype), v.to(dtype)
+    if KEYED:
+        Ek, Wk = first_piece(Bk, PIECES)
+        kd = (k * Wk).to(dtype)
+    if VALUED:
+        Ev, Wv = first_piece(Bv, PIECES)
+        x = (v * Wv).to(dtype)
+    dkd = tl.zeros([C, BK], tl.float32)
+    dx = tl.zeros([C, BV], tl.float32)
+    dS = tl.zeros([BK, BV], tl.float32)
+    dBk = tl.zeros([C, BK], tl.float32)
+    dBv = tl.zeros([C, BV], tl.float32)
+    if PIECES:  # of all but the first
+        dk = tl.zeros([C, BK], tl.float32)
+        dv = tl.zeros([C, BV], tl.float32)
+    for j in range(G):
+        q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
+        if SAFE_EXP:
+            q = query_features(q)
+        do = load_tile(do_ptr + j * V, t, valid, H * G * V, vi, V, 0.0) * scale
+        if SAFE_EXP:
+            factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
+            do *= (factor * 2.0**24)[:, None]
+        qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
+        d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
+        P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
+        if KEYED and PIECES:
+            start = end_of_first(Bk)
+            while tl.min(start, 0) < C:
+                _Bk, E2, W2, start = next_piece(gk, rows, start)
+                P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
+                P += tl.where(causal, P2, 0.0)
+        Pd = P.to(dtype)
+        dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
+        dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
+        if VALUED:
+            out = tl.dot(qd, S, input_precision=PRECISION)
+            out = tl.dot(Pd, x, out, input_precision=PRECISION)
+            dBv += out * d.to(tl.float32)
+            if PIECES:
+                start = end_of_first(Bv)
+                while tl.min(start, 0) < C:
+                    _Bv, E2, W2, start = next_piece(gv, rows, start)
+                    x2 = (v * W2).to(dtype)
+                    d2 = (do * E2).to(dtype)
+                    dP += tl.dot(d2, tl.trans(x2), input_precision=PRECISION)
+                    dx2 = tl.dot(tl.trans(Pd), d2, input_precision=PRECISION)
+                    dv += dx2 * W2
+                    read = tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32)
+                    dBv += read - x2.to(tl.float32) * dx2
+        dPd = tl.where(causal, dP, 0.0).to(dtype)
+        dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
+        dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
+        dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
+        dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
+        if KEYED:
+            dBk += qd.to(tl.float32) * dq
+            dq *= Ek
+            if PIECES:
+                start = end_of_first(Bk)
+                while tl.min(start, 0) < C:
+                    _Bk, E2, W2, start = next_piece(gk, rows, start)
+                    q2 = (q * E2).to(dtype)
+                    k2 = (k * W2).to(dtype)
+                    dq2 = tl.dot(dPd, k2, input_precision=PRECISION)
+                    dk2 = tl.dot(tl.trans(dPd), q2, input_precision=PRECISION)
+                    dq += dq2 * E2
+                    dk += dk2 * W2
+                    dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
+        if SAFE_EXP:
+            dq *= q
+        store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * (2.0 ** (-lift)))
+    if KEYED:
+        dBk -= kd.to(tl.float32) * dkd
+        dkd *= Wk
+    if VALUED:
+        dBv -= x.to(tl.float32) * dx
+        dx *= Wv
+    if PIECES:
+        dkd += dk
+        dx += dv
+    return dS, dkd, dx, dBk, dBv
 
 
 @triton.jit
@@ -66,7 +167,6 @@ def backward_kernel(
         dtype = v_ptr.dtype.element_ty
         state_at = ki[:, None] * V + vi[None, :]
         state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-        causal = rows[:, None] >= rows[None, :]
         is_last = (rows == C - 1)[:, None]
         here = head.to(tl.int64) * K * V + state_at
         before = tl.full([], NO_KEY, tl.float32)
@@ -96,101 +196,36 @@ def backward_kernel(
         valid = inside
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-        k = load_tile(k_ptr, t, valid, k_step, ki, K, 0.0)
+        k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
         v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
         S = tl.load(states_ptr + (slot * H + h) * K * V + state_at, mask=state_mask, other=0.0)
         gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
         gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
         if SAFE_EXP:
-            m = tl.load(m_ptr + (begin + t) * H + h, mask=inside, other=0.0)
-            earlier = tl.load(m_ptr + (begin + t - 1) * H + h, mask=inside & (t > 0), other=0.0)
+            m_ptr += begin * H + h
+            m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
+            earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)
             m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
-            k = tl.exp2(k * LOG2E - m[:, None] + LIFT_BITS)
-            k = tl.where(valid[:, None] & (ki < K)[None, :], k, 0.0)
+            k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-        kd, x = k.to(dtype), v.to(dtype)
-        k_end, v_end = k, v
-        more_k, more_v = False, False
+        Bk, Bv = gk, gv
+        more, more_k, more_v = False, False, False
         if KEYED:
-            Bk, Wk, ends_k = first_piece(gk)
-            Ek = tl.exp2(Bk + CENTRE)
-            more_k = tl.min(ends_k, 0) < C
-            kd = (k * Wk).to(dtype)
-            k_end, to_end_k = to_the_end(k, gk, rows, Bk, Wk, ends_k, more_k)
+            Bk, total_k, more_k = cumulative(gk)
+            more |= more_k
         if VALUED:
-            Bv, Wv, ends_v = first_piece(gv)
-            Ev = tl.exp2(Bv + CENTRE)
-            more_v = tl.min(ends_v, 0) < C
-            x = (v * Wv).to(dtype)
-            v_end, to_end_v = to_the_end(v, gv, rows, Bv, Wv, ends_v, more_v)
-        # Inside the chunk, and from the state before it.
-        dk = tl.zeros([C, BK], tl.float32)  # of other pieces than the first
-        dv = tl.zeros([C, BV], tl.float32)
-        dS = tl.zeros([BK, BV], tl.float32)
-        if KEYED:
-            dBk = tl.zeros([C, BK], tl.float32)
-        if VALUED:
-            dBv = tl.zeros([C, BV], tl.float32)
-        dkd = tl.zeros([C, BK], tl.float32)
-        dx = tl.zeros([C, BV], tl.float32)
-        for j in range(G):
-            q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-            if SAFE_EXP:
-                q = query_features(q, valid)
-            do = load_tile(do_ptr + j * V, t, valid, H * G * V, vi, V, 0.0) * scale
-            if SAFE_EXP:
-                factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-                do *= factor[:, None] * 2.0**24
-            qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-            d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
-            P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-            if KEYED:  # noqa: SIM102 - known when the kernel is compiled
-                if more_k:
-                    start = ends_k
-                    while tl.min(start, 0) < C:
-                        _Bk, E2, W2, start = next_piece(gk, rows, start)
-                        P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
-                        P += tl.where(causal, P2, 0.0)
-            Pd = P.to(dtype)
-            dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
-            dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
-            if VALUED:
-                out = tl.dot(qd, S, input_precision=PRECISION)
-                out = tl.dot(Pd, x, out, input_precision=PRECISION)
-                dBv += out * d.to(tl.float32)
-                if more_v:
-                    start = ends_v
-                    while tl.min(start, 0) < C:
-                        _Bv, E2, W2, start = next_piece(gv, rows, start)
-                        x2 = (v * W2).to(dtype)
-                        d2 = (do * E2).to(dtype)
-                        dP += tl.dot(d2, tl.trans(x2), input_precision=PRECISION)
-                        dx2 = tl.dot(tl.trans(Pd), d2, input_precision=PRECISION)
-                        dv += dx2 * W2
-                        read = tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32)
-                        dBv += read - x2.to(tl.float32) * dx2
-            dPd = tl.where(causal, dP, 0.0).to(dtype)
-            dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
-            dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
-            dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
-            dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
-            if KEYED:
-                dBk += qd.to(tl.float32) * dq
-                dq *= Ek
-                if more_k:
-                    start = ends_k
-                    while tl.min(start, 0) < C:
-                        _Bk, E2, W2, start = next_piece(gk, rows, start)
-                        q2 = (q * E2).to(dtype)
-                        k2 = (k * W2).to(dtype)
-                        dq2 = tl.dot(dPd, k2, input_precision=PRECISION)
-                        dk2 = tl.dot(tl.trans(dPd), q2, input_precision=PRECISION)
-                        dq += dq2 * E2
-                        dk += dk2 * W2
-                        dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
-            if SAFE_EXP:
-                dq *= q
-            store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * tl.exp2(-lift))
+            Bv, total_v, more_v = cumulative(gv)
+            more |= more_v
+        if more:
+            dS, dk, dv, dBk, dBv = within(
+                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, True,
+            )  # fmt: skip
+        else:
+            dS, dk, dv, dBk, dBv = within(
+                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, False,
+            )  # fmt: skip
         # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
         U = tl.zeros([BK, BV], tl.float32)
         passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
@@ -198,20 +233,27 @@ def backward_kernel(
             wait_until(flags_ptr + head, count - 1 - i)
             U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
         elif D_FINAL:
-            U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * tl.exp2(centre + lift)
+            U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * 2.0 ** (centre + lift)
         kept = U
         if KEYED:
-            kept *= tl.exp2(last_row(Bk, rows))[:, None]
+            kept *= exp2(total_k)[:, None]
         if VALUED:
-            kept *= tl.exp2(last_row(Bv, rows))[None, :]
+            kept *= exp2(total_v)[None, :]
         dS += kept
         if i > 0:
             tl.store(passed_at + (i + 1) % 2 * K * V, dS, mask=state_mask)
             publish(flags_ptr + head, count - i)
         else:
-            tl.store(d_initial_ptr + here, dS * tl.exp2(-centre - lift), mask=state_mask)
+            tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
         worth = S.to(tl.float32) * kept  # of the state's decay
         Ud = U.to(dtype)
+        k_end, v_end = k, v
+        if KEYED:
+            to_end_k = to_the_end(gk, rows, Bk, total_k, more_k)
+            k_end *= to_end_k
+        if VALUED:
+            to_end_v = to_the_end(gv, rows, Bv, total_v, more_v)
+            v_end *= to_end_v
         k_end, v_end = k_end.to(dtype), v_end.to(dtype)
         dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
         dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
@@ -219,31 +261,21 @@ def backward_kernel(
             written = k_end.to(tl.float32) * dk_end
             dBk += tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
             dk_end *= to_end_k
-        dk += dk_end
+            dgk = tl.cumsum(dBk, 0, reverse=True) * (2.0 ** (-lift))
+            store_gate_gradient(
+                gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
+            )
         if VALUED:
             written = v_end.to(tl.float32) * dv_end
             dBv += tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
             dv_end *= to_end_v
-        dv += dv_end
-        if KEYED:
-            dBk -= kd.to(tl.float32) * dkd
-            dk += dkd * Wk
-            dgk = tl.cumsum(dBk, 0, reverse=True) * tl.exp2(-lift)
-            store_gate_gradient(
-                gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
-            )
-        else:
-            dk += dkd
-        if VALUED:
-            dBv -= x.to(tl.float32) * dx
-            dv += dx * Wv
-            dgv = tl.cumsum(dBv, 0, reverse=True) * tl.exp2(-lift)
+            dgv = tl.cumsum(dBv, 0, reverse=True) * (2.0 ** (-lift))
             store_gate_gradient(
                 gv_ptr, rv_ptr, dgv_ptr, drv_ptr, t, inside, valid, gv_step, rv_step, H * V, vi, V, dgv, VALUE
             )
-        else:
-            dv += dx
+        dk += dk_end
+        dv += dv_end
         if SAFE_EXP:
             dk *= k
-        store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * tl.exp2(-lift), 0.0))
-        store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * tl.exp2(-lift), 0.0))
+        store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
+        store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))

@@ -19,8 +19,10 @@ from regla.ops.triton.tiles import (
     LOG2E,
     LOWEST,
     NO_KEY,
+    cumulative,
+    end_of_first,
+    exp2,
     first_piece,
-    last_row,
     load_decay,
     load_tile,
     next_piece,
@@ -55,10 +57,9 @@ def place(cu_ptr, slot_ptr, T, chunks, sequences, H, C: tl.constexpr, VARLEN: tl
 
 
 @triton.jit
-def query_features(q, valid):
-    """2^(log2e (q - max q)) [C, K]; 0 for padding."""
-    phi = tl.exp2((q - tl.max(q, 1)[:, None]) * LOG2E)
-    return tl.where(valid[:, None], phi, 0.0)
+def query_features(q):
+    """2^(log2e (q - max q)) [C, K]; 0 for padding, where q is -inf."""
+    return exp2((q - tl.maximum(tl.max(q, 1), NO_KEY)[:, None]) * LOG2E)
 
 
 @triton.jit
@@ -67,14 +68,66 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
     m_{t-1} - m_t. With both axes the key axis' are relative to its slowest channel."""
     unit = (m_before - m)[:, None]
     if KEY and VALUE:
-        slowest = tl.max(tl.where((ki < K)[None, :], gk, LOWEST), 1)[:, None]
+        slowest = tl.maximum(tl.max(tl.where((ki < K)[None, :], gk, LOWEST), 1), LOWEST)[:, None]
         gk = gk - slowest
         gv = gv + (unit + slowest)
     elif VALUE:
         gv = gv + unit
     else:
         gk = gk + unit
-    return tl.minimum(tl.maximum(gk, LOWEST), 0.0), tl.minimum(tl.maximum(gv, LOWEST), 0.0)
+    return tl.minimum(gk, 0.0), tl.minimum(gv, 0.0)
+
+
+@triton.jit
+def read(
+    q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr,
+    PRECISION: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a chunk, from its tokens and the state S before it. PIECES: whether a channel has several."""
+    rows = tl.arange(0, C)
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    causal = rows[:, None] >= rows[None, :]
+    dtype = S.dtype
+    kd, x = k.to(dtype), v.to(dtype)
+    if KEYED:
+        Ek, Wk = first_piece(Bk, PIECES)
+        kd = (k * Wk).to(dtype)
+    if VALUED:
+        Ev, Wv = first_piece(Bv, PIECES)
+        x = (v * Wv).to(dtype)
+    for j in range(G):
+        q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
+        if SAFE_EXP:
+            q = query_features(q)
+        qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
+        P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
+        if KEYED and PIECES:
+            start = end_of_first(Bk)
+            while tl.min(start, 0) < C:
+                _Bk, E2, W2, start = next_piece(gk, rows, start)
+                P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
+                P += tl.where(causal, P2, 0.0)
+        Pd = P.to(dtype)
+        out = tl.dot(qd, S, input_precision=PRECISION)
+        out = tl.dot(Pd, x, out, input_precision=PRECISION)
+        if VALUED:
+            out *= Ev
+            if PIECES:
+                start = end_of_first(Bv)
+                while tl.min(start, 0) < C:
+                    _Bv, E2, W2, start = next_piece(gv, rows, start)
+                    out += E2 * tl.dot(Pd, (v * W2).to(dtype), input_precision=PRECISION)
+        out *= scale
+        if SAFE_EXP:
+            # 2^-48, or more where a head's output would vanish: see regla.ops.attention
+            largest = tl.maximum(tl.max(tl.abs(out), 1), 7.888609052210118e-31)
+            factor = tl.maximum(2.0**-12 / largest, 1.0) * 2.0**-48
+            out *= factor[:, None]
+            if STORE:
+                tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
+        store_tile(o_ptr + j * V, t, inside, H * G * V, vi, V, out)
 
 
 @triton.jit
@@ -101,7 +154,6 @@ def forward_kernel(
         dtype = v_ptr.dtype.element_ty
         state_at = ki[:, None] * V + vi[None, :]
         state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-        causal = rows[:, None] >= rows[None, :]
         t = i * C + rows
         inside = t < length
         valid = inside
@@ -147,25 +199,19 @@ def forward_kernel(
                 publish(flag_ptr + 1, i + 1)
             else:
                 tl.store(last_ptr + head, tl.where(after < -1e29, NO_KEY, after * LN2))
-            k = tl.exp2(k * LOG2E - m[:, None] + LIFT_BITS)
-            k = tl.where(valid[:, None] & (ki < K)[None, :], k, 0.0)
+            k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
-        kd, x, k_end, v_end = k.to(dtype), v.to(dtype), k, v
-        more_k, more_v = False, False
+        Bk, Bv, k_end, v_end = gk, gv, k, v
+        more = False
         if KEYED:
-            Bk, Wk, ends_k = first_piece(gk)
-            Ek = tl.exp2(Bk + CENTRE)
-            more_k = tl.min(ends_k, 0) < C
-            kd = (k * Wk).to(dtype)
-            k_end, _to_end_k = to_the_end(k, gk, rows, Bk, Wk, ends_k, more_k)
+            Bk, total_k, more = cumulative(gk)
+            k_end *= to_the_end(gk, rows, Bk, total_k, more)
         if VALUED:
-            Bv, Wv, ends_v = first_piece(gv)
-            Ev = tl.exp2(Bv + CENTRE)
-            more_v = tl.min(ends_v, 0) < C
-            x = (v * Wv).to(dtype)
-            v_end, _to_end_v = to_the_end(v, gv, rows, Bv, Wv, ends_v, more_v)
+            Bv, total_v, more_v = cumulative(gv)
+            more |= more_v
+            v_end *= to_the_end(gv, rows, Bv, total_v, more_v)
         written = tl.dot(tl.trans(k_end.to(dtype)), v_end.to(dtype), input_precision=PRECISION)
         # The state before the chunk, and at once the one after it for the next.
         S = tl.zeros([BK, BV], tl.float32)
@@ -178,9 +224,9 @@ def forward_kernel(
             S = S * tl.exp2(-centre)
         kept = S
         if KEYED:
-            kept *= tl.exp2(last_row(Bk, rows))[:, None]
+            kept *= exp2(total_k)[:, None]
         if VALUED:
-            kept *= tl.exp2(last_row(Bv, rows))[None, :]
+            kept *= exp2(total_v)[None, :]
         written += kept
         if i + 1 < count:
             tl.store(passed_at + (i + 1) % 2 * K * V, written, mask=state_mask)
@@ -191,35 +237,13 @@ def forward_kernel(
         Sd = S.to(dtype)
         if STORE:
             tl.store(states_ptr + (slot * H + h) * K * V + state_at, Sd, mask=state_mask)
-        for j in range(G):
-            q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-            if SAFE_EXP:
-                q = query_features(q, valid)
-            qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-            P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-            if KEYED:  # noqa: SIM102 - known when the kernel is compiled
-                if more_k:
-                    start = ends_k
-                    while tl.min(start, 0) < C:
-                        _Bk, E2, W2, start = next_piece(gk, rows, start)
-                        P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
-                        P += tl.where(causal, P2, 0.0)
-            Pd = P.to(dtype)
-            out = tl.dot(qd, Sd, input_precision=PRECISION)
-            out = tl.dot(Pd, x, out, input_precision=PRECISION)
-            if VALUED:
-                out *= Ev
-                if more_v:
-                    start = ends_v
-                    while tl.min(start, 0) < C:
-                        _Bv, E2, W2, start = next_piece(gv, rows, start)
-                        out += E2 * tl.dot(Pd, (v * W2).to(dtype), input_precision=PRECISION)
-            out *= scale
-            if SAFE_EXP:
-                # 2^-48, or more where a head's output would vanish: see regla.ops.attention
-                largest = tl.maximum(tl.max(tl.abs(out), 1), 7.888609052210118e-31)
-                factor = tl.maximum(2.0**-12 / largest, 1.0) * 2.0**-48
-                out *= factor[:, None]
-                if STORE:
-                    tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
-            store_tile(o_ptr + j * V, t, inside, H * G * V, vi, V, out)
+        if more:
+            read(
+                q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, Sd, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, True,
+            )  # fmt: skip
+        else:
+            read(
+                q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, Sd, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, False,
+            )  # fmt: skip

@@ -16,9 +16,12 @@ zeros to what an earlier row reads: causal to the last bit.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 CENTRE = tl.constexpr(4.0)
 RANGE = tl.constexpr(60.0)
 LIFT_BITS = tl.constexpr(48.0)  # regla.ops.features.LIFT
@@ -42,45 +45,73 @@ def store_tile(ptr, token, inside, step, column, width, x):
 
 
 @triton.jit
-def refined_parts(a, c):
-    """g, r = sigmoid(a), sigmoid(c) as fractions that never overflow: p = e^-|a|, z = e^-|c|,
+def exp2(x):
+    """2^x in one instruction, 2 ulp, 0 below 2^-126."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
-    g = alpha / (1 + p)    1 - g = beta / (1 + p)    r = gamma / (1 + z)    1 - r = delta / (1 + z)
+
+@triton.jit
+def log2(x):
+    """log2 x in one instruction, to 2^-22 absolute within [1/2, 2] and relative elsewhere."""
+    if INTERPRETED:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in one instruction, 1 ulp."""
+    if INTERPRETED:
+        return 1 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def refined_parts(a, c):
+    """g, r = sigmoid(a), sigmoid(c) as fractions that never overflow, p = e^-|a|, z = e^-|c|,
+
+    g = alpha / (1 + p)    1 - g = beta / (1 + p)    2 r = gamma / (1 + z)    2 (1 - r) = delta / (1 + z)
+
+    and x > 0 with F = alpha x / ((1 + p)^2 (1 + z)).
     """
-    p = tl.exp2(-tl.abs(a) * LOG2E)
-    z = tl.exp2(-tl.abs(c) * LOG2E)
+    p = exp2(tl.abs(a) * -LOG2E)
+    z2 = exp2(tl.abs(c) * -LOG2E + 1)
     alpha = tl.where(a >= 0, 1.0, p)
     beta = tl.where(a >= 0, p, 1.0)
-    gamma = tl.where(c >= 0, 1.0, z)
-    delta = tl.where(c >= 0, z, 1.0)
-    return p, z, alpha, beta, gamma, delta
+    gamma = tl.where(c >= 0, 2.0, z2)
+    delta = tl.where(c >= 0, z2, 2.0)
+    Z = 0.5 * z2 + 1
+    return 1 + p, Z, alpha, beta, gamma, delta, alpha * Z + (beta * gamma + 1e-36)
 
 
 @triton.jit
 def log2_refined(a, c):
-    """log2 F without cancellation, F = (alpha (alpha (1 + z) + 2 beta gamma)) / D, 1 - F = u / D,
-    D = (1 + p)^2 (1 + z): log F = -2 atanh(u / (2 D - u)) where 1 - F < 1/2, the logarithm of the fraction elsewhere.
+    """log2 F without cancellation: with F = alpha x / D and 1 - F = u / D, D = (1 + p)^2 (1 + z),
+    log F = -2 atanh(u / (2 D - u)) where 1 - F < 1/8, the logarithm of the fraction elsewhere.
     """
-    p, z, alpha, beta, gamma, delta = refined_parts(a, c)
-    D = (1 + p) * (1 + p) * (1 + z)
-    x = alpha * (1 + z) + 2 * beta * gamma
-    u = beta * (beta * (1 + z) + 2 * alpha * delta)
-    near_one = 2 * u < D
-    r = 1 / tl.where(near_one, 2 * D - u, D)
+    P, Z, alpha, beta, _gamma, delta, x = refined_parts(a, c)
+    D = P * P * Z
+    u = beta * (beta * Z + alpha * delta)
+    near_one = 8 * u < D
+    r = reciprocal(tl.where(near_one, 2 * D - u, D))
     s = u * r
     w = s * s
-    series = 1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w / 13)))))
-    far = tl.minimum(a, 0.0) * LOG2E + tl.log2(tl.maximum(x, 1e-37) * r)
-    return tl.where(near_one, (-2 * LOG2E) * s * series, far)
+    near = s * (-2 * LOG2E + w * (-2 / 3 * LOG2E + w * (-2 / 5 * LOG2E)))
+    far = tl.minimum(a, 0.0) * LOG2E + log2(x * r)
+    return tl.where(near_one, near, far)
 
 
 @triton.jit
 def refined_gradient(a, c, d):
-    """Gradients of a and c from d, that of the natural log F. Every term is positive: no cancellation."""
-    p, z, alpha, beta, gamma, delta = refined_parts(a, c)
-    share = 2 * beta * gamma / tl.maximum(alpha * (1 + z) + 2 * beta * gamma, 1e-37)
-    coarse = delta / (1 + z)
-    return d * (beta / (1 + p)) * (2 * coarse * (1 - share) + share), d * share * coarse
+    """Gradients of a and c from d, that of the natural log F. Every term is positive: no cancellation.
+
+    dlog F / da = beta (alpha delta + beta gamma) / ((1 + p) x)    dlog F / dc = beta gamma delta / (2 (1 + z) x)
+    """
+    P, Z, alpha, beta, gamma, delta, x = refined_parts(a, c)
+    common = beta * d * reciprocal(P * Z * x)
+    return common * Z * (alpha * delta + beta * gamma), common * P * (gamma * (0.5 * delta))
 
 
 @triton.jit
@@ -95,7 +126,6 @@ def load_decay(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GAT
             g = tl.where(valid[:, None] & (column < width)[None, :], g, 0.0)
         else:
             g = g * LOG2E
-        g = tl.maximum(g, LOWEST)
     return g
 
 
@@ -129,36 +159,47 @@ def _scan(step, top, step_before, top_before, step2, top2, step2_before, top2_be
 def stabiliser_scan(top, step):
     """Of m_t = max(m_{t-1} + step_t, top_t): (A, M, A', M') [C], where with the m before the chunk
     m_t = max(m + A_t, M_t) and m_{t-1} = max(m + A'_t, M'_t)."""
-    zero = step * 0.0
+    zero = tl.zeros_like(step)
     return tl.associative_scan((step, top, zero, zero + NO_KEY), 0, _scan)
 
 
 @triton.jit
-def last_row(x, rows):
-    """Row C - 1 of x [C, D]."""
-    return tl.sum(tl.where((rows == rows.shape[0] - 1)[:, None], x, 0.0), 0)
+def cumulative(g):
+    """(B, decay of the whole chunk [D], whether some channel decays beyond the first piece)."""
+    total = tl.sum(g, 0)
+    return tl.cumsum(g, 0), total, tl.min(total, 0) < 1 - RANGE  # summed in another order than B
 
 
 @triton.jit
-def first_piece(g):
-    """(B, W, end) of the piece that starts with the chunk: W zero outside of it, `end` [D] its first token left out."""
-    B = tl.cumsum(g, 0)
-    inside = B >= -RANGE
-    W = tl.where(inside, tl.exp2(-B - CENTRE), 0.0)
-    return B, W, tl.sum(inside.to(tl.int32), 0)
+def first_piece(B, PIECES: tl.constexpr):
+    """(E, W) of the piece that starts with the chunk; without PIECES it is the whole chunk."""
+    E = exp2(B + CENTRE)
+    W = exp2(-B - CENTRE)
+    if PIECES:
+        W = tl.where(B >= -RANGE, W, 0.0)
+    return E, W
 
 
 @triton.jit
-def to_the_end(x, g, rows, B, W, end, more):
-    """x [C, D] decayed over (s, end of the chunk], times 2^-CENTRE, and that factor."""
-    factor = W * tl.exp2(last_row(B, rows))[None, :]
+def end_of_first(B):
+    """The first token left out of the first piece, [D]."""
+    return tl.sum((B >= -RANGE).to(tl.int32), 0)
+
+
+@triton.jit
+def to_the_end(g, rows, B, total, more):
+    """The decay over (s, end of the chunk] times 2^-CENTRE, [C, D]."""
     if more:
-        start = end
+        factor = tl.where(B >= -RANGE, exp2(-B - CENTRE), 0.0) * exp2(total)[None, :]
+        start = end_of_first(B)
         while tl.min(start, 0) < rows.shape[0]:
             B2, _E2, W2, begun = next_piece(g, rows, start)
-            factor += W2 * tl.exp2(last_row(B2, rows))[None, :]
+            last = tl.sum(tl.where((rows == rows.shape[0] - 1)[:, None], B2, 0.0), 0)
+            factor += W2 * exp2(last)[None, :]
             start = begun
-    return x * factor, factor
+    else:
+        factor = exp2((total - CENTRE)[None, :] - B)
+    return factor
 
 
 @triton.jit
@@ -168,8 +209,8 @@ def next_piece(g, rows, start):
     B = tl.cumsum(tl.where(after, g, 0.0), 0)
     from_start = rows[:, None] >= start[None, :]
     inside = B >= -RANGE
-    E = tl.where(from_start, tl.exp2(B + CENTRE), 0.0)
-    W = tl.where(from_start & inside, tl.exp2(-B - CENTRE), 0.0)
+    E = tl.where(from_start, exp2(B + CENTRE), 0.0)
+    W = tl.where(from_start & inside, exp2(-B - CENTRE), 0.0)
     return B, E, W, tl.sum((inside | (rows[:, None] < start[None, :])).to(tl.int32), 0)
 
 
