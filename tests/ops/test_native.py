@@ -17,6 +17,12 @@ from regla.ops.native import build, operation
 from .test_forms import SHAPES, assert_equal_to_definition, make, native, skip_without
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu():
+    with torch.device("cpu"):
+        yield
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and a library not yet loaded."""

@@ -17,6 +17,7 @@ WIDEST = 128
 WIDEST_STEP = 256
 WIDEST_CROWDED = 64  # more leaves no room in shared memory
 
+NOT_CAUSAL = "key_max is 'sequence', which is not causal, and the kernels run forward in time"
 _INTERPRETED = (torch.float32,)  # what Triton's interpreter computes rightly
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -57,24 +58,25 @@ def choose_backend(
 
 def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
     """Whose decode kernel takes these inputs of `safe_exp_attention`, one token that needs no gradient: "native",
-    "triton" or None. "auto" takes the recurrence on a GPU until the kernel has been measured there."""
+    "triton" or None."""
     if k.shape[1] != 1:
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k, v, *others)):
         return None
     if backend in ("auto", "native") and k.is_cpu and why_not_native(k, v, key_max) is None:
         return "native"
-    return "triton" if backend == "triton" and why_not_triton(k, v, key_max, WIDEST_STEP) is None else None
+    chosen = backend == "triton" or (backend == "auto" and k.is_cuda)
+    return "triton" if chosen and why_not_triton(k, v, key_max, WIDEST_STEP) is None else None
 
 
 def why_not_native(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
     """Why the C kernels cannot run on these tensors; None if they can. Compiles them where nobody has."""
+    if key_max == "sequence":
+        return NOT_CAUSAL
     if not k.is_cpu:
         return f"the tensors are on {k.device.type}, and the C kernels run on a CPU"
     if torch.float64 in (k.dtype, v.dtype):
         return "a tensor is float64, and the C kernels compute in float32"
-    if key_max == "sequence":
-        return "key_max is 'sequence', which is not causal, and the kernels run forward in time"
     return why_missing()
 
 
@@ -87,14 +89,14 @@ def why_not_triton(
     """
     if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
+    if key_max == "sequence":
+        return NOT_CAUSAL
     if not k.is_cuda and not _is_interpreted():
         return f"the tensors are on {k.device.type}, and the kernels need a CUDA GPU"
     if v.dtype not in (torch.bfloat16, torch.float32):
         return f"v is {v.dtype}, and the kernels take bfloat16 and float32"
     if not k.is_cuda and v.dtype not in _INTERPRETED:
         return "v is bfloat16, which Triton's interpreter multiplies as integers"
-    if key_max == "sequence":
-        return "key_max is 'sequence', which is not causal, and the kernels run forward in time"
     widest = max(k.shape[-1], v.shape[-1])
     if widest > most:
         return f"a head has {widest} channels, and the kernels hold at most {most}"

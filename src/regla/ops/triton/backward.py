@@ -23,17 +23,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.forward import place, query_features, relative_decays
+from regla.ops.triton.forward import key_features, load_chunk, place, query_features
 from regla.ops.triton.tiles import (
     CENTRE,
-    LIFT_BITS,
     LOG2E,
     NO_KEY,
     cumulative,
     end_of_first,
     exp2,
-    first_piece,
-    load_decay,
+    first_weight,
     load_tile,
     next_piece,
     publish,
@@ -46,26 +44,20 @@ from regla.ops.triton.tiles import (
 
 @triton.jit
 def within(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, kd, x, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """What the outputs of a chunk give: dq, written; the gradients of the state S before it, of k, v, Bk and Bv.
 
-    PIECES: whether a channel has several.
+    From the operands kd = k W and x = v W; PIECES: whether a channel has several, and only then k, v and the decays
+    are read.
     """
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     causal = rows[:, None] >= rows[None, :]
     dtype = S.dtype
     lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
-    kd, x = k.to(dtype), v.to(dtype)
-    if KEYED:
-        Ek, Wk = first_piece(Bk, PIECES)
-        kd = (k * Wk).to(dtype)
-    if VALUED:
-        Ev, Wv = first_piece(Bv, PIECES)
-        x = (v * Wv).to(dtype)
     dkd = tl.zeros([C, BK], tl.float32)
     dx = tl.zeros([C, BV], tl.float32)
     dS = tl.zeros([BK, BV], tl.float32)
@@ -82,8 +74,8 @@ def within(
         if SAFE_EXP:
             factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
             do *= (factor * 2.0**24)[:, None]
-        qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-        d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
+        qd = (q * exp2(Bk + CENTRE)).to(dtype) if KEYED else q.to(dtype)
+        d = (do * exp2(Bv + CENTRE)).to(dtype) if VALUED else do.to(dtype)
         P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
         if KEYED and PIECES:
             start = end_of_first(Bk)
@@ -116,7 +108,7 @@ def within(
         dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
         if KEYED:
             dBk += qd.to(tl.float32) * dq
-            dq *= Ek
+            dq *= exp2(Bk + CENTRE)
             if PIECES:
                 start = end_of_first(Bk)
                 while tl.min(start, 0) < C:
@@ -133,10 +125,10 @@ def within(
         store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * (2.0 ** (-lift)))
     if KEYED:
         dBk -= kd.to(tl.float32) * dkd
-        dkd *= Wk
+        dkd *= first_weight(Bk, PIECES)
     if VALUED:
         dBv -= x.to(tl.float32) * dx
-        dx *= Wv
+        dx *= first_weight(Bv, PIECES)
     if PIECES:
         dkd += dk
         dx += dv
@@ -153,7 +145,7 @@ def backward_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
@@ -196,35 +188,43 @@ def backward_kernel(
         valid = inside
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-        k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-        v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
         S = tl.load(states_ptr + (slot * H + h) * K * V + state_at, mask=state_mask, other=0.0)
-        gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-        gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+        m, m_before = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         if SAFE_EXP:
             m_ptr += begin * H + h
             m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
             earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)
             m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
-            k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
-            gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-        Bk, Bv = gk, gv
+        k, v, gk, gv = load_chunk(
+            k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before,
+            k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        )  # fmt: skip
+        Bk, Bv, k_end, v_end, kd, x = gk, gv, k, v, k, v
         more, more_k, more_v = False, False, False
         if KEYED:
             Bk, total_k, more_k = cumulative(gk)
             more |= more_k
+            k_end *= to_the_end(gk, rows, Bk, total_k, more_k)
+            kd *= first_weight(Bk, True)
         if VALUED:
             Bv, total_v, more_v = cumulative(gv)
             more |= more_v
-        if more:
+            v_end *= to_the_end(gv, rows, Bv, total_v, more_v)
+            x *= first_weight(Bv, True)
+        k_end, v_end, kd, x = k_end.to(dtype), v_end.to(dtype), kd.to(dtype), x.to(dtype)
+        if ONE_PATH or more:
+            k, v, gk, gv = load_chunk(
+                k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before,
+                k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+            )  # fmt: skip
             dS, dk, dv, dBk, dBv = within(
-                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, True,
+                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, kd, x, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H,
+                q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, True,
             )  # fmt: skip
         else:
             dS, dk, dv, dBk, dBv = within(
-                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, False,
+                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, kd, x, kd, x, Bk, Bv, Bk, Bv, S, begin, h, scale, H,
+                q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, False,
             )  # fmt: skip
         # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
         U = tl.zeros([BK, BV], tl.float32)
@@ -247,20 +247,19 @@ def backward_kernel(
             tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
         worth = S.to(tl.float32) * kept  # of the state's decay
         Ud = U.to(dtype)
-        k_end, v_end = k, v
-        if KEYED:
-            to_end_k = to_the_end(gk, rows, Bk, total_k, more_k)
-            k_end *= to_end_k
-        if VALUED:
-            to_end_v = to_the_end(gv, rows, Bv, total_v, more_v)
-            v_end *= to_end_v
-        k_end, v_end = k_end.to(dtype), v_end.to(dtype)
+        if ONE_PATH or more:
+            k, v, gk, gv = load_chunk(
+                k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before,
+                k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+            )  # fmt: skip
+        else:
+            gk, gv = Bk, Bv
         dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
         dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
         if KEYED:
             written = k_end.to(tl.float32) * dk_end
             dBk += tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
-            dk_end *= to_end_k
+            dk_end *= to_the_end(gk, rows, Bk, total_k, more_k)
             dgk = tl.cumsum(dBk, 0, reverse=True) * (2.0 ** (-lift))
             store_gate_gradient(
                 gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
@@ -268,7 +267,7 @@ def backward_kernel(
         if VALUED:
             written = v_end.to(tl.float32) * dv_end
             dBv += tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
-            dv_end *= to_end_v
+            dv_end *= to_the_end(gv, rows, Bv, total_v, more_v)
             dgv = tl.cumsum(dBv, 0, reverse=True) * (2.0 ** (-lift))
             store_gate_gradient(
                 gv_ptr, rv_ptr, dgv_ptr, drv_ptr, t, inside, valid, gv_step, rv_step, H * V, vi, V, dgv, VALUE
@@ -276,6 +275,6 @@ def backward_kernel(
         dk += dk_end
         dv += dv_end
         if SAFE_EXP:
-            dk *= k
+            dk *= key_features(load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf")), m)
         store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
         store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))

@@ -38,6 +38,7 @@ def forward(
             scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep, **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
+            maxnreg=168 if _is_small(k, v) else None,  # three programs of four warps on a multiprocessor
         )  # fmt: skip
     return filled
 
@@ -146,6 +147,11 @@ def _chunk(k: Tensor, v: Tensor) -> int:
     return 16 if v.dtype == torch.float32 and max(k.shape[-1], v.shape[-1]) > 64 else 32
 
 
+def _is_small(k: Tensor, v: Tensor) -> bool:
+    """Whether four warps hold the tiles of a chunk and a state."""
+    return v.dtype != torch.float32 and max(k.shape[-1], v.shape[-1]) <= 64
+
+
 def _common(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str, Any]:
     """What both kernels are compiled for."""
     K, V = k.shape[-1], v.shape[-1]
@@ -160,7 +166,8 @@ def _common(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str,
         "KEY": gate_kind(gk, rk),
         "VALUE": gate_kind(gv, rv),
         "PRECISION": "tf32x3" if v.dtype == torch.float32 else "tf32",  # of float32 products: 3e-7, not 3e-4
-        "num_warps": 8,
+        "ONE_PATH": v.dtype == torch.float32,  # shared memory holds the operands of one path
+        "num_warps": 4 if _is_small(k, v) else 8,
         "num_stages": 1,
     }
 
