@@ -24,6 +24,7 @@ COMMAND = (sys.executable, "-m", "regla.study")
 
 _UNBUFFERED = {"PYTHONUNBUFFERED": "1"}  # so that the last line of the output is what was said last
 _POLL_SECONDS = 0.1
+_FAR = 0.5  # of the steps
 _TAIL_BYTES = 4096
 
 Place = Mapping[str, str]
@@ -83,6 +84,7 @@ def work(
 ) -> list[Trial]:
     """Run `trials` in order, as many at a time as there are places; those that were left out for want of time.
 
+    A place (the same object) that is given several times takes another trial when those on it have made half of their steps.
     seconds: no trial starts that would not be done in this time from now, by `estimate`. `finished(trial, line)`
     receives the row of a trial as a JSON line, `failed(trial, reason)` the last line of its output.
     On Ctrl-C or SIGTERM the running ones are told to save a checkpoint and end, and Interrupted is raised.
@@ -105,13 +107,16 @@ def work(
     ):
         try:
             while waiting or running:
-                while waiting and free and signals.received is None:
+                while waiting and signals.received is None:
+                    index = next((index for index, place in enumerate(free) if _has_room(place, running)), None)
+                    if index is None:
+                        break
                     trial = waiting.pop(0)
                     needed = time.perf_counter() - began + estimate.seconds(trial.tokens)
                     if seconds is not None and needed > seconds:
                         left.append(trial)
                     else:
-                        running.append(_start(trial, out, free.pop(0)))
+                        running.append(_start(trial, out, free.pop(index)))
                 time.sleep(_POLL_SECONDS)
                 for run in list(running):
                     run.look()
@@ -145,6 +150,11 @@ def work(
                     run.process.kill()
                     run.process.wait()
     return left
+
+
+def _has_room(place: Place, running: Sequence[_Running]) -> bool:
+    """Whether who runs on this device has got so far that another, once compiled, will hardly share it."""
+    return all(run.tokens >= _FAR * run.trial.tokens for run in running if run.place is place)
 
 
 def _start(trial: Trial, out: Path, place: Place) -> _Running:

@@ -174,7 +174,7 @@ def _places(device: str, number: int) -> list[Place]:
     place = {"CUDA_VISIBLE_DEVICES": ""}  # so that the rows name the CPU
     if number > 1:
         place["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // number))
-    return [place] * number
+    return [dict(place) for _ in range(number)]
 
 
 @contextmanager
