@@ -84,7 +84,8 @@ def work(
 ) -> list[Trial]:
     """Run `trials` in order, as many at a time as there are places; those that were left out for want of time.
 
-    A place (the same object) that is given several times takes another trial when those on it have made half of their steps.
+    A place that is given several times (the same object) takes another trial when those on it have made half of their
+    steps.
     seconds: no trial starts that would not be done in this time from now, by `estimate`. `finished(trial, line)`
     receives the row of a trial as a JSON line, `failed(trial, reason)` the last line of its output.
     On Ctrl-C or SIGTERM the running ones are told to save a checkpoint and end, and Interrupted is raised.
