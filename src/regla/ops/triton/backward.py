@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.forward import key_features, load_chunk, place, query_features
+from regla.ops.triton.forward import load_gates, load_keys, place, query_features
 from regla.ops.triton.tiles import (
     CENTRE,
     LOG2E,
@@ -43,39 +43,87 @@ from regla.ops.triton.tiles import (
 
 
 @triton.jit
-def within(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, kd, x, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+def load_queries(
+    q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Bk, Bv, begin, h, scale, H, q_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give: dq, written; the gradients of the state S before it, of k, v, Bk and Bv.
+    """(query features, gradients of the outputs, the operands q E and d) of query head j of the group."""
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
+    do = load_tile(do_ptr + j * V, t, valid, H * G * V, vi, V, 0.0)
+    if SAFE_EXP:
+        q = query_features(q)
+        factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
+        do *= (factor * (scale * 2.0**24))[:, None]
+    else:
+        do *= scale
+    qd, d = q, do
+    if KEYED:
+        qd *= exp2(Bk + CENTRE)
+    if VALUED:
+        d *= exp2(Bv + CENTRE)
+    return q, do, qd.to(dtype), d.to(dtype)
 
-    From the operands kd = k W and x = v W; PIECES: whether a channel has several, and only then k, v and the decays
-    are read.
+
+@triton.jit
+def rest(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
+    t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, U, begin, h, scale, H,
+    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Everything but the gradient of the state before the chunk, from U, that of the state after it.
+
+    PIECES: whether a channel has several.
     """
+    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
+    VALUED: tl.constexpr = VALUE != "none"
+    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    is_last = (rows == C - 1)[:, None]
     causal = rows[:, None] >= rows[None, :]
-    dtype = S.dtype
-    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+    dtype = v_ptr.dtype.element_ty
+    gk, gv = Bk, Bv
+    if PIECES:
+        gk, gv = load_gates(
+            gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before, gk_step, rk_step, gv_step, rv_step,
+            K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        )  # fmt: skip
+    S = tl.load(state_ptr + ki[:, None] * V + vi[None, :], mask=(ki < K)[:, None] & (vi < V)[None, :], other=0.0)
+    worth = S.to(tl.float32) * U  # of the state's decay
+    if KEYED:
+        worth *= exp2(total_k)[:, None]
+    if VALUED:
+        worth *= exp2(total_v)[None, :]
+    k = load_keys(k_ptr, t, valid, m, k_step, K, BK, SAFE_EXP)
+    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
+    k_end, v_end, kd, x = k, v, k, v
+    if KEYED:
+        worth_k = tl.sum(worth, 1)
+        k_end *= to_the_end(gk, rows, Bk, total_k, PIECES)
+        kd *= first_weight(Bk, PIECES)
+    if VALUED:
+        worth_v = tl.sum(worth, 0)
+        v_end *= to_the_end(gv, rows, Bv, total_v, PIECES)
+        x *= first_weight(Bv, PIECES)
+    k_end, v_end, kd, x = k_end.to(dtype), v_end.to(dtype), kd.to(dtype), x.to(dtype)
+    # Through the outputs.
     dkd = tl.zeros([C, BK], tl.float32)
     dx = tl.zeros([C, BV], tl.float32)
-    dS = tl.zeros([BK, BV], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
     dBv = tl.zeros([C, BV], tl.float32)
     if PIECES:  # of all but the first
         dk = tl.zeros([C, BK], tl.float32)
         dv = tl.zeros([C, BV], tl.float32)
     for j in range(G):
-        q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-        if SAFE_EXP:
-            q = query_features(q)
-        do = load_tile(do_ptr + j * V, t, valid, H * G * V, vi, V, 0.0) * scale
-        if SAFE_EXP:
-            factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-            do *= (factor * 2.0**24)[:, None]
-        qd = (q * exp2(Bk + CENTRE)).to(dtype) if KEYED else q.to(dtype)
-        d = (do * exp2(Bv + CENTRE)).to(dtype) if VALUED else do.to(dtype)
+        q, do, qd, d = load_queries(
+            q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Bk, Bv, begin, h, scale, H, q_step,
+            G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, dtype,
+        )  # fmt: skip
         P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
         if KEYED and PIECES:
             start = end_of_first(Bk)
@@ -105,7 +153,6 @@ def within(
         dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
         dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
         dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
-        dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
         if KEYED:
             dBk += qd.to(tl.float32) * dq
             dq *= exp2(Bk + CENTRE)
@@ -123,16 +170,37 @@ def within(
         if SAFE_EXP:
             dq *= q
         store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * (2.0 ** (-lift)))
+    # Through the state after the chunk.
+    Ud = U.to(dtype)
+    dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
+    dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
     if KEYED:
-        dBk -= kd.to(tl.float32) * dkd
+        written = k_end.to(tl.float32) * dk_end
+        dBk += tl.where(is_last, (worth_k + tl.sum(written, 0))[None, :], 0.0) - written - kd.to(tl.float32) * dkd
+        dk_end *= to_the_end(gk, rows, Bk, total_k, PIECES)
         dkd *= first_weight(Bk, PIECES)
+        dgk = tl.cumsum(dBk, 0, reverse=True) * (2.0 ** (-lift))
+        store_gate_gradient(
+            gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
+        )
     if VALUED:
-        dBv -= x.to(tl.float32) * dx
+        written = v_end.to(tl.float32) * dv_end
+        dBv += tl.where(is_last, (worth_v + tl.sum(written, 0))[None, :], 0.0) - written - x.to(tl.float32) * dx
+        dv_end *= to_the_end(gv, rows, Bv, total_v, PIECES)
         dx *= first_weight(Bv, PIECES)
+        dgv = tl.cumsum(dBv, 0, reverse=True) * (2.0 ** (-lift))
+        store_gate_gradient(
+            gv_ptr, rv_ptr, dgv_ptr, drv_ptr, t, inside, valid, gv_step, rv_step, H * V, vi, V, dgv, VALUE
+        )
+    dkd += dk_end
+    dx += dv_end
     if PIECES:
         dkd += dk
         dx += dv
-    return dS, dkd, dx, dBk, dBv
+    if SAFE_EXP:
+        dkd *= load_keys(k_ptr, t, valid, m, k_step, K, BK, SAFE_EXP)
+    store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dkd * (2.0 ** (-lift)), 0.0))
+    store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dx * (2.0 ** (-lift)), 0.0))
 
 
 @triton.jit
@@ -159,7 +227,6 @@ def backward_kernel(
         dtype = v_ptr.dtype.element_ty
         state_at = ki[:, None] * V + vi[None, :]
         state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-        is_last = (rows == C - 1)[:, None]
         here = head.to(tl.int64) * K * V + state_at
         before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP and INITIAL:
@@ -188,45 +255,31 @@ def backward_kernel(
         valid = inside
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-        S = tl.load(states_ptr + (slot * H + h) * K * V + state_at, mask=state_mask, other=0.0)
         m, m_before = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         if SAFE_EXP:
             m_ptr += begin * H + h
             m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
             earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)
             m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
-        k, v, gk, gv = load_chunk(
-            k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before,
-            k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        Bk, Bv = load_gates(
+            gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before, gk_step, rk_step, gv_step, rv_step,
+            K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
-        Bk, Bv, k_end, v_end, kd, x = gk, gv, k, v, k, v
-        more, more_k, more_v = False, False, False
+        total_k, total_v = tl.zeros([BK], tl.float32), tl.zeros([BV], tl.float32)
+        more = False
         if KEYED:
-            Bk, total_k, more_k = cumulative(gk)
-            more |= more_k
-            k_end *= to_the_end(gk, rows, Bk, total_k, more_k)
-            kd *= first_weight(Bk, True)
+            Bk, total_k, more = cumulative(Bk)
         if VALUED:
-            Bv, total_v, more_v = cumulative(gv)
+            Bv, total_v, more_v = cumulative(Bv)
             more |= more_v
-            v_end *= to_the_end(gv, rows, Bv, total_v, more_v)
-            x *= first_weight(Bv, True)
-        k_end, v_end, kd, x = k_end.to(dtype), v_end.to(dtype), kd.to(dtype), x.to(dtype)
-        if ONE_PATH or more:
-            k, v, gk, gv = load_chunk(
-                k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before,
-                k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
-            )  # fmt: skip
-            dS, dk, dv, dBk, dBv = within(
-                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, kd, x, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H,
-                q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, True,
-            )  # fmt: skip
-        else:
-            dS, dk, dv, dBk, dBv = within(
-                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, kd, x, kd, x, Bk, Bv, Bk, Bv, S, begin, h, scale, H,
-                q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, False,
-            )  # fmt: skip
         # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
+        dS = tl.zeros([BK, BV], tl.float32)
+        for j in range(G):
+            _q, _do, qd, d = load_queries(
+                q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Bk, Bv, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, dtype,
+            )  # fmt: skip
+            dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
         U = tl.zeros([BK, BV], tl.float32)
         passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
         if i + 1 < count:
@@ -245,36 +298,20 @@ def backward_kernel(
             publish(flags_ptr + head, count - i)
         else:
             tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
-        worth = S.to(tl.float32) * kept  # of the state's decay
-        Ud = U.to(dtype)
+        state_ptr = states_ptr + (slot * H + h) * K * V
         if ONE_PATH or more:
-            k, v, gk, gv = load_chunk(
-                k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before,
-                k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+            rest(
+                q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
+                dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
+                t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, U, begin, h, scale, H,
+                q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, PRECISION, True,
             )  # fmt: skip
         else:
-            gk, gv = Bk, Bv
-        dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
-        dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
-        if KEYED:
-            written = k_end.to(tl.float32) * dk_end
-            dBk += tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
-            dk_end *= to_the_end(gk, rows, Bk, total_k, more_k)
-            dgk = tl.cumsum(dBk, 0, reverse=True) * (2.0 ** (-lift))
-            store_gate_gradient(
-                gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
-            )
-        if VALUED:
-            written = v_end.to(tl.float32) * dv_end
-            dBv += tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
-            dv_end *= to_the_end(gv, rows, Bv, total_v, more_v)
-            dgv = tl.cumsum(dBv, 0, reverse=True) * (2.0 ** (-lift))
-            store_gate_gradient(
-                gv_ptr, rv_ptr, dgv_ptr, drv_ptr, t, inside, valid, gv_step, rv_step, H * V, vi, V, dgv, VALUE
-            )
-        dk += dk_end
-        dv += dv_end
-        if SAFE_EXP:
-            dk *= key_features(load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf")), m)
-        store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
-        store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))
+            rest(
+                q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
+                dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
+                t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, U, begin, h, scale, H,
+                q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, PRECISION, False,
+            )  # fmt: skip

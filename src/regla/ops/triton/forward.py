@@ -85,22 +85,25 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
 
 
 @triton.jit
-def load_chunk(
-    k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before,
-    k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+def load_gates(
+    gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before, gk_step, rk_step, gv_step, rv_step,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
 ):  # fmt: skip
-    """(key features, values, decays of the keys, of the values) of a chunk whose stabiliser is known."""
+    """The decays of the keys and of the values in a chunk whose stabiliser is known."""
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
     gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
     gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
     if SAFE_EXP:
-        k = key_features(k, m)
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-    return k, v, gk, gv
+    return gk, gv
+
+
+@triton.jit
+def load_keys(k_ptr, t, valid, m, k_step, K: tl.constexpr, BK: tl.constexpr, SAFE_EXP: tl.constexpr):
+    """The key features of a chunk whose stabiliser is known."""
+    k = load_tile(k_ptr, t, valid, k_step, tl.arange(0, BK), K, float("-inf") if SAFE_EXP else 0.0)
+    return key_features(k, m) if SAFE_EXP else k
 
 
 @triton.jit
@@ -261,9 +264,11 @@ def forward_kernel(
         if STORE:
             tl.store(states_ptr + (slot * H + h) * K * V + state_at, S, mask=state_mask)
         if ONE_PATH or more:
-            k, v, gk, gv = load_chunk(
-                k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before,
-                k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+            k = load_keys(k_ptr, t, valid, m, k_step, K, BK, SAFE_EXP)
+            v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
+            gk, gv = load_gates(
+                gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before, gk_step, rk_step, gv_step, rv_step,
+                K, V, BK, BV, KEY, VALUE, SAFE_EXP,
             )  # fmt: skip
             read(
                 q_ptr, o_ptr, lower_ptr, t, inside, valid, kd, x, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H,
