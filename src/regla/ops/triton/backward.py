@@ -70,12 +70,12 @@ def load_queries(
 def rest(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
-    t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, U, begin, h, scale, H,
+    t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, worth_k, worth_v, Ud, begin, h, scale, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Everything but the gradient of the state before the chunk, from U, that of the state after it.
+    """Everything but the gradient of the state before the chunk, from Ud, that of the state after it.
 
     PIECES: whether a channel has several.
     """
@@ -94,26 +94,20 @@ def rest(
             K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
     S = tl.load(state_ptr + ki[:, None] * V + vi[None, :], mask=(ki < K)[:, None] & (vi < V)[None, :], other=0.0)
-    worth = S.to(tl.float32) * U  # of the state's decay
-    if KEYED:
-        worth *= exp2(total_k)[:, None]
-    if VALUED:
-        worth *= exp2(total_v)[None, :]
     k = load_keys(k_ptr, t, valid, m, k_step, K, BK, SAFE_EXP)
     v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
     k_end, v_end, kd, x = k, v, k, v
     if KEYED:
-        worth_k = tl.sum(worth, 1)
         k_end *= to_the_end(gk, rows, Bk, total_k, PIECES)
         kd *= first_weight(Bk, PIECES)
     if VALUED:
-        worth_v = tl.sum(worth, 0)
         v_end *= to_the_end(gv, rows, Bv, total_v, PIECES)
         x *= first_weight(Bv, PIECES)
     k_end, v_end, kd, x = k_end.to(dtype), v_end.to(dtype), kd.to(dtype), x.to(dtype)
+    tl.debug_barrier()  # keeps loads of what follows out of what precedes: registers are scarce
     # Through the outputs.
-    dkd = tl.zeros([C, BK], tl.float32)
-    dx = tl.zeros([C, BV], tl.float32)
+    dkd = tl.zeros([BK, C], tl.float32)
+    dx = tl.zeros([BV, C], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
     dBv = tl.zeros([C, BV], tl.float32)
     if PIECES:  # of all but the first
@@ -133,11 +127,11 @@ def rest(
                 P += tl.where(causal, P2, 0.0)
         Pd = P.to(dtype)
         dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
-        dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
+        dx = tl.dot(tl.trans(d), Pd, dx, input_precision=PRECISION)
         if VALUED:
-            out = tl.dot(qd, S, input_precision=PRECISION)
-            out = tl.dot(Pd, x, out, input_precision=PRECISION)
-            dBv += out * d.to(tl.float32)
+            out = tl.dot(tl.trans(S), tl.trans(qd), input_precision=PRECISION)
+            out = tl.dot(tl.trans(x), tl.trans(Pd), out, input_precision=PRECISION)
+            dBv += tl.trans(out) * d.to(tl.float32)
             if PIECES:
                 start = end_of_first(Bv)
                 while tl.min(start, 0) < C:
@@ -150,9 +144,9 @@ def rest(
                     read = tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32)
                     dBv += read - x2.to(tl.float32) * dx2
         dPd = tl.where(causal, dP, 0.0).to(dtype)
-        dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
-        dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
-        dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
+        dq = tl.dot(S, tl.trans(d), input_precision=PRECISION)
+        dq = tl.trans(tl.dot(tl.trans(kd), tl.trans(dPd), dq, input_precision=PRECISION))
+        dkd = tl.dot(tl.trans(qd), dPd, dkd, input_precision=PRECISION)
         if KEYED:
             dBk += qd.to(tl.float32) * dq
             dq *= exp2(Bk + CENTRE)
@@ -170,10 +164,11 @@ def rest(
         if SAFE_EXP:
             dq *= q
         store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * (2.0 ** (-lift)))
+    tl.debug_barrier()
+    dkd, dx = tl.trans(dkd), tl.trans(dx)
     # Through the state after the chunk.
-    Ud = U.to(dtype)
-    dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
-    dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
+    dk_end = tl.trans(tl.dot(Ud, tl.trans(v_end), input_precision=PRECISION))
+    dv_end = tl.trans(tl.dot(tl.trans(Ud), tl.trans(k_end), input_precision=PRECISION))
     if KEYED:
         written = k_end.to(tl.float32) * dk_end
         dBk += tl.where(is_last, (worth_k + tl.sum(written, 0))[None, :], 0.0) - written - kd.to(tl.float32) * dkd
@@ -299,11 +294,15 @@ def backward_kernel(
         else:
             tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
         state_ptr = states_ptr + (slot * H + h) * K * V
+        worth = tl.load(state_ptr + state_at, mask=state_mask, other=0.0).to(tl.float32) * kept  # of the state's decay
+        worth_k, worth_v = tl.sum(worth, 1), tl.sum(worth, 0)
+        Ud = U.to(dtype)
+        tl.debug_barrier()
         if ONE_PATH or more:
             rest(
                 q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
-                t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, U, begin, h, scale, H,
+                t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, worth_k, worth_v, Ud, begin, h, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, PRECISION, True,
             )  # fmt: skip
@@ -311,7 +310,7 @@ def backward_kernel(
             rest(
                 q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
-                t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, U, begin, h, scale, H,
+                t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, worth_k, worth_v, Ud, begin, h, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, PRECISION, False,
             )  # fmt: skip

@@ -38,7 +38,7 @@ def forward(
             scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep, **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
-            maxnreg=168 if _is_small(k, v) else None,  # three programs of four warps on a multiprocessor
+            **_warps(k, v, backward=False),
         )  # fmt: skip
     return filled
 
@@ -88,6 +88,7 @@ def backward(
             scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, D_FINAL=d_final is not None, **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
+            **_warps(k, v, backward=True),
         )  # fmt: skip
     return grads
 
@@ -147,9 +148,11 @@ def _chunk(k: Tensor, v: Tensor) -> int:
     return 16 if v.dtype == torch.float32 and max(k.shape[-1], v.shape[-1]) > 64 else 32
 
 
-def _is_small(k: Tensor, v: Tensor) -> bool:
-    """Whether four warps hold the tiles of a chunk and a state."""
-    return v.dtype != torch.float32 and max(k.shape[-1], v.shape[-1]) <= 64
+def _warps(k: Tensor, v: Tensor, *, backward: bool) -> dict[str, int | None]:
+    """Warps of a program, and registers of a thread: as few as let several programs share a multiprocessor."""
+    if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64:
+        return {"num_warps": 8}
+    return {"num_warps": 4, "maxnreg": None if backward else 168}
 
 
 def _common(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str, Any]:
@@ -167,7 +170,6 @@ def _common(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str,
         "VALUE": gate_kind(gv, rv),
         "PRECISION": "tf32x3" if v.dtype == torch.float32 else "tf32",  # of float32 products: 3e-7, not 3e-4
         "ONE_PATH": v.dtype == torch.float32,  # shared memory holds the operands of one path
-        "num_warps": 4 if _is_small(k, v) else 8,
         "num_stages": 1,
     }
 
