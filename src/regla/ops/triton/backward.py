@@ -23,15 +23,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.forward import load_gates, load_keys, place, query_features
+from regla.ops.triton.forward import place, query_features, relative_decays
 from regla.ops.triton.tiles import (
     CENTRE,
+    LIFT_BITS,
     LOG2E,
     NO_KEY,
     cumulative,
     end_of_first,
     exp2,
-    first_weight,
+    first_piece,
+    load_decay,
     load_tile,
     next_piece,
     publish,
@@ -43,81 +45,45 @@ from regla.ops.triton.tiles import (
 
 
 @triton.jit
-def load_queries(
-    q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Bk, Bv, begin, h, scale, H, q_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """(query features, gradients of the outputs, the operands q E and d) of query head j of the group."""
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-    do = load_tile(do_ptr + j * V, t, valid, H * G * V, vi, V, 0.0)
-    if SAFE_EXP:
-        q = query_features(q)
-        factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-        do *= (factor * (scale * 2.0**24))[:, None]
-    else:
-        do *= scale
-    qd, d = q, do
-    if KEYED:
-        qd *= exp2(Bk + CENTRE)
-    if VALUED:
-        d *= exp2(Bv + CENTRE)
-    return q, do, qd.to(dtype), d.to(dtype)
-
-
-@triton.jit
-def rest(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
-    t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, worth_k, worth_v, Ud, begin, h, scale, H,
-    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+def within(
+    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Everything but the gradient of the state before the chunk, from Ud, that of the state after it.
+    """What the outputs of a chunk give: dq, written; the gradients of the state S before it, of k, v, Bk and Bv.
 
     PIECES: whether a channel has several.
     """
-    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
-    VALUED: tl.constexpr = VALUE != "none"
-    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    is_last = (rows == C - 1)[:, None]
     causal = rows[:, None] >= rows[None, :]
-    dtype = v_ptr.dtype.element_ty
-    gk, gv = Bk, Bv
-    if PIECES:
-        gk, gv = load_gates(
-            gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before, gk_step, rk_step, gv_step, rv_step,
-            K, V, BK, BV, KEY, VALUE, SAFE_EXP,
-        )  # fmt: skip
-    S = tl.load(state_ptr + ki[:, None] * V + vi[None, :], mask=(ki < K)[:, None] & (vi < V)[None, :], other=0.0)
-    k = load_keys(k_ptr, t, valid, m, k_step, K, BK, SAFE_EXP)
-    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
-    k_end, v_end, kd, x = k, v, k, v
+    dtype = S.dtype
+    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+    kd, x = k.to(dtype), v.to(dtype)
     if KEYED:
-        k_end *= to_the_end(gk, rows, Bk, total_k, PIECES)
-        kd *= first_weight(Bk, PIECES)
+        Ek, Wk = first_piece(Bk, PIECES)
+        kd = (k * Wk).to(dtype)
     if VALUED:
-        v_end *= to_the_end(gv, rows, Bv, total_v, PIECES)
-        x *= first_weight(Bv, PIECES)
-    k_end, v_end, kd, x = k_end.to(dtype), v_end.to(dtype), kd.to(dtype), x.to(dtype)
-    tl.debug_barrier()  # keeps loads of what follows out of what precedes: registers are scarce
-    # Through the outputs.
-    dkd = tl.zeros([BK, C], tl.float32)
-    dx = tl.zeros([BV, C], tl.float32)
+        Ev, Wv = first_piece(Bv, PIECES)
+        x = (v * Wv).to(dtype)
+    dkd = tl.zeros([C, BK], tl.float32)
+    dx = tl.zeros([C, BV], tl.float32)
+    dS = tl.zeros([BK, BV], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
     dBv = tl.zeros([C, BV], tl.float32)
     if PIECES:  # of all but the first
         dk = tl.zeros([C, BK], tl.float32)
         dv = tl.zeros([C, BV], tl.float32)
     for j in range(G):
-        q, do, qd, d = load_queries(
-            q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Bk, Bv, begin, h, scale, H, q_step,
-            G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, dtype,
-        )  # fmt: skip
+        q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
+        if SAFE_EXP:
+            q = query_features(q)
+        do = load_tile(do_ptr + j * V, t, valid, H * G * V, vi, V, 0.0) * scale
+        if SAFE_EXP:
+            factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
+            do *= (factor * 2.0**24)[:, None]
+        qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
+        d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
         P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
         if KEYED and PIECES:
             start = end_of_first(Bk)
@@ -127,11 +93,11 @@ def rest(
                 P += tl.where(causal, P2, 0.0)
         Pd = P.to(dtype)
         dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
-        dx = tl.dot(tl.trans(d), Pd, dx, input_precision=PRECISION)
+        dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
         if VALUED:
-            out = tl.dot(tl.trans(S), tl.trans(qd), input_precision=PRECISION)
-            out = tl.dot(tl.trans(x), tl.trans(Pd), out, input_precision=PRECISION)
-            dBv += tl.trans(out) * d.to(tl.float32)
+            out = tl.dot(qd, S, input_precision=PRECISION)
+            out = tl.dot(Pd, x, out, input_precision=PRECISION)
+            dBv += out * d.to(tl.float32)
             if PIECES:
                 start = end_of_first(Bv)
                 while tl.min(start, 0) < C:
@@ -144,12 +110,13 @@ def rest(
                     read = tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32)
                     dBv += read - x2.to(tl.float32) * dx2
         dPd = tl.where(causal, dP, 0.0).to(dtype)
-        dq = tl.dot(S, tl.trans(d), input_precision=PRECISION)
-        dq = tl.trans(tl.dot(tl.trans(kd), tl.trans(dPd), dq, input_precision=PRECISION))
-        dkd = tl.dot(tl.trans(qd), dPd, dkd, input_precision=PRECISION)
+        dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
+        dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
+        dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
+        dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
         if KEYED:
             dBk += qd.to(tl.float32) * dq
-            dq *= exp2(Bk + CENTRE)
+            dq *= Ek
             if PIECES:
                 start = end_of_first(Bk)
                 while tl.min(start, 0) < C:
@@ -164,38 +131,16 @@ def rest(
         if SAFE_EXP:
             dq *= q
         store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * (2.0 ** (-lift)))
-    tl.debug_barrier()
-    dkd, dx = tl.trans(dkd), tl.trans(dx)
-    # Through the state after the chunk.
-    dk_end = tl.trans(tl.dot(Ud, tl.trans(v_end), input_precision=PRECISION))
-    dv_end = tl.trans(tl.dot(tl.trans(Ud), tl.trans(k_end), input_precision=PRECISION))
     if KEYED:
-        written = k_end.to(tl.float32) * dk_end
-        dBk += tl.where(is_last, (worth_k + tl.sum(written, 0))[None, :], 0.0) - written - kd.to(tl.float32) * dkd
-        dk_end *= to_the_end(gk, rows, Bk, total_k, PIECES)
-        dkd *= first_weight(Bk, PIECES)
-        dgk = tl.cumsum(dBk, 0, reverse=True) * (2.0 ** (-lift))
-        store_gate_gradient(
-            gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
-        )
+        dBk -= kd.to(tl.float32) * dkd
+        dkd *= Wk
     if VALUED:
-        written = v_end.to(tl.float32) * dv_end
-        dBv += tl.where(is_last, (worth_v + tl.sum(written, 0))[None, :], 0.0) - written - x.to(tl.float32) * dx
-        dv_end *= to_the_end(gv, rows, Bv, total_v, PIECES)
-        dx *= first_weight(Bv, PIECES)
-        dgv = tl.cumsum(dBv, 0, reverse=True) * (2.0 ** (-lift))
-        store_gate_gradient(
-            gv_ptr, rv_ptr, dgv_ptr, drv_ptr, t, inside, valid, gv_step, rv_step, H * V, vi, V, dgv, VALUE
-        )
-    dkd += dk_end
-    dx += dv_end
+        dBv -= x.to(tl.float32) * dx
+        dx *= Wv
     if PIECES:
         dkd += dk
         dx += dv
-    if SAFE_EXP:
-        dkd *= load_keys(k_ptr, t, valid, m, k_step, K, BK, SAFE_EXP)
-    store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dkd * (2.0 ** (-lift)), 0.0))
-    store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dx * (2.0 ** (-lift)), 0.0))
+    return dS, dkd, dx, dBk, dBv
 
 
 @triton.jit
@@ -222,6 +167,7 @@ def backward_kernel(
         dtype = v_ptr.dtype.element_ty
         state_at = ki[:, None] * V + vi[None, :]
         state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+        is_last = (rows == C - 1)[:, None]
         here = head.to(tl.int64) * K * V + state_at
         before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP and INITIAL:
@@ -250,31 +196,37 @@ def backward_kernel(
         valid = inside
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-        m, m_before = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+        k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
+        v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
+        S = tl.load(states_ptr + (slot * H + h) * K * V + state_at, mask=state_mask, other=0.0)
+        gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+        gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
         if SAFE_EXP:
             m_ptr += begin * H + h
             m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
             earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)
             m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
-        Bk, Bv = load_gates(
-            gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before, gk_step, rk_step, gv_step, rv_step,
-            K, V, BK, BV, KEY, VALUE, SAFE_EXP,
-        )  # fmt: skip
-        total_k, total_v = tl.zeros([BK], tl.float32), tl.zeros([BV], tl.float32)
-        more = False
+            k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
+            gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+        Bk, Bv = gk, gv
+        more, more_k, more_v = False, False, False
         if KEYED:
-            Bk, total_k, more = cumulative(Bk)
+            Bk, total_k, more_k = cumulative(gk)
+            more |= more_k
         if VALUED:
-            Bv, total_v, more_v = cumulative(Bv)
+            Bv, total_v, more_v = cumulative(gv)
             more |= more_v
-        # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
-        dS = tl.zeros([BK, BV], tl.float32)
-        for j in range(G):
-            _q, _do, qd, d = load_queries(
-                q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Bk, Bv, begin, h, scale, H, q_step,
-                G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, dtype,
+        if ONE_PATH or more:
+            dS, dk, dv, dBk, dBv = within(
+                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, True,
             )  # fmt: skip
-            dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
+        else:
+            dS, dk, dv, dBk, dBv = within(
+                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, False,
+            )  # fmt: skip
+        # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
         U = tl.zeros([BK, BV], tl.float32)
         passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
         if i + 1 < count:
@@ -293,24 +245,37 @@ def backward_kernel(
             publish(flags_ptr + head, count - i)
         else:
             tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
-        state_ptr = states_ptr + (slot * H + h) * K * V
-        worth = tl.load(state_ptr + state_at, mask=state_mask, other=0.0).to(tl.float32) * kept  # of the state's decay
-        worth_k, worth_v = tl.sum(worth, 1), tl.sum(worth, 0)
+        worth = S.to(tl.float32) * kept  # of the state's decay
         Ud = U.to(dtype)
-        tl.debug_barrier()
-        if ONE_PATH or more:
-            rest(
-                q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
-                dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
-                t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, worth_k, worth_v, Ud, begin, h, scale, H,
-                q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, PRECISION, True,
-            )  # fmt: skip
-        else:
-            rest(
-                q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, lower_ptr, state_ptr, do_ptr,
-                dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr,
-                t, inside, valid, m, m_before, Bk, Bv, total_k, total_v, worth_k, worth_v, Ud, begin, h, scale, H,
-                q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, PRECISION, False,
-            )  # fmt: skip
+        k_end, v_end = k, v
+        if KEYED:
+            to_end_k = to_the_end(gk, rows, Bk, total_k, more_k)
+            k_end *= to_end_k
+        if VALUED:
+            to_end_v = to_the_end(gv, rows, Bv, total_v, more_v)
+            v_end *= to_end_v
+        k_end, v_end = k_end.to(dtype), v_end.to(dtype)
+        dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
+        dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
+        if KEYED:
+            written = k_end.to(tl.float32) * dk_end
+            dBk += tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
+            dk_end *= to_end_k
+            dgk = tl.cumsum(dBk, 0, reverse=True) * (2.0 ** (-lift))
+            store_gate_gradient(
+                gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
+            )
+        if VALUED:
+            written = v_end.to(tl.float32) * dv_end
+            dBv += tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
+            dv_end *= to_end_v
+            dgv = tl.cumsum(dBv, 0, reverse=True) * (2.0 ** (-lift))
+            store_gate_gradient(
+                gv_ptr, rv_ptr, dgv_ptr, drv_ptr, t, inside, valid, gv_step, rv_step, H * V, vi, V, dgv, VALUE
+            )
+        dk += dk_end
+        dv += dv_end
+        if SAFE_EXP:
+            dk *= k
+        store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
+        store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))

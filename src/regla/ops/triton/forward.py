@@ -22,7 +22,7 @@ from regla.ops.triton.tiles import (
     cumulative,
     end_of_first,
     exp2,
-    first_weight,
+    first_piece,
     load_decay,
     load_tile,
     next_piece,
@@ -63,12 +63,6 @@ def query_features(q):
 
 
 @triton.jit
-def key_features(k, m):
-    """2^(48 + log2e k - m) [C, K]; 0 for padding, where k is -inf."""
-    return exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
-
-
-@triton.jit
 def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr):
     """The decays of both axes in units of the stabiliser: each at most 0 by itself, their sum as it was plus
     m_{t-1} - m_t. With both axes the key axis' are relative to its slowest channel."""
@@ -85,45 +79,29 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
 
 
 @triton.jit
-def load_gates(
-    gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before, gk_step, rk_step, gv_step, rv_step,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
-):  # fmt: skip
-    """The decays of the keys and of the values in a chunk whose stabiliser is known."""
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-    gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
-    if SAFE_EXP:
-        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-    return gk, gv
-
-
-@triton.jit
-def load_keys(k_ptr, t, valid, m, k_step, K: tl.constexpr, BK: tl.constexpr, SAFE_EXP: tl.constexpr):
-    """The key features of a chunk whose stabiliser is known."""
-    k = load_tile(k_ptr, t, valid, k_step, tl.arange(0, BK), K, float("-inf") if SAFE_EXP else 0.0)
-    return key_features(k, m) if SAFE_EXP else k
-
-
-@triton.jit
 def read(
-    q_ptr, o_ptr, lower_ptr, t, inside, valid, kd, x, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+    q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr,
     PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of a chunk, from its operands k W and v W and the state S before it. PIECES: whether a channel has
-    several; only then k, v and the decays are read."""
+    """The outputs of a chunk, from its tokens and the state S before it. PIECES: whether a channel has several."""
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     causal = rows[:, None] >= rows[None, :]
     dtype = S.dtype
+    kd, x = k.to(dtype), v.to(dtype)
+    if KEYED:
+        Ek, Wk = first_piece(Bk, PIECES)
+        kd = (k * Wk).to(dtype)
+    if VALUED:
+        Ev, Wv = first_piece(Bv, PIECES)
+        x = (v * Wv).to(dtype)
     for j in range(G):
         q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
         if SAFE_EXP:
             q = query_features(q)
-        qd = (q * exp2(Bk + CENTRE)).to(dtype) if KEYED else q.to(dtype)
+        qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
         P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
         if KEYED and PIECES:
             start = end_of_first(Bk)
@@ -135,7 +113,7 @@ def read(
         out = tl.dot(qd, S, input_precision=PRECISION)
         out = tl.dot(Pd, x, out, input_precision=PRECISION)
         if VALUED:
-            out *= exp2(Bv + CENTRE)
+            out *= Ev
             if PIECES:
                 start = end_of_first(Bv)
                 while tl.min(start, 0) < C:
@@ -198,7 +176,6 @@ def forward_kernel(
         gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
         gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
         flag_ptr = flags_ptr + head * 2
-        m, m_before = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         if SAFE_EXP:
             step = tl.zeros([C], tl.float32)
             if DECAYING:
@@ -222,22 +199,19 @@ def forward_kernel(
                 publish(flag_ptr + 1, i + 1)
             else:
                 tl.store(last_ptr + head, tl.where(after < -1e29, NO_KEY, after * LN2))
-            k = key_features(k, m)
+            k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
-        Bk, Bv, k_end, v_end, kd, x = gk, gv, k, v, k, v
+        Bk, Bv, k_end, v_end = gk, gv, k, v
         more = False
         if KEYED:
             Bk, total_k, more = cumulative(gk)
             k_end *= to_the_end(gk, rows, Bk, total_k, more)
-            kd *= first_weight(Bk, True)
         if VALUED:
             Bv, total_v, more_v = cumulative(gv)
             more |= more_v
             v_end *= to_the_end(gv, rows, Bv, total_v, more_v)
-            x *= first_weight(Bv, True)
-        kd, x = kd.to(dtype), x.to(dtype)
         written = tl.dot(tl.trans(k_end.to(dtype)), v_end.to(dtype), input_precision=PRECISION)
         # The state before the chunk, and at once the one after it for the next.
         S = tl.zeros([BK, BV], tl.float32)
@@ -260,22 +234,16 @@ def forward_kernel(
         else:
             at = final_ptr + head.to(tl.int64) * K * V + state_at
             tl.store(at, written * tl.exp2(centre), mask=state_mask)
-        S = S.to(dtype)
+        Sd = S.to(dtype)
         if STORE:
-            tl.store(states_ptr + (slot * H + h) * K * V + state_at, S, mask=state_mask)
+            tl.store(states_ptr + (slot * H + h) * K * V + state_at, Sd, mask=state_mask)
         if ONE_PATH or more:
-            k = load_keys(k_ptr, t, valid, m, k_step, K, BK, SAFE_EXP)
-            v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
-            gk, gv = load_gates(
-                gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, m, m_before, gk_step, rk_step, gv_step, rv_step,
-                K, V, BK, BV, KEY, VALUE, SAFE_EXP,
-            )  # fmt: skip
             read(
-                q_ptr, o_ptr, lower_ptr, t, inside, valid, kd, x, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H,
-                q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, True,
+                q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, Sd, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, True,
             )  # fmt: skip
         else:
             read(
-                q_ptr, o_ptr, lower_ptr, t, inside, valid, kd, x, kd, x, Bk, Bv, Bk, Bv, S, begin, h, scale, H,
-                q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, False,
+                q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, Sd, begin, h, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, False,
             )  # fmt: skip

@@ -88,7 +88,7 @@ def backward(
             scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, D_FINAL=d_final is not None, **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
-            **_warps(k, v, backward=True),
+            **_warps(k, v, backward=True, both=gk is not None and gv is not None),
         )  # fmt: skip
     return grads
 
@@ -148,9 +148,12 @@ def _chunk(k: Tensor, v: Tensor) -> int:
     return 16 if v.dtype == torch.float32 and max(k.shape[-1], v.shape[-1]) > 64 else 32
 
 
-def _warps(k: Tensor, v: Tensor, *, backward: bool) -> dict[str, int | None]:
-    """Warps of a program, and registers of a thread: as few as let several programs share a multiprocessor."""
-    if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64:
+def _warps(k: Tensor, v: Tensor, *, backward: bool, both: bool = False) -> dict[str, int | None]:
+    """Warps of a program, and registers of a thread: as few as let several programs share a multiprocessor.
+
+    both: whether both axes decay. By measurement, see docs/kernels.md.
+    """
+    if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64 or (backward and both):
         return {"num_warps": 8}
     return {"num_warps": 4, "maxnreg": None if backward else 168}
 

@@ -171,12 +171,13 @@ def cumulative(g):
 
 
 @triton.jit
-def first_weight(B, PIECES: tl.constexpr):
-    """W of the piece that starts with the chunk; without PIECES it is the whole chunk."""
+def first_piece(B, PIECES: tl.constexpr):
+    """(E, W) of the piece that starts with the chunk; without PIECES it is the whole chunk."""
+    E = exp2(B + CENTRE)
     W = exp2(-B - CENTRE)
     if PIECES:
         W = tl.where(B >= -RANGE, W, 0.0)
-    return W
+    return E, W
 
 
 @triton.jit
