@@ -133,7 +133,7 @@ BENCH = """\
 Measure speed and memory. Every measurement is printed and appended to --out FILE.jsonl as one row with its quantiles,
 the hardware, the versions and the commit as soon as it is there; what it is compared with is measured in the same run.
 
-  ops     forward and backward of the operations: backends, softmax flash attention, fla's chunk_gla where installed
+  ops     forward and backward of the operations: backends, PyTorch's softmax attention, fla's chunk_gla where installed
   decode  tokens/s of `generate` behind contexts of 1k to 64k: a 162M-parameter model against softmax of equal size
   train   tokens/s of training such models at lengths of 2k to 32k: ReGLA, softmax, and no mixer at all
   cpu     what the CPU path promises: chunked form against the recurrence, cost of a token, memory of a forward pass
@@ -151,7 +151,7 @@ BENCH_OPS = """\
 Time the operations at the shapes that matter and over lengths of 512 to 32768 at a fixed number of tokens, forward and
 forward+backward, and single steps of decoding. `of floor` is the share of the speed that the memory allows: each input
 read once, each output written once, at the rate of a plain copy; `extra memory` is beyond inputs, outputs and
-gradients; `x sdpa` and `x fla` say how many times as fast as softmax flash attention and fla's chunk_gla.
+gradients; `x sdpa` and `x fla` say how many times as fast as PyTorch's softmax attention and fla's chunk_gla.
 
 A case is called OPERATION/AXIS/BACKEND/SHAPE/DIRECTION:
   regla_attention/value/triton/B8-T2048-H12-64x64/forward+backward
