@@ -173,13 +173,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
     keep = parser.add_argument_group("checkpoints and log")
     add(keep, "--save-every", int, "steps between checkpoints (default: a tenth of the run, but at least 50)")
-    keep.add_argument(
-        "--resume",
-        nargs="?",
-        const=RESUME[0],
-        choices=RESUME,
-        help="go on in --out from its latest checkpoint, or the previous one, should that be damaged",
-    )
+    _resume_argument(keep)
     add(keep, "--eval-every", int, "steps between validations in the log (default: at the end alone)")
     add(keep, "--eval-context", int, "at the end, score by position, too, in windows of N tokens (default: do not)")
     keep.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
@@ -278,6 +272,8 @@ def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
     add(run, "--lr", float, "peak learning rate of the new layers; all else learns at a tenth (default: 1e-3)")
     add(run, "--seed", int, "of new weights and crops (default: 0)")
     run.add_argument("--compile", action="store_true", help="torch.compile the distillation")
+    add(run, "--save-every", int, "steps between checkpoints (default: a tenth of a stage, but at least 50)")
+    _resume_argument(run)
     _where_arguments(run)
 
 
@@ -287,6 +283,16 @@ def _text_field_argument(group: Any) -> None:
         default=_DEFAULTS["text_field"],
         metavar="NAME",
         help="of the text in .jsonl, .parquet and data sets (default: %(default)s)",
+    )
+
+
+def _resume_argument(group: Any) -> None:
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const=RESUME[0],
+        choices=RESUME,
+        help="go on in --out from its latest checkpoint, or the previous one, should that be damaged",
     )
 
 

@@ -108,7 +108,8 @@ examples:
   regla linearize models/llama --out runs/all-linear --keep none --steps 1000
   regla linearize models/llama --out runs/plan --steps 1000 --dry-run
 
-Ctrl-C ends the training after the current step and saves the model as it is then (exit code 130).
+Ctrl-C ends the training after the current step and saves the model as it is then (exit code 130). After that, or after
+a crash, the same command with --resume goes on from the last checkpoint.
 """
 
 STUDY = """\

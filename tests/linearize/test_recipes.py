@@ -10,10 +10,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from regla.cli import main
 from regla.train.config import TrainConfig
+from regla.train.log import TrainingLog, read_log
 from regla.train.loop import Progress, optimise
 from regla.train.recipes import LinearizeConfig, linearize
 from regla.train.tokenizer import train_tokenizer
@@ -159,6 +161,70 @@ def test_interrupt_saves_the_model(folder, tmp_path):
     summary = json.loads((out / "linearize.json").read_text())
     assert summary["stages"]["attention transfer"]["steps"] >= 1 and "trained" not in summary["scores"]
     AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    out = folder / "undisturbed"
+    assert main(command(folder, out, *SHORT)) == 0
+    return out
+
+
+SHORT = ("--steps", "12", "--transfer-steps", "5", "--save-every", "2")
+
+
+@pytest.mark.parametrize("stopped_at", [1, 4, 5, 8, 11])
+def test_resume_ends_in_the_same_model(stopped_at, folder, undisturbed, tmp_path, monkeypatch, capsys):
+    """Killed at any step, in any stage: no checkpoint but what was saved on the way."""
+    out = tmp_path / "out"
+    write = TrainingLog.__call__
+
+    def killed(log, record):
+        write(log, record)
+        if record["step"] == stopped_at:
+            raise SystemExit(9)  # no signal that would save anything more
+
+    monkeypatch.setattr(TrainingLog, "__call__", killed)
+    with pytest.raises(SystemExit):
+        main(command(folder, out, *SHORT))
+    monkeypatch.undo()
+    assert "trained" not in json.loads((out / "linearize.json").read_text())["scores"]
+    assert main(command(folder, out, *SHORT, "--resume")) == 0
+    assert ("goes on from" in capsys.readouterr().out) == (stopped_at > 2)
+    ours, theirs = (load_file(place / "model.safetensors") for place in (out, undisturbed))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [record["step"] for record in read_log(out)] == list(range(1, 13))
+    stages, expected = (json.loads((place / "linearize.json").read_text())["stages"] for place in (out, undisturbed))
+    for name, stage in stages.items():
+        assert stage["first_loss"] == expected[name]["first_loss"] and stage["last_loss"] == expected[name]["last_loss"]
+    assert not list(out.glob("stage-*"))
+
+
+def test_resume_says_what_it_cannot_do(folder, undisturbed, tmp_path, capsys):
+    assert main(command(folder, undisturbed, *SHORT, "--resume")) == 2
+    assert f"The conversion in {undisturbed} is finished; there is nothing to resume." in capsys.readouterr().err
+    assert main(command(folder, folder, *SHORT, "--resume")) == 2
+    assert f"{folder} holds no conversion to resume" in capsys.readouterr().err
+
+
+def test_interrupted_and_resumed_with_other_options(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    write = TrainingLog.__call__
+
+    def interrupted(log, record):
+        write(log, record)
+        if record["step"] == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingLog, "__call__", interrupted)
+    assert main(command(folder, out, *SHORT)) == 143
+    monkeypatch.undo()
+    assert "--resume goes on from the last checkpoint" in capsys.readouterr().out
+    assert main(command(folder, out, *SHORT)) == 2
+    assert f"{out} is not empty; give --out a new folder, or --resume to go on with its" in capsys.readouterr().err
+    assert main(command(folder, out, *SHORT, "--resume", "--lr", "0.5")) == 2
+    assert "is of a run with --lr 0.001, but this one has --lr 0.5" in capsys.readouterr().err
+    assert main(command(folder, out, *SHORT, "--resume", "previous")) == 0
 
 
 def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):

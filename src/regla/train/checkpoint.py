@@ -41,12 +41,16 @@ class Checkpoints:
     """The checkpoints of the run in folder `out`.
 
     settings: what the weights depend on, by the name of its option; JSON types. A checkpoint of other settings is
-    refused. resume: None (a new run), "latest", or "previous" to the newest.
+    refused. resume: None (a new run), "latest", or "previous" to the newest. completed: whether the run that has made
+    its last step leaves a checkpoint, too, for another that follows.
 
     Raises ValueError where the checkpoint to resume from is of other settings, corrupt or, for "previous", absent.
     """
 
-    def __init__(self, out: str | Path, settings: Mapping[str, Any], *, resume: str | None = None) -> None:
+    def __init__(
+        self, out: str | Path, settings: Mapping[str, Any], *, resume: str | None = None, completed: bool = False
+    ) -> None:
+        self.completed = completed
         self.folder = Path(out) / FOLDER
         self.settings = json.loads(json.dumps(settings))
         self._resumed: Path | None = None

@@ -54,6 +54,11 @@ class TrainingLog:
             self._tensorboard.close()
 
 
+def read_log(out: str | Path) -> list[dict[str, Any]]:
+    """The records in `out`, oldest first."""
+    return [json.loads(line) for line in _whole_lines(Path(out) / FILE)]
+
+
 def check_tensorboard() -> None:
     """Raise ValueError unless the package `tensorboard` is installed."""
     if find_spec("tensorboard") is None:

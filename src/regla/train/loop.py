@@ -210,7 +210,8 @@ def optimise(
             unread.append(step_loss)
             complete = progress.steps == steps
             last = complete or stop()
-            save = checkpoints is not None and not complete and (last or progress.steps % config.save_steps == 0)
+            due = checkpoints is not None and (checkpoints.completed or not complete)
+            save = due and (last or progress.steps % config.save_steps == 0)
             score = evaluate is not None and config.eval_every is not None and progress.steps % config.eval_every == 0
             if last or save or score or device.type == "cpu" or progress.steps % _READ_EVERY == 0:
                 progress.read(unread, started)

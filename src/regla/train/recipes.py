@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -24,11 +26,13 @@ from regla.linearize.losses import distillation_loss, transfer_loss
 from regla.linearize.transfer import check_transfer, linear_layers
 from regla.models.folders import check_new, new_folder
 from regla.train.card import model_card
+from regla.train.checkpoint import FOLDER as CHECKPOINTS
+from regla.train.checkpoint import Checkpoints, found_in
 from regla.train.config import TrainConfig
 from regla.train.data import HELD_OUT, Encoded, Source, encode_source, end_of_text_id, read_source
 from regla.train.device import autocast, pick_device
 from regla.train.embedded import embedded_text
-from regla.train.log import TrainingLog
+from regla.train.log import TrainingLog, read_log
 from regla.train.loop import Group, Loss, Progress, crops, optimise
 from regla.train.regions import compiled_blocks
 from regla.train.signals import Interrupted, Signals
@@ -41,6 +45,9 @@ if TYPE_CHECKING:
 SUMMARY = "linearize.json"
 CALIBRATION_LENGTH = 512
 TRANSFER_SHARE = 1 / 3  # of the steps go to attention transfer, unless told otherwise
+_WITHOUT_EFFECT = {  # options that do not change what a step computes; the data count by their tokens
+    *("model", "out", "data", "valid", "valid_tokens", "device", "compile", "dry_run", "save_every", "resume"),
+}
 REST_LR = 0.1  # learning rate of everything but the mixers, in relation to theirs
 
 
@@ -51,7 +58,7 @@ class LinearizeConfig:
     model: str
     """A name on the Hugging Face hub, a folder or a .gguf file."""
     out: str
-    """Folder for the converted model; must be new or empty."""
+    """Folder for the converted model; must be new or empty, unless `resume`."""
     keep: str = "every-2"
     """Layers that keep softmax attention, see `regla.linearize.layer_types`."""
     gate_bias: float = GATE_BIAS
@@ -77,10 +84,15 @@ class LinearizeConfig:
     """Of matrix products in training and scoring; weights, states and losses stay float32."""
     compile: bool = False
     dry_run: bool = False
+    save_every: int | None = None
+    """Steps between checkpoints; None: a tenth of a stage, but at least 50."""
+    resume: str | None = None
+    """Go on in `out`, from the newest checkpoint of its stage (`latest`) or the one before that (`previous`)."""
 
     def __post_init__(self) -> None:
-        for name in ("valid_tokens", "seq_len", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
+        for name in ("valid_tokens", "seq_len", "batch_size", "lr", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 raise ValueError(f"{_flag(name)} is {getattr(self, name)}, expected a number above 0.")
         if self.steps < 0 or self.seed < 0:
             name = "steps" if self.steps < 0 else "seed"
@@ -111,15 +123,18 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
     3. Attention transfer: each mixer learns to give what the original's attention gives for the same input.
     4. Distillation: the whole model learns the original's next-token distribution.
 
-    The converted model is saved before training, too. Ctrl-C and SIGTERM end the training after the current step; the
-    model is saved as it is then, and Interrupted is raised. Returns what `linearize.json` in the folder holds.
+    The converted model is saved before training, too. Ctrl-C and SIGTERM end the training after the current step; a
+    checkpoint and the model as it is then are saved, and Interrupted is raised. With `config.resume` steps 1 and 2 are
+    repeated, which takes moments, and 3 and 4 go on from the last checkpoint. Returns what `linearize.json` in the
+    folder holds.
 
     Raises:
         ValueError: whatever can be wrong with the input, before anything is written.
-        FloatingPointError: a loss that is no longer finite; the folder then holds the untrained model.
+        FloatingPointError: a loss that is no longer finite; the folder then holds the model as it was saved before.
         MemoryError: the GPU's is too small; likewise.
+        OSError: a checkpoint cannot be written; those before it are untouched.
     """
-    check_new(config.out)
+    _check_out(config)
     device = pick_device(config.device)
     before = load_config(config.model)
     planned = converted_config(before, config.keep, gate_bias=config.gate_bias)
@@ -168,21 +183,25 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
     scores = {"original": _scores(original, texts, tokenizer, config)}
     scores["converted"] = _scores(model, texts, tokenizer, config)
 
-    out = new_folder(config.out)
+    stages = _stages(config, ids_N)
+    out = Path(config.out) if config.resume is not None and Path(config.out).is_dir() else new_folder(config.out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = _summary(config, error, rows, scores, parameters=parameters, device=device)
-    _save(out, model, tokenizer, summary)
+    if not any(stage.checkpoints.resumed for stage in stages):
+        _save(out, model, tokenizer, summary)
     if config.steps:
         try:
-            signal = _train(original, model, tokens_N, config, out, summary)
+            signal = _train(original, model, tokens_N, config, out, summary, stages)
         except torch.OutOfMemoryError as full:
             raise MemoryError("The memory of the GPU is full; lower --batch-size.") from full
         scores["trained"] = _scores(model, texts, tokenizer, config) if signal is None else []
         summary["scores"] = {name: [asdict(row) for row in found] for name, found in scores.items() if found}
         _save(out, model, tokenizer, summary)
         if signal is not None:
-            print(f"Interrupted; the model as it is now is in {out}.")
+            print(f"Interrupted; the model as it is now is in {out}. --resume goes on from the last checkpoint.")
             raise Interrupted(signal)
+        for stage in stages:
+            shutil.rmtree(stage.checkpoints.folder.parent, ignore_errors=True)
     print(score_table(scores))
     untrained = "" if config.steps else "; its gates are untrained: add --steps, or train it further"
     print(f"Saved to {out}{untrained}.")
@@ -205,6 +224,59 @@ def score_table(scores: dict[str, list[Score]]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    config: TrainConfig
+    checkpoints: Checkpoints
+
+
+def _stages(config: LinearizeConfig, ids_N: np.ndarray) -> list[_Stage]:
+    settings = {_flag(name): value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT}
+    settings |= {"MODEL": config.model, "--data (SHA-256 of its tokens)": hashlib.sha256(ids_N.data).hexdigest()}
+    stages = []
+    for number, (name, steps) in enumerate(config.stages.items(), 1):
+        folder = Path(config.out) / f"stage-{number}"
+        # "previous" concerns the stage that was running; those before it are complete.
+        running = not any((Path(config.out) / f"stage-{later}").is_dir() for later in range(number + 1, 3))
+        resume = config.resume if running or config.resume is None else "latest"
+        stages.append(
+            _Stage(
+                name,
+                TrainConfig(
+                    out=str(folder),
+                    steps=steps,
+                    seq_len=config.seq_len,
+                    batch_size=config.batch_size,
+                    lr=config.lr,
+                    weight_decay=0.0,
+                    seed=config.seed + number,  # other crops than calibration and the stage before
+                    dtype=config.dtype,
+                    compile=config.compile and name == "distillation",  # hooks do not survive compilation
+                    save_every=config.save_every,
+                ),
+                Checkpoints(folder, settings, resume=resume, completed=True),
+            )
+        )
+    return stages
+
+
+def _check_out(config: LinearizeConfig) -> None:
+    """Raise ValueError unless `config.out` is new, or is to be resumed and holds a conversion that is not finished."""
+    out = Path(config.out)
+    if config.resume is None:
+        if any(found_in(out / f"stage-{number}" / CHECKPOINTS) for number in (1, 2)):
+            raise ValueError(f"{out} is not empty; give --out a new folder, or --resume to go on with its conversion.")
+        check_new(out)
+    elif out.is_dir() and any(out.iterdir()):
+        try:
+            finished = "trained" in json.loads((out / SUMMARY).read_text(encoding="utf-8"))["scores"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{out} holds no conversion to resume; give --out the folder of one.") from error
+        if finished:
+            raise ValueError(f"The conversion in {out} is finished; there is nothing to resume.")
+
+
 def _train(
     original: transformers.PreTrainedModel,
     model: ReGLAForCausalLM,
@@ -212,56 +284,52 @@ def _train(
     config: LinearizeConfig,
     out: Path,
     summary: dict[str, Any],
+    stages: Sequence[_Stage],
 ) -> int | None:
     """Run the stages; the signal that ended them early, or None."""
     mixers = [p for layer in linear_layers(model).values() for p in layer.get_submodule("self_attn").parameters()]
     own = set(mixers)
     groups = [Group(params=mixers, lr_scale=1.0)]
     rest = Group(params=[p for p in model.parameters() if p not in own], lr_scale=REST_LR)
-    recipes: dict[str, tuple[Loss, list[Group], bool]] = {
-        # Hooks collect what the original's layers see; they do not survive compilation.
-        "attention transfer": (transfer_loss(original), groups, False),
-        "distillation": (distillation_loss(original), [*groups, rest], config.compile),
+    recipes: dict[str, tuple[Loss, list[Group]]] = {
+        "attention transfer": (transfer_loss(original), groups),
+        "distillation": (distillation_loss(original), [*groups, rest]),
     }
     before = 0
-    with Signals() as signals, TrainingLog(out) as log:
-        for number, (stage, steps) in enumerate(config.stages.items()):
-            loss, trained, compiled = recipes[stage]
-            print(f"Stage {number + 1}, {stage}: {steps:,} steps of {config.batch_size} x {config.seq_len} tokens")
+    with Signals() as signals, TrainingLog(out, after=sum(stage.checkpoints.step for stage in stages)) as log:
+        for number, stage in enumerate(stages, 1):
+            loss, trained = recipes[stage.name]
+            steps, resumed = stage.config.total_steps, stage.checkpoints.resumed
+            print(
+                f"Stage {number}, {stage.name}: {steps:,} steps of {config.batch_size} x {config.seq_len} tokens"
+                + (f"; goes on from {resumed}" if resumed is not None else "")
+            )
             progress = Progress()
 
-            def write(record: dict[str, Any], stage: str = stage, before: int = before) -> None:
+            def write(record: dict[str, Any], stage: str = stage.name, before: int = before) -> None:
                 log(record | {"step": before + record["step"], "stage": stage})
 
-            with compiled_blocks(original) if compiled else nullcontext():
+            with compiled_blocks(original) if stage.config.compile else nullcontext():
                 optimise(
                     model,
                     tokens_N,
-                    TrainConfig(
-                        out=config.out,
-                        steps=steps,
-                        seq_len=config.seq_len,
-                        batch_size=config.batch_size,
-                        lr=config.lr,
-                        weight_decay=0.0,
-                        seed=config.seed + 1 + number,  # other crops than calibration and the stage before
-                        dtype=config.dtype,
-                        compile=compiled,
-                    ),
+                    stage.config,
                     progress=progress,
                     stop=lambda: signals.received is not None,
+                    checkpoints=stage.checkpoints,
                     loss=loss,
                     groups=trained,
                     log=write,
                 )
             before += progress.steps
-            summary["stages"][stage] = {
+            first = next(record["loss"] for record in read_log(out) if record["stage"] == stage.name)
+            summary["stages"][stage.name] = {
                 "steps": progress.steps,
                 "seconds": progress.total_seconds,
-                "first_loss": progress.losses[0],
+                "first_loss": first,
                 "last_loss": progress.train_loss,
             }
-            print(f"{stage}: loss {progress.losses[0]:.3f} at first, {progress.train_loss:.3f} over the last steps")
+            print(f"{stage.name}: loss {first:.3f} at first, {progress.train_loss:.3f} over the last steps")
             if signals.received is not None:
                 break
     return signals.received
