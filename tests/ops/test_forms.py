@@ -355,3 +355,13 @@ def test_compiled(axis, form):
     forms = {"compiled": torch.compile(form, fullgraph=True)}
     for scenario in ("plain", "extreme", "outliers"):
         assert_equal_to_definition(make(130, SHAPES[4], axis, scenario, B=2), axis, forms=forms)
+
+
+@pytest.mark.parametrize("backend", ["auto", "recurrent", "chunked", "native", "triton"])
+def test_an_empty_batch(backend):
+    skip_without(backend)
+    x = torch.zeros(0, 5, 2, 16, requires_grad=True)
+    h, (S, m) = regla_attention(x, x, x, x, x, backend=backend, output_final_state=True)
+    assert h.shape == (0, 5, 2, 16) and S.shape == (0, 2, 16, 16) and m.shape == (0, 2)
+    h.sum().backward()
+    assert x.grad.shape == x.shape

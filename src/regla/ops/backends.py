@@ -42,18 +42,17 @@ def choose_backend(
             return "native"
         if k.shape[1] == 1 and cu_seqlens is None:
             return "recurrent"
-        return "triton" if k.is_cuda and why_not_triton(k, v, key_max, crowded=crowded) is None else "chunked"
-    if backend not in BACKENDS:
+        backend = "triton" if k.is_cuda and why_not_triton(k, v, key_max, crowded=crowded) is None else "chunked"
+    elif backend not in BACKENDS:
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend is {backend!r}; expected one of {names}")
-    reason = None
-    if backend == "native":
-        reason = why_not_native(k, v, key_max)
-    elif backend == "triton":
-        reason = why_not_triton(k, v, key_max, crowded=crowded)
-    if reason is not None:
-        raise ValueError(f"backend={backend!r} cannot run: {reason}; use 'auto' or 'chunked'")
-    return backend
+    elif backend in ("native", "triton"):
+        native = backend == "native"
+        reason = why_not_native(k, v, key_max) if native else why_not_triton(k, v, key_max, crowded=crowded)
+        if reason is not None:
+            raise ValueError(f"backend={backend!r} cannot run: {reason}; use 'auto' or 'chunked'")
+    # An empty batch has no chunks.
+    return "recurrent" if backend == "chunked" and k.shape[0] == 0 else backend
 
 
 def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
