@@ -263,3 +263,25 @@ def test_compiled(axis, request):
     forms = {"compiled": torch.compile(fused, fullgraph=True)}
     for scenario in ("plain", "extreme", "outliers"):
         assert_equal_to_definition(make(130, SHAPES[4], axis, scenario, B=2), axis, forms=forms)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_any_strides(axis):
+    """Masks, boundaries, states and their gradients that are views."""
+    q, k, v, gate, refine = make(40, SHAPES[4], axis, "plain", B=2)
+    mask = (torch.rand(40, 2) < 0.8).T
+    S = torch.randn(3, *v.shape[-1:], k.shape[-1], 2).permute(3, 0, 2, 1)
+    m = torch.randn(3, 2).T
+    results = []
+    for options in ({"mask": mask}, {"cu_seqlens": torch.tensor([0, 9, 7, 9, 40, 9])[::2]}):
+        B = 2 if "mask" in options else 1
+        state = (S, m)
+        for backend in ("triton", "chunked"):
+            leaves = [x[:B].clone().requires_grad_() for x in (q, k, v, gate, refine)]
+            h, (last, _) = regla_attention(
+                *leaves, gate_axis=axis, backend=backend, initial_state=state, output_final_state=True, **options
+            )
+            results.append([h, last, *torch.autograd.grad(normalised(h).sum() + last.sum(), leaves)])
+        ours, theirs = results[-2:]
+        for name, x, y in zip(("h", "S", "q", "k", "v", "gate", "refine"), ours, theirs, strict=True):
+            assert definition.overall(x, y.double()) <= GRADIENT, name

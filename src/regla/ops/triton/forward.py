@@ -75,7 +75,9 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
         gv = gv + unit
     else:
         gk = gk + unit
-    return tl.minimum(gk, 0.0), tl.minimum(gv, 0.0)
+    # A gate that is nan stays it.
+    all: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(gk, 0.0, propagate_nan=all), tl.minimum(gv, 0.0, propagate_nan=all)
 
 
 @triton.jit

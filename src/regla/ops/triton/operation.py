@@ -22,9 +22,12 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """(o, final state, last m, m of every token, the factor of every output, the state before each chunk)."""
-    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = inputs
+    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = _in_order(inputs)
     filled = outputs(q, k, v, cu_seqlens, safe_exp, keep)
     o, final, last, m, lower, states = filled
+    if cu_seqlens is not None:  # a sequence without tokens has no program that would write these
+        final.zero_() if initial_state is None else final.copy_(initial_state)
+        last.zero_() if before is None else last.copy_(before)
     N, chunks, _ = _layout(k, v, cu_seqlens)
     T, H, K = k.shape[1:]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
@@ -73,8 +76,11 @@ def backward(
     decaying: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, gk, rk, gv, rv (empty where there is none) and of the initial state."""
-    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = inputs
+    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = _in_order(inputs)
     grads = gradients_like((q, k, v, gk, rk, gv, rv), cu_seqlens)
+    d_final = None if d_final is None else d_final.contiguous()
+    if cu_seqlens is not None:
+        grads[-1].zero_() if d_final is None else grads[-1].copy_(d_final)
     N, chunks, _ = _layout(k, v, cu_seqlens)
     T, H, K = k.shape[1:]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
@@ -120,6 +126,12 @@ def step(
             num_warps=num_warps(BK, BV),
         )  # fmt: skip
     return o
+
+
+def _in_order(inputs: Inputs) -> Inputs:
+    """With the tensors that the kernels index without strides contiguous."""
+    names = ("mask", "cu_seqlens", "initial_state", "before")
+    return inputs._replace(**{name: x.contiguous() for name in names if (x := getattr(inputs, name)) is not None})
 
 
 def _layout(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:

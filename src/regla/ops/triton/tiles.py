@@ -74,7 +74,8 @@ def refined_parts(a, c):
 
     g = alpha / (1 + p)    1 - g = beta / (1 + p)    2 r = gamma / (1 + z)    2 (1 - r) = delta / (1 + z)
 
-    and x > 0 with F = alpha x / ((1 + p)^2 (1 + z)).
+    and x > 0 with F = alpha x / ((1 + p)^2 (1 + z)). The 1e-36 in it is nothing unless both logits are below -80, where F
+    is below e^-160; there it bounds F from below, and the gradients go to zero.
     """
     p = exp2(tl.abs(a) * -LOG2E)
     z2 = exp2(tl.abs(c) * -LOG2E + 1)
@@ -110,8 +111,8 @@ def refined_gradient(a, c, d):
     dlog F / da = beta (alpha delta + beta gamma) / ((1 + p) x)    dlog F / dc = beta gamma delta / (2 (1 + z) x)
     """
     P, Z, alpha, beta, gamma, delta, x = refined_parts(a, c)
-    common = beta * d * reciprocal(P * Z * x)
-    return common * Z * (alpha * delta + beta * gamma), common * P * (gamma * (0.5 * delta))
+    common = beta * reciprocal(P * Z * x)
+    return d * (common * Z * (alpha * delta + beta * gamma)), d * (common * P * (gamma * (0.5 * delta)))
 
 
 @triton.jit
