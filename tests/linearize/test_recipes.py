@@ -223,8 +223,41 @@ def test_interrupted_and_resumed_with_other_options(folder, tmp_path, monkeypatc
     assert main(command(folder, out, *SHORT)) == 2
     assert f"{out} is not empty; give --out a new folder, or --resume to go on with its" in capsys.readouterr().err
     assert main(command(folder, out, *SHORT, "--resume", "--lr", "0.5")) == 2
-    assert "is of a run with --lr 0.001, but this one has --lr 0.5" in capsys.readouterr().err
+    assert "is of a conversion with --lr 0.001, but this one has --lr 0.5" in capsys.readouterr().err
+    assert main(command(folder, out, "--resume")) == 2
+    assert "--resume without --steps has nothing to go on with" in capsys.readouterr().err
+    (out / "linearize.json").write_text("{")  # damaged; the checkpoints are whole
+    (out / "log.jsonl").unlink()
     assert main(command(folder, out, *SHORT, "--resume", "previous")) == 0
+
+
+def test_a_damaged_checkpoint_of_the_first_stage(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    write = TrainingLog.__call__
+
+    def killed(log, record):
+        write(log, record)
+        if record["step"] == 6:  # before the second stage has a checkpoint
+            raise SystemExit(9)
+
+    monkeypatch.setattr(TrainingLog, "__call__", killed)
+    with pytest.raises(SystemExit):
+        main(command(folder, out, *SHORT))
+    monkeypatch.undo()
+    newest = out / "stage-1" / "checkpoints" / "step-000005"
+    (newest / "model.safetensors").write_bytes(b"")
+    assert main(command(folder, out, *SHORT, "--resume")) == 2
+    assert "is corrupt" in capsys.readouterr().err
+    assert main(command(folder, out, *SHORT, "--resume", "previous")) == 0
+
+
+def test_a_finished_conversion_is_not_overwritten(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(folder, out)) == 0
+    before = (out / "config.json").read_bytes()
+    assert main(command(folder, out, *SHORT, "--resume", "--keep", "none")) == 2
+    assert "is of a conversion with --keep every-2, but this one has --keep none" in capsys.readouterr().err
+    assert (out / "config.json").read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):

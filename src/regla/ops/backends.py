@@ -32,7 +32,7 @@ def choose_backend(
     crowded: bool = False,
 ) -> str:
     """The backend that `backend` stands for: itself, or for "auto" kernels where they can run, on a GPU or a CPU; else
-    the recurrence for one token and the chunked form for more.
+    the recurrence for one token and the chunked form for more. An empty batch has no chunks: the recurrence takes it.
 
     Raises:
         ValueError: an unknown name, or kernels that are asked for and cannot run.
@@ -51,7 +51,6 @@ def choose_backend(
         reason = why_not_native(k, v, key_max) if native else why_not_triton(k, v, key_max, crowded=crowded)
         if reason is not None:
             raise ValueError(f"backend={backend!r} cannot run: {reason}; use 'auto' or 'chunked'")
-    # An empty batch has no chunks.
     return "recurrent" if backend == "chunked" and k.shape[0] == 0 else backend
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -156,6 +157,7 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
     train_sources, valid_sources = _sources(config)
     original, tokenizer = load_original(config.model)
     ids_N = _training_ids(train_sources, tokenizer, max(config.seq_len, CALIBRATION_LENGTH))
+    stages = _stages(config, ids_N)
     texts = [_start(encode_source(source, tokenizer), config.valid_tokens) for source in valid_sources]
     torch.manual_seed(config.seed)
     model = convert(original, config.keep, check=False, gate_bias=config.gate_bias)
@@ -183,11 +185,12 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
     scores = {"original": _scores(original, texts, tokenizer, config)}
     scores["converted"] = _scores(model, texts, tokenizer, config)
 
-    stages = _stages(config, ids_N)
     out = Path(config.out) if config.resume is not None and Path(config.out).is_dir() else new_folder(config.out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = _summary(config, error, rows, scores, parameters=parameters, device=device)
-    if not any(stage.checkpoints.resumed for stage in stages):
+    if any(stage.checkpoints.resumed for stage in stages):
+        summary["stages"] = _read_summary(out).get("stages", {})
+    else:
         _save(out, model, tokenizer, summary)
     if config.steps:
         try:
@@ -229,52 +232,85 @@ class _Stage:
     name: str
     config: TrainConfig
     checkpoints: Checkpoints
+    complete: bool
+    """A later stage has checkpoints, which hold what this one has left."""
 
 
 def _stages(config: LinearizeConfig, ids_N: np.ndarray) -> list[_Stage]:
-    settings = {_flag(name): value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT}
-    settings |= {"MODEL": config.model, "--data (SHA-256 of its tokens)": hashlib.sha256(ids_N.data).hexdigest()}
-    stages = []
-    for number, (name, steps) in enumerate(config.stages.items(), 1):
+    settings = _settings(asdict(config)) | {"--data (SHA-256 of its tokens)": hashlib.sha256(ids_N.data).hexdigest()}
+    stages: list[_Stage] = []
+    for number, (name, steps) in reversed(list(enumerate(config.stages.items(), 1))):
         folder = Path(config.out) / f"stage-{number}"
-        # "previous" concerns the stage that was running; those before it are complete.
-        running = not any((Path(config.out) / f"stage-{later}").is_dir() for later in range(number + 1, 3))
-        resume = config.resume if running or config.resume is None else "latest"
-        stages.append(
-            _Stage(
-                name,
-                TrainConfig(
-                    out=str(folder),
-                    steps=steps,
-                    seq_len=config.seq_len,
-                    batch_size=config.batch_size,
-                    lr=config.lr,
-                    weight_decay=0.0,
-                    seed=config.seed + number,  # other crops than calibration and the stage before
-                    dtype=config.dtype,
-                    compile=config.compile and name == "distillation",  # hooks do not survive compilation
-                    save_every=config.save_every,
-                ),
-                Checkpoints(folder, settings, resume=resume, completed=True),
-            )
+        complete = any(stage.complete or found_in(stage.checkpoints.folder) for stage in stages)
+        resume = None if complete else config.resume
+        if resume == "previous" and not found_in(folder / CHECKPOINTS):
+            resume = "latest"  # there is none yet; the one that is damaged is of the stage before
+        run = TrainConfig(
+            out=str(folder),
+            steps=steps,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            weight_decay=0.0,
+            seed=config.seed + number,  # other crops than calibration and the stage before
+            dtype=config.dtype,
+            compile=config.compile and name == "distillation",  # hooks do not survive compilation
+            save_every=config.save_every,
         )
+        checkpoints = Checkpoints(folder, settings, resume=resume, completed=True)
+        stages.insert(0, _Stage(name, run, checkpoints, config.resume is not None and complete))
     return stages
 
 
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the weights depend on, by option."""
+    options = {_flag(name): value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}
+    return options | {"MODEL": arguments.get("model")}
+
+
+def _steps_before(stages: Sequence[_Stage]) -> int:
+    return sum(stage.config.total_steps if stage.complete else stage.checkpoints.step for stage in stages)
+
+
 def _check_out(config: LinearizeConfig) -> None:
-    """Raise ValueError unless `config.out` is new, or is to be resumed and holds a conversion that is not finished."""
+    """Raise ValueError unless `config.out` is new, or is to be resumed and holds the same conversion, not finished."""
     out = Path(config.out)
+    folders = [out / f"stage-{number}" for number in (1, 2)]
+    begun = any(found_in(folder / CHECKPOINTS) for folder in folders)
+    summary = _read_summary(out)
+    finished = "trained" in summary.get("scores", {})
     if config.resume is None:
-        if any(found_in(out / f"stage-{number}" / CHECKPOINTS) for number in (1, 2)):
+        if begun and not finished:
             raise ValueError(f"{out} is not empty; give --out a new folder, or --resume to go on with its conversion.")
         check_new(out)
-    elif out.is_dir() and any(out.iterdir()):
-        try:
-            finished = "trained" in json.loads((out / SUMMARY).read_text(encoding="utf-8"))["scores"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{out} holds no conversion to resume; give --out the folder of one.") from error
-        if finished:
-            raise ValueError(f"The conversion in {out} is finished; there is nothing to resume.")
+        return
+    if config.steps == 0:
+        raise ValueError("--resume without --steps has nothing to go on with; repeat the --steps of the conversion.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if finished:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(f"The conversion in {out} is finished; there is nothing to resume.")
+    if not begun and not summary:
+        raise ValueError(f"{out} holds no conversion to resume; give --out the folder of one.")
+    ours = _settings(json.loads(json.dumps(asdict(config))))
+    theirs = _settings(summary.get("arguments", {})) if summary else ours
+    for key in ours:
+        if theirs.get(key) != ours[key]:
+            raise ValueError(
+                f"{out} is of a conversion with {key} {theirs.get(key)}, but this one has {key} {ours[key]}; repeat "
+                "the options of that conversion, or give --out a new folder."
+            )
+
+
+def _read_summary(out: Path) -> dict[str, Any]:
+    """What `linearize.json` in the folder holds; empty where it is missing or damaged."""
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _train(
@@ -296,10 +332,14 @@ def _train(
         "distillation": (distillation_loss(original), [*groups, rest]),
     }
     before = 0
-    with Signals() as signals, TrainingLog(out, after=sum(stage.checkpoints.step for stage in stages)) as log:
+    with Signals() as signals, TrainingLog(out, after=_steps_before(stages)) as log:
         for number, stage in enumerate(stages, 1):
             loss, trained = recipes[stage.name]
             steps, resumed = stage.config.total_steps, stage.checkpoints.resumed
+            if stage.complete:
+                print(f"Stage {number}, {stage.name}: done before")
+                before += steps
+                continue
             print(
                 f"Stage {number}, {stage.name}: {steps:,} steps of {config.batch_size} x {config.seq_len} tokens"
                 + (f"; goes on from {resumed}" if resumed is not None else "")
@@ -322,7 +362,8 @@ def _train(
                     log=write,
                 )
             before += progress.steps
-            first = next(record["loss"] for record in read_log(out) if record["stage"] == stage.name)
+            logged = [record["loss"] for record in read_log(out) if record.get("stage") == stage.name]
+            first = logged[0] if resumed is not None and logged else progress.losses[0]
             summary["stages"][stage.name] = {
                 "steps": progress.steps,
                 "seconds": progress.total_seconds,
@@ -330,6 +371,7 @@ def _train(
                 "last_loss": progress.train_loss,
             }
             print(f"{stage.name}: loss {first:.3f} at first, {progress.train_loss:.3f} over the last steps")
+            _write_summary(out, summary)
             if signals.received is not None:
                 break
     return signals.received
@@ -402,8 +444,15 @@ def _save(out: Path, model: ReGLAForCausalLM, tokenizer: PreTrainedTokenizerBase
     """Weights, config, generation config, tokenizer with its chat template, summary and model card."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (out / "README.md").write_text(model_card(summary), encoding="utf-8")
+    _write_summary(out, summary)
+
+
+def _write_summary(out: Path, summary: dict[str, Any]) -> None:
+    """Last of all: a summary with the scores of the trained model says that everything is there."""
+    unfinished = out / f".unfinished-{SUMMARY}"
+    unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, out / SUMMARY)
 
 
 def _flag(name: str) -> str:

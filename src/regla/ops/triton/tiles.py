@@ -74,8 +74,8 @@ def refined_parts(a, c):
 
     g = alpha / (1 + p)    1 - g = beta / (1 + p)    2 r = gamma / (1 + z)    2 (1 - r) = delta / (1 + z)
 
-    and x > 0 with F = alpha x / ((1 + p)^2 (1 + z)). The 1e-36 in it is nothing unless both logits are below -80, where F
-    is below e^-160; there it bounds F from below, and the gradients go to zero.
+    and x > 0 with F = alpha x / ((1 + p)^2 (1 + z)). The 1e-36 in it is nothing unless both logits are below -80, where
+    F is below e^-160; there it bounds F from below, and the gradients go to zero.
     """
     p = exp2(tl.abs(a) * -LOG2E)
     z2 = exp2(tl.abs(c) * -LOG2E + 1)
