@@ -37,6 +37,7 @@ from regla.ops.triton.tiles import (
     load_tile,
     next_piece,
     publish,
+    scores,
     store_gate_gradient,
     store_tile,
     to_the_end,
@@ -84,14 +85,7 @@ def within(
             do *= (factor * 2.0**24)[:, None]
         qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
         d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
-        P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-        if KEYED and PIECES:
-            start = end_of_first(Bk)
-            while tl.min(start, 0) < C:
-                _Bk, E2, W2, start = next_piece(gk, rows, start)
-                P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
-                P += tl.where(causal, P2, 0.0)
-        Pd = P.to(dtype)
+        Pd = scores(q, k, gk, Bk, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
         dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
         if VALUED:

@@ -27,6 +27,7 @@ from regla.ops.triton.tiles import (
     load_tile,
     next_piece,
     publish,
+    scores,
     stabiliser_scan,
     store_tile,
     to_the_end,
@@ -75,9 +76,9 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
         gv = gv + unit
     else:
         gk = gk + unit
-    # A gate that is nan stays it.
-    all: tl.constexpr = tl.PropagateNan.ALL
-    return tl.minimum(gk, 0.0, propagate_nan=all), tl.minimum(gv, 0.0, propagate_nan=all)
+    # On a GPU the minimum of nan and 0 would be 0: a gate that is nan would pass for an open one.
+    keep: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(gk, 0.0, propagate_nan=keep), tl.minimum(gv, 0.0, propagate_nan=keep)
 
 
 @triton.jit
@@ -90,7 +91,6 @@ def read(
     """The outputs of a chunk, from its tokens and the state S before it. PIECES: whether a channel has several."""
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    causal = rows[:, None] >= rows[None, :]
     dtype = S.dtype
     kd, x = k.to(dtype), v.to(dtype)
     if KEYED:
@@ -104,14 +104,7 @@ def read(
         if SAFE_EXP:
             q = query_features(q)
         qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-        P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-        if KEYED and PIECES:
-            start = end_of_first(Bk)
-            while tl.min(start, 0) < C:
-                _Bk, E2, W2, start = next_piece(gk, rows, start)
-                P2 = tl.dot((q * E2).to(dtype), tl.trans((k * W2).to(dtype)), input_precision=PRECISION)
-                P += tl.where(causal, P2, 0.0)
-        Pd = P.to(dtype)
+        Pd = scores(q, k, gk, Bk, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
         out = tl.dot(qd, S, input_precision=PRECISION)
         out = tl.dot(Pd, x, out, input_precision=PRECISION)
         if VALUED:

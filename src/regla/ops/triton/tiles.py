@@ -228,3 +228,18 @@ def publish(flag_ptr, count):
     """Set the flag, after everything that this program has stored."""
     tl.debug_barrier()
     tl.atomic_xchg(flag_ptr, count, sem="release", scope="gpu")
+
+
+@triton.jit
+def scores(q, k, gk, Bk, qd, kd, KEYED: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr):
+    """tril(q k^T) [C, C] under the decay of the keys, from the operands qd = q E and kd = k W of the first piece."""
+    rows = tl.arange(0, q.shape[0])
+    causal = rows[:, None] >= rows[None, :]
+    P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
+    if KEYED and PIECES:
+        start = end_of_first(Bk)
+        while tl.min(start, 0) < rows.shape[0]:
+            _Bk, E2, W2, start = next_piece(gk, rows, start)
+            P2 = tl.dot((q * E2).to(qd.dtype), tl.trans((k * W2).to(qd.dtype)), input_precision=PRECISION)
+            P += tl.where(causal, P2, 0.0)
+    return P
