@@ -97,7 +97,7 @@ def test_the_layer_is_the_equation():
     layer = mixer(num_kv_heads=6, value_head_dim=8)
     x = torch.randn(2, 20, HIDDEN)
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.gate.proj, layer.gate.refine_proj)
-    h, _ = regla_attention(*(projection(x).unflatten(-1, (6, 8)) for projection in projections))
+    h, _ = regla_attention(*(projection(x).unflatten(-1, (6, -1)) for projection in projections), gate_axis="both")
     normalised = h / h.square().mean(-1, keepdim=True).sqrt()
     y, _ = layer(x)
     assert error(y, layer.o_proj(normalised.flatten(2))) < 1e-5

@@ -146,11 +146,11 @@ def test_half_lives_over_layers_channels_or_neither():
     for bias, half_life in zip(
         spread(gate_half_life=[2, 128], gate_half_life_over="layers"), (2, 16, 128), strict=True
     ):
-        torch.testing.assert_close(bias, bias_of(half_life).expand(32))
+        torch.testing.assert_close(bias, bias_of(half_life).expand(64))
     for bias in spread(gate_half_life=[2, 128]):
-        torch.testing.assert_close(bias, bias_of([2 * 64 ** (i / 15) for i in range(16)]).repeat(2))
+        torch.testing.assert_close(bias, bias_of([2 * 64 ** (i / 15) for i in range(16)]).repeat(4))
     for bias in spread(gate_half_life=5):
-        torch.testing.assert_close(bias, bias_of(5).expand(32))
+        torch.testing.assert_close(bias, bias_of(5).expand(64))
 
 
 def test_the_same_seed_gives_the_same_model():

@@ -66,7 +66,7 @@ def test_a_missing_bias_starts_at_its_half_life_and_a_saved_one_is_kept(build, t
     model = ReGLAForCausalLM.from_pretrained(tmp_path)
     half_lives = -1 / torch.sigmoid(model.get_parameter(missing).detach().double()).log2()
     torch.testing.assert_close(
-        half_lives, torch.logspace(1, 5, 12, base=2.0, dtype=torch.float64).repeat(2), rtol=1e-5, atol=0
+        half_lives, torch.logspace(1, 5, 12, base=2.0, dtype=torch.float64).repeat(4), rtol=1e-5, atol=0
     )
     assert torch.equal(model.get_parameter(kept), weights[kept])
 

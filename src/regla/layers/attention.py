@@ -74,7 +74,7 @@ class ReGLAAttention(nn.Module):
         value_head_dim: int | None = None,
         feature_map: str = "safe_exp",
         gate: str = "refined",
-        gate_axis: str = "value",
+        gate_axis: str = "both",
         key_max: str = "decay",
         norm: str = "rmsnorm",
         norm_eps: float = 1e-6,

@@ -18,8 +18,10 @@ from regla.models import ReGLAConfig, ReGLAForCausalLM
 GATE_BIAS = 3.0
 
 #: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
-#: way in or out but the calibration of q and k, which starts as the identity.
+#: way in or out but the calibration of q and k, which starts as the identity. Gates of one axis are half as large as
+#: those of both; conversions were measured with them alone.
 CONVERTED: dict[str, Any] = {
+    "gate_axis": "value",
     "linear_rope": True,
     "linear_conv_kernel_dim": 0,
     "output_gate": None,

@@ -36,7 +36,7 @@ class ReGLAConfig(PreTrainedConfig):
             makes every layer linear.
         feature_map: of queries and keys in linear layers; "safe_exp" is the paper's (section 3.1).
         gate: the forget gate; "refined" is the paper's (section 3.3).
-        gate_axis: the axis of the state that the gate decays, "value", "key" or "both".
+        gate_axis: the axis of the state that the gate decays, "value", "key" or "both" (docs/results/defaults.md: why).
         key_max: the stabiliser of the safe exponential, "decay", "running" or "sequence" (the paper's letter, not
             causal: it cannot be decoded token by token).
         attention_norm: the normalisation of the linear layers' output, per head (section 3.2).
@@ -95,7 +95,7 @@ class ReGLAConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     feature_map: str = "safe_exp"
     gate: str = "refined"
-    gate_axis: str = "value"
+    gate_axis: str = "both"
     key_max: str = "decay"
     attention_norm: str = "rmsnorm"
     linear_rope: bool = False
