@@ -151,12 +151,14 @@ class ReGLAAttention(nn.Module):
             raise ValueError("cu_seqlens is given with a state; packed sequences start empty: pass one or the other")
         if mask is not None:
             x = torch.where(mask[..., None], x, 0.0)  # by choice: padding may hold nan, and gradients meet it too
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         conv_state = None
         if self.conv is not None:
-            qkv, conv_state = self.conv(qkv, mask, cu_seqlens, None if state is None else state.conv)
-        widths = [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)]
-        q, k, v = qkv.split(widths, -1)
+            widths = [part.shape[-1] for part in (q, k, v)]
+            qkv, conv_state = self.conv(
+                torch.cat([q, k, v], -1), mask, cu_seqlens, None if state is None else state.conv
+            )
+            q, k, v = qkv.split(widths, -1)
         q, k = q.unflatten(-1, (-1, self.head_dim)), k.unflatten(-1, (-1, self.head_dim))
         v = v.unflatten(-1, (-1, self.value_head_dim))
         if self.q_norm is not None and self.k_norm is not None:
