@@ -30,16 +30,19 @@ from regla.ops.triton.tiles import (
     LOG2E,
     NO_KEY,
     cumulative,
+    decays,
     end_of_first,
     exp2,
     first_piece,
-    load_decay,
+    in_pieces,
+    load_gate,
     load_tile,
     next_piece,
     publish,
     scores,
     store_gate_gradient,
     store_tile,
+    sums,
     to_the_end,
     wait_until,
 )
@@ -47,26 +50,21 @@ from regla.ops.triton.tiles import (
 
 @triton.jit
 def within(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q_next, do_next, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, Wv, kd, x, S,
+    begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give: dq, written; the gradients of the state S before it, of k, v, Bk and Bv.
+    """What the outputs of a chunk give: dq, written; the gradients of the state S before it, of kd, x, Bk and Bv.
 
-    PIECES: whether a channel has several.
+    PIECES: whether a channel has several; kd and x are k W and v W of the first, and the gradients those of k and v.
     """
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     causal = rows[:, None] >= rows[None, :]
     dtype = S.dtype
     lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
-    kd, x = k.to(dtype), v.to(dtype)
-    if KEYED:
-        Ek, Wk = first_piece(Bk, PIECES)
-        kd = (k * Wk).to(dtype)
-    if VALUED:
-        Ev, Wv = first_piece(Bv, PIECES)
-        x = (v * Wv).to(dtype)
+    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
     dkd = tl.zeros([C, BK], tl.float32)
     dx = tl.zeros([C, BV], tl.float32)
     dS = tl.zeros([BK, BV], tl.float32)
@@ -76,10 +74,13 @@ def within(
         dk = tl.zeros([C, BK], tl.float32)
         dv = tl.zeros([C, BV], tl.float32)
     for j in range(G):
-        q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
+        q = q_next.to(tl.float32)
+        do = do_next.to(tl.float32) * scale
+        if G > 1:
+            q_next = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
+            do_next = load_tile(do_ptr + (j + 1) * V, t, valid & (j + 1 < G), H * G * V, vi, V, 0.0)
         if SAFE_EXP:
             q = query_features(q)
-        do = load_tile(do_ptr + j * V, t, valid, H * G * V, vi, V, 0.0) * scale
         if SAFE_EXP:
             factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
             do *= (factor * 2.0**24)[:, None]
@@ -127,14 +128,180 @@ def within(
         store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * (2.0 ** (-lift)))
     if KEYED:
         dBk -= kd.to(tl.float32) * dkd
-        dkd *= Wk
     if VALUED:
         dBv -= x.to(tl.float32) * dx
-        dx *= Wv
     if PIECES:
-        dkd += dk
-        dx += dv
+        dkd = dk + (dkd * Wk if KEYED else dkd)
+        dx = dv + (dx * Wv if VALUED else dx)
     return dS, dkd, dx, dBk, dBv
+
+
+@triton.jit
+def load_chunk(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, states_ptr, do_ptr, before, t, inside, valid, at, H,
+    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
+):  # fmt: skip
+    """(q and d_o of the first head and the state before the chunk as they are in memory, k, v, log2-decays of both axes
+    in units of the stabiliser), all asked for at once."""
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
+    gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+    gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+    k = load_tile(k_ptr, t, valid, k_step, ki, K, empty)
+    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
+    if SAFE_EXP:
+        m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
+        earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)
+    q = load_tile(q_ptr, t, valid, q_step, ki, K, empty)
+    do = load_tile(do_ptr, t, valid, H * G * V, vi, V, 0.0)
+    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+    S = tl.load(states_ptr + at + ki[:, None] * V + vi[None, :], mask=state_mask, other=0.0)
+    gk = decays(gk, rk, valid, ki, K, KEY)
+    gv = decays(gv, rv, valid, vi, V, VALUE)
+    k, v = k.to(tl.float32), v.to(tl.float32)
+    if SAFE_EXP:
+        m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
+        k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
+        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+    return q, do, S, k, v, gk, gv
+
+
+@triton.jit
+def finish(
+    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
+    q, do, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+    q_step, gk_step, rk_step, gv_step, rv_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, D_FINAL: tl.constexpr,
+    PRECISION: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """All gradients of the chunk, and pass on that of the state before it."""
+    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
+    VALUED: tl.constexpr = VALUE != "none"
+    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+    centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
+    rows = tl.arange(0, C)
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    dtype = S.dtype
+    state_at = ki[:, None] * V + vi[None, :]
+    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+    is_last = (rows == C - 1)[:, None]
+    here = head.to(tl.int64) * K * V + state_at
+    Bk, Bv, Ek, Ev, Wk, Wv = gk, gv, 0.0, 0.0, 0.0, 0.0
+    kd, x = k.to(dtype), v.to(dtype)
+    if KEYED:
+        Bk, total_k = cumulative(gk, PIECES)
+        Ek, Wk = first_piece(Bk, PIECES)
+        kd = (k * Wk).to(dtype)
+    if VALUED:
+        Bv, total_v = cumulative(gv, PIECES)
+        Ev, Wv = first_piece(Bv, PIECES)
+        x = (v * Wv).to(dtype)
+    dS, dk, dv, dBk, dBv = within(
+        q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, Wv, kd, x, S,
+        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
+    )  # fmt: skip
+    gate_k, refine_k = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+    gate_v, refine_v = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+    # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
+    U = tl.zeros([BK, BV], tl.float32)
+    passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
+    if i + 1 < count:
+        wait_until(flag_ptr, count - 1 - i)
+        U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
+    elif D_FINAL:
+        U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * 2.0 ** (centre + lift)
+    kept = U
+    if KEYED:
+        kept *= exp2(total_k)[:, None]
+    if VALUED:
+        kept *= exp2(total_v)[None, :]
+    dS += kept
+    if i > 0:
+        tl.store(passed_at + (i + 1) % 2 * K * V, dS, mask=state_mask)
+        publish(flag_ptr, count - i)
+    else:
+        tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
+    worth = S.to(tl.float32) * kept  # of the state's decay
+    # In the forward kernel's terms: the state after the chunk is a sum of k_end v_end^T, and times 2^total_v without
+    # pieces.
+    k_end, v_end = kd, x
+    if KEYED:
+        if PIECES:
+            to_end_k = to_the_end(gk, rows, Bk, total_k)
+            k_end = (k * to_end_k).to(dtype)
+        else:
+            k_end = (kd.to(tl.float32) * exp2(total_k)[None, :]).to(dtype)
+    if VALUED:
+        if PIECES:
+            to_end_v = to_the_end(gv, rows, Bv, total_v)
+            v_end = (v * to_end_v).to(dtype)
+        else:
+            U *= exp2(total_v)[None, :]
+    Ud = U.to(dtype)
+    dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
+    dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
+    if KEYED:
+        if PIECES:
+            written = k_end.to(tl.float32) * dk_end
+            dk_end *= to_end_k
+        else:
+            dk_end *= exp2(total_k)[None, :]
+            written = kd.to(tl.float32) * dk_end
+        dBk += tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
+        dgk = sums(dBk, True, PIECES) * (2.0 ** (-lift))
+        store_gate_gradient(dgk_ptr, drk_ptr, t, inside, valid, H * K, ki, K, gate_k, refine_k, dgk, KEY)
+    if VALUED:
+        written = v_end.to(tl.float32) * dv_end
+        dBv += tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
+        dgv = sums(dBv, True, PIECES) * (2.0 ** (-lift))
+        store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, H * V, vi, V, gate_v, refine_v, dgv, VALUE)
+    dk += dk_end
+    if VALUED and PIECES:
+        dv_end *= to_end_v
+    dv += dv_end
+    if not PIECES:  # these are of kd and x so far
+        if VALUED:
+            dv *= Wv
+        if KEYED and not SAFE_EXP:
+            dk *= Wk
+        k = kd.to(tl.float32)
+    if SAFE_EXP:
+        dk *= k
+    store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
+    store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))
+
+
+@triton.jit(noinline=True)
+def finish_in_pieces(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
+    before, begin, length, head, h, i, count, at, scale, H,
+    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
+    MASKED: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`finish` of a chunk in which a channel has several pieces; see the one of the forward kernel."""
+    t = i * C + tl.arange(0, C)
+    inside = t < length
+    valid = inside
+    if MASKED:
+        valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
+    q, do, S, k, v, gk, gv = load_chunk(
+        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, states_ptr, do_ptr, before, t, inside, valid, at, H,
+        q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+    )  # fmt: skip
+    finish(
+        q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
+        dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
+        q, do, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+        q_step, gk_step, rk_step, gv_step, rv_step,
+        G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -149,23 +316,13 @@ def backward_kernel(
     MASKED: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
-    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
-    VALUED: tl.constexpr = VALUE != "none"
-    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
-    centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     n, h, i, count, begin, length, slot = place(cu_ptr, slot_ptr, T, chunks, sequences, H, C, VARLEN, True)
     if n >= 0:
         head = n * H + h
-        rows = tl.arange(0, C)
-        ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-        dtype = v_ptr.dtype.element_ty
-        state_at = ki[:, None] * V + vi[None, :]
-        state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-        is_last = (rows == C - 1)[:, None]
-        here = head.to(tl.int64) * K * V + state_at
         before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP and INITIAL:
             before = tl.load(before_ptr + head) * LOG2E
+        m_ptr += begin * H + h
         q_ptr += begin * q_step + h * G * K
         k_ptr += begin * k_step + h * K
         v_ptr += begin * v_step + h * V
@@ -185,91 +342,31 @@ def backward_kernel(
         if VALUE == "refined":
             rv_ptr += begin * rv_step + h * V
             drv_ptr += begin * (H * V) + h * V
-        t = i * C + rows
+        t = i * C + tl.arange(0, C)
         inside = t < length
         valid = inside
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-        k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-        v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
-        S = tl.load(states_ptr + (slot * H + h) * K * V + state_at, mask=state_mask, other=0.0)
-        gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-        gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
-        if SAFE_EXP:
-            m_ptr += begin * H + h
-            m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
-            earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)
-            m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
-            k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
-            gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-        Bk, Bv = gk, gv
-        more, more_k, more_v = False, False, False
-        if KEYED:
-            Bk, total_k, more_k = cumulative(gk)
-            more |= more_k
-        if VALUED:
-            Bv, total_v, more_v = cumulative(gv)
-            more |= more_v
-        if ONE_PATH or more:
-            dS, dk, dv, dBk, dBv = within(
-                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, True,
+        at = (slot * H + h) * K * V
+        q, do, S, k, v, gk, gv = load_chunk(
+            q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, states_ptr, do_ptr, before,
+            t, inside, valid, at, H,
+            q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        )  # fmt: skip
+        if in_pieces(gk, gv) and not ONE_PATH:
+            finish_in_pieces(
+                q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
+                d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
+                flags_ptr + head, before, begin, length, head, h, i, count, at, scale, H,
+                q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, D_FINAL, PRECISION,
             )  # fmt: skip
         else:
-            dS, dk, dv, dBk, dBv = within(
-                q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, False,
+            finish(
+                q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
+                dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
+                flags_ptr + head,
+                q, do, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+                q_step, gk_step, rk_step, gv_step, rv_step,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, ONE_PATH,
             )  # fmt: skip
-        # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
-        U = tl.zeros([BK, BV], tl.float32)
-        passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
-        if i + 1 < count:
-            wait_until(flags_ptr + head, count - 1 - i)
-            U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
-        elif D_FINAL:
-            U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * 2.0 ** (centre + lift)
-        kept = U
-        if KEYED:
-            kept *= exp2(total_k)[:, None]
-        if VALUED:
-            kept *= exp2(total_v)[None, :]
-        dS += kept
-        if i > 0:
-            tl.store(passed_at + (i + 1) % 2 * K * V, dS, mask=state_mask)
-            publish(flags_ptr + head, count - i)
-        else:
-            tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
-        worth = S.to(tl.float32) * kept  # of the state's decay
-        Ud = U.to(dtype)
-        k_end, v_end = k, v
-        if KEYED:
-            to_end_k = to_the_end(gk, rows, Bk, total_k, more_k)
-            k_end *= to_end_k
-        if VALUED:
-            to_end_v = to_the_end(gv, rows, Bv, total_v, more_v)
-            v_end *= to_end_v
-        k_end, v_end = k_end.to(dtype), v_end.to(dtype)
-        dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
-        dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
-        if KEYED:
-            written = k_end.to(tl.float32) * dk_end
-            dBk += tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
-            dk_end *= to_end_k
-            dgk = tl.cumsum(dBk, 0, reverse=True) * (2.0 ** (-lift))
-            store_gate_gradient(
-                gk_ptr, rk_ptr, dgk_ptr, drk_ptr, t, inside, valid, gk_step, rk_step, H * K, ki, K, dgk, KEY
-            )
-        if VALUED:
-            written = v_end.to(tl.float32) * dv_end
-            dBv += tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
-            dv_end *= to_end_v
-            dgv = tl.cumsum(dBv, 0, reverse=True) * (2.0 ** (-lift))
-            store_gate_gradient(
-                gv_ptr, rv_ptr, dgv_ptr, drv_ptr, t, inside, valid, gv_step, rv_step, H * V, vi, V, dgv, VALUE
-            )
-        dk += dk_end
-        dv += dv_end
-        if SAFE_EXP:
-            dk *= k
-        store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
-        store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))

@@ -20,10 +20,12 @@ from regla.ops.triton.tiles import (
     LOWEST,
     NO_KEY,
     cumulative,
+    decays,
     end_of_first,
     exp2,
     first_piece,
-    load_decay,
+    in_pieces,
+    load_gate,
     load_tile,
     next_piece,
     publish,
@@ -83,24 +85,24 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
 
 @triton.jit
 def read(
-    q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, S, begin, h, scale, H, q_step,
+    q_ptr, o_ptr, lower_ptr, t, inside, valid, q_next, k, v, gk, gv, Bk, Bv, Ek, Ev, kd, x, S, begin, h, scale, H,
+    q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr,
     PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of a chunk, from its tokens and the state S before it. PIECES: whether a channel has several."""
+    """The outputs of a chunk, from its tokens and the state S before it.
+
+    PIECES: whether a channel has several; kd and x are k W and v W of the first.
+    """
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     dtype = S.dtype
-    kd, x = k.to(dtype), v.to(dtype)
-    if KEYED:
-        Ek, Wk = first_piece(Bk, PIECES)
-        kd = (k * Wk).to(dtype)
-    if VALUED:
-        Ev, Wv = first_piece(Bv, PIECES)
-        x = (v * Wv).to(dtype)
+    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
     for j in range(G):
-        q = load_tile(q_ptr + j * K, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
+        q = q_next.to(tl.float32)
+        if G > 1:
+            q_next = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
         if SAFE_EXP:
             q = query_features(q)
         qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
@@ -126,6 +128,142 @@ def read(
 
 
 @triton.jit
+def load_chunk(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
+    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
+):  # fmt: skip
+    """(q of the first head as it is in memory, k, v, log2-decays of both axes), all asked for at once."""
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
+    gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+    gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+    k = load_tile(k_ptr, t, valid, k_step, ki, K, empty)
+    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
+    q = load_tile(q_ptr, t, valid, q_step, ki, K, empty)
+    gk = decays(gk, rk, valid, ki, K, KEY)
+    gv = decays(gv, rv, valid, vi, V, VALUE)
+    return q, k.to(tl.float32), v.to(tl.float32), gk, gv
+
+
+@triton.jit
+def stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr, DECAYING: tl.constexpr):
+    """`stabiliser_scan` of a chunk."""
+    step = tl.zeros([k.shape[0]], tl.float32)
+    if DECAYING:
+        if KEY != "none":
+            step += tl.max(tl.where((ki < K)[None, :], gk, float("-inf")), 1)
+        if VALUE != "none":
+            step += tl.max(tl.where((vi < V)[None, :], gv, float("-inf")), 1)
+    top = tl.where(valid, tl.max(k, 1) * LOG2E, NO_KEY)
+    return stabiliser_scan(top, tl.where(valid, step, 0.0))
+
+
+@triton.jit
+def finish(
+    q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+    q, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
+    PRECISION: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Add the chunk to the state, pass that on, and write its outputs."""
+    # States are kept times 2^-CENTRE for each axis that decays.
+    centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
+    rows = tl.arange(0, C)
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    dtype = o_ptr.dtype.element_ty
+    state_at = ki[:, None] * V + vi[None, :]
+    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+    # E, k W and v W of the first piece. Where it is the only one, the state after the chunk is
+    # 2^total_v (2^total_k S + (2^total_k k W)^T (v W)): v W, which the outputs take too, can do without the second
+    # factor until after the product; k W as well could leave float32.
+    Bk, Bv, Ek, Ev = gk, gv, 0.0, 0.0
+    kd, x = k.to(dtype), v.to(dtype)
+    k_end, v_end = kd, x
+    if KEYED:
+        Bk, total_k = cumulative(gk, PIECES)
+        Ek, Wk = first_piece(Bk, PIECES)
+        kd = (k * Wk).to(dtype)
+        k_end = (k * (to_the_end(gk, rows, Bk, total_k) if PIECES else Wk * exp2(total_k)[None, :])).to(dtype)
+    if VALUED:
+        Bv, total_v = cumulative(gv, PIECES)
+        Ev, Wv = first_piece(Bv, PIECES)
+        x = (v * Wv).to(dtype)
+        v_end = (v * to_the_end(gv, rows, Bv, total_v)).to(dtype) if PIECES else x
+    written = tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION)
+    if VALUED and not PIECES:
+        written *= exp2(total_v)[None, :]
+    # The state before the chunk, and at once the one after it for the next.
+    S = tl.zeros([BK, BV], tl.float32)
+    passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
+    if i > 0:
+        wait_until(flag_ptr, i)
+        S = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
+    elif INITIAL:
+        S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
+        S = S * tl.exp2(-centre)
+    kept = S
+    if KEYED:
+        kept *= exp2(total_k)[:, None]
+    if VALUED:
+        kept *= exp2(total_v)[None, :]
+    written += kept
+    if i + 1 < count:
+        tl.store(passed_at + (i + 1) % 2 * K * V, written, mask=state_mask)
+        publish(flag_ptr, i + 1)
+    else:
+        final_at = final_ptr + head.to(tl.int64) * K * V + state_at
+        tl.store(final_at, written * tl.exp2(centre), mask=state_mask)
+    Sd = S.to(dtype)
+    if STORE:
+        tl.store(states_ptr + at + state_at, Sd, mask=state_mask)
+    read(
+        q_ptr, o_ptr, lower_ptr, t, inside, valid, q, k, v, gk, gv, Bk, Bv, Ek, Ev, kd, x, Sd, begin, h, scale, H,
+        q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, PIECES,
+    )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def finish_in_pieces(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, initial_ptr,
+    o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+    before, begin, length, head, h, i, count, at, scale, H,
+    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
+    MASKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`finish` of a chunk in which a channel has several pieces.
+
+    A function that is called, and loads the chunk again: what it needs costs other chunks no registers.
+    """
+    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    t = i * C + tl.arange(0, C)
+    inside = t < length
+    valid = inside
+    if MASKED:
+        valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
+    q, k, v, gk, gv = load_chunk(
+        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
+        q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+    )  # fmt: skip
+    if SAFE_EXP:
+        sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING)
+        m = tl.maximum(before + sums, tops)
+        m_before = tl.maximum(before + sums_before, tops_before)
+        k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
+        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+    finish(
+        q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+        q, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+        G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, INITIAL, STORE, PRECISION, True,
+    )  # fmt: skip
+
+
+@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, slot_ptr, initial_ptr, before_ptr,
     o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr, flags_ptr,
@@ -139,16 +277,11 @@ def forward_kernel(
     # The stabiliser's change of unit is a decay too, of the key axis where the value axis has none.
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
-    # States are kept times 2^-CENTRE for each axis that decays.
-    centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     n, h, i, count, begin, length, slot = place(cu_ptr, slot_ptr, T, chunks, sequences, H, C, VARLEN, False)
     if n >= 0:
         head = n * H + h
         rows = tl.arange(0, C)
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-        dtype = v_ptr.dtype.element_ty
-        state_at = ki[:, None] * V + vi[None, :]
-        state_mask = (ki < K)[:, None] & (vi < V)[None, :]
         t = i * C + rows
         inside = t < length
         valid = inside
@@ -166,21 +299,14 @@ def forward_kernel(
             gv_ptr += begin * gv_step + h * V
         if VALUE == "refined":
             rv_ptr += begin * rv_step + h * V
-        k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-        v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
-        gk = load_decay(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-        gv = load_decay(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+        q, k, v, gk, gv = load_chunk(
+            q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
+            q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        )  # fmt: skip
         flag_ptr = flags_ptr + head * 2
+        before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP:
-            step = tl.zeros([C], tl.float32)
-            if DECAYING:
-                if KEY != "none":
-                    step += tl.max(tl.where((ki < K)[None, :], gk, float("-inf")), 1)
-                if VALUE != "none":
-                    step += tl.max(tl.where((vi < V)[None, :], gv, float("-inf")), 1)
-            top = tl.where(valid, tl.max(k, 1) * LOG2E, NO_KEY)
-            sums, tops, sums_before, tops_before = stabiliser_scan(top, tl.where(valid, step, 0.0))
-            before = tl.full([], NO_KEY, tl.float32)
+            sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING)
             if i > 0:
                 wait_until(flag_ptr + 1, i)
                 before = tl.load(passed_m_ptr + head * 2 + i % 2, cache_modifier=".cg")
@@ -198,47 +324,18 @@ def forward_kernel(
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
-        Bk, Bv, k_end, v_end = gk, gv, k, v
-        more = False
-        if KEYED:
-            Bk, total_k, more = cumulative(gk)
-            k_end *= to_the_end(gk, rows, Bk, total_k, more)
-        if VALUED:
-            Bv, total_v, more_v = cumulative(gv)
-            more |= more_v
-            v_end *= to_the_end(gv, rows, Bv, total_v, more_v)
-        written = tl.dot(tl.trans(k_end.to(dtype)), v_end.to(dtype), input_precision=PRECISION)
-        # The state before the chunk, and at once the one after it for the next.
-        S = tl.zeros([BK, BV], tl.float32)
-        passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
-        if i > 0:
-            wait_until(flag_ptr, i)
-            S = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
-        elif INITIAL:
-            S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
-            S = S * tl.exp2(-centre)
-        kept = S
-        if KEYED:
-            kept *= exp2(total_k)[:, None]
-        if VALUED:
-            kept *= exp2(total_v)[None, :]
-        written += kept
-        if i + 1 < count:
-            tl.store(passed_at + (i + 1) % 2 * K * V, written, mask=state_mask)
-            publish(flag_ptr, i + 1)
-        else:
-            at = final_ptr + head.to(tl.int64) * K * V + state_at
-            tl.store(at, written * tl.exp2(centre), mask=state_mask)
-        Sd = S.to(dtype)
-        if STORE:
-            tl.store(states_ptr + (slot * H + h) * K * V + state_at, Sd, mask=state_mask)
-        if ONE_PATH or more:
-            read(
-                q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, Sd, begin, h, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, True,
+        at = (slot * H + h) * K * V
+        if in_pieces(gk, gv) and not ONE_PATH:
+            finish_in_pieces(
+                q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, initial_ptr,
+                o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+                before, begin, length, head, h, i, count, at, scale, H,
+                q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, DECAYING, MASKED, INITIAL, STORE, PRECISION,
             )  # fmt: skip
         else:
-            read(
-                q_ptr, o_ptr, lower_ptr, t, inside, valid, k, v, gk, gv, Bk, Bv, Sd, begin, h, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, False,
+            finish(
+                q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+                q, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, INITIAL, STORE, PRECISION, ONE_PATH,
             )  # fmt: skip

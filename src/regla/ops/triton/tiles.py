@@ -33,9 +33,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_tile(ptr, token, valid, step, column, width, other):
-    """[C, D] of rows `token` (stride `step`) from `column`-th channel pointers; `other` outside, in float32."""
+    """[C, D] of rows `token` (stride `step`) from `column`-th channel pointers, as it is in memory; `other` outside."""
     mask = valid[:, None] & (column < width)[None, :]
-    return tl.load(ptr + token[:, None] * step + column[None, :], mask=mask, other=other).to(tl.float32)
+    return tl.load(ptr + token[:, None] * step + column[None, :], mask=mask, other=other)
 
 
 @triton.jit
@@ -49,7 +49,8 @@ def exp2(x):
     """2^x in one instruction, 2 ulp, 0 below 2^-126."""
     if INTERPRETED:
         return tl.exp2(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    # Called pure, it would be computed again for every layout in which the compiler wants a tile, its argument, too.
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -116,34 +117,37 @@ def refined_gradient(a, c, d):
 
 
 @triton.jit
-def load_decay(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GATE: tl.constexpr):
-    """log2-decays [C, D] <= 0; 0 for padding. GATE: "log" (natural logarithms), "refined" (logits), "none" (zeros)."""
-    if GATE == "none":
-        g = tl.zeros([token.shape[0], column.shape[0]], tl.float32)
-    else:
+def load_gate(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GATE: tl.constexpr):
+    """What is in memory of an axis' gate, [C, D] each: decays or logits, and the refine logits; 0 for what is not."""
+    g = 0.0
+    r = 0.0
+    if GATE != "none":
         g = load_tile(g_ptr, token, valid, step, column, width, 0.0)
-        if GATE == "refined":
-            g = log2_refined(g, load_tile(r_ptr, token, valid, refine_step, column, width, 0.0))
-            g = tl.where(valid[:, None] & (column < width)[None, :], g, 0.0)
-        else:
-            g = g * LOG2E
-    return g
+    if GATE == "refined":
+        r = load_tile(r_ptr, token, valid, refine_step, column, width, 0.0)
+    return g, r
 
 
 @triton.jit
-def store_gate_gradient(
-    g_ptr, r_ptr, dg_ptr, dr_ptr, token, inside, valid, step, refine_step, out_step, column, width, d,
-    GATE: tl.constexpr,
-):  # fmt: skip
+def decays(g, r, valid, column, width, GATE: tl.constexpr):
+    """log2-decays [C, D] <= 0; 0 for padding. GATE: "log" (natural logarithms), "refined" (logits), "none" (zeros)."""
+    if GATE == "none":
+        return tl.zeros([valid.shape[0], column.shape[0]], tl.float32)
+    if GATE == "log":
+        return g.to(tl.float32) * LOG2E
+    g = log2_refined(g.to(tl.float32), r.to(tl.float32))
+    return tl.where(valid[:, None] & (column < width)[None, :], g, 0.0)
+
+
+@triton.jit
+def store_gate_gradient(dg_ptr, dr_ptr, token, inside, valid, step, column, width, g, r, d, GATE: tl.constexpr):
     """Write the gradients of the decays or, of a refined gate, of its logits, from those of the log-decays d [C, D]."""
     d = tl.where(valid[:, None], d, 0.0)
     if GATE == "refined":
-        a = load_tile(g_ptr, token, valid, step, column, width, 0.0)
-        c = load_tile(r_ptr, token, valid, refine_step, column, width, 0.0)
-        d, dr = refined_gradient(a, c, d)
-        store_tile(dr_ptr, token, inside, out_step, column, width, dr)
+        d, dr = refined_gradient(g.to(tl.float32), r.to(tl.float32), d)
+        store_tile(dr_ptr, token, inside, step, column, width, dr)
     if GATE != "none":
-        store_tile(dg_ptr, token, inside, out_step, column, width, d)
+        store_tile(dg_ptr, token, inside, step, column, width, d)
 
 
 @triton.jit
@@ -165,10 +169,31 @@ def stabiliser_scan(top, step):
 
 
 @triton.jit
-def cumulative(g):
-    """(B, decay of the whole chunk [D], whether some channel decays beyond the first piece)."""
-    total = tl.sum(g, 0)
-    return tl.cumsum(g, 0), total, tl.min(total, 0) < 1 - RANGE  # summed in another order than B
+def in_pieces(gk, gv):
+    """Whether some channel decays beyond the first piece."""
+    lowest = tl.minimum(tl.min(tl.sum(gk, 0), 0), tl.min(tl.sum(gv, 0), 0))
+    return lowest < 1 - RANGE  # summed in another order than B
+
+
+@triton.jit
+def sums(x, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """Sums of x [C, D] over the tokens up to each (REVERSE: from each on): in float32, or, unless EXACT, as a product
+    with ones of the two upper halves of x' digits, to 2^-17 of each term."""
+    if EXACT:
+        return tl.cumsum(x, 0, reverse=REVERSE)
+    rows = tl.arange(0, x.shape[0])
+    counted = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+    ones = tl.where(counted, 1.0, 0.0).to(tl.bfloat16)
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(ones, low, tl.dot(ones, high))
+
+
+@triton.jit
+def cumulative(g, EXACT: tl.constexpr):
+    """(B, decay of the whole chunk [D])."""
+    floor = tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # -inf times zero would be nan in a product
+    return sums(floor, False, EXACT), tl.sum(g, 0)
 
 
 @triton.jit
@@ -188,18 +213,15 @@ def end_of_first(B):
 
 
 @triton.jit
-def to_the_end(g, rows, B, total, more):
-    """The decay over (s, end of the chunk] times 2^-CENTRE, [C, D]."""
-    if more:
-        factor = tl.where(B >= -RANGE, exp2(-B - CENTRE), 0.0) * exp2(total)[None, :]
-        start = end_of_first(B)
-        while tl.min(start, 0) < rows.shape[0]:
-            B2, _E2, W2, begun = next_piece(g, rows, start)
-            last = tl.sum(tl.where((rows == rows.shape[0] - 1)[:, None], B2, 0.0), 0)
-            factor += W2 * exp2(last)[None, :]
-            start = begun
-    else:
-        factor = exp2((total - CENTRE)[None, :] - B)
+def to_the_end(g, rows, B, total):
+    """The decay over (s, end of the chunk] times 2^-CENTRE, [C, D], of all pieces; with one it would be W 2^total."""
+    factor = tl.where(B >= -RANGE, exp2(-B - CENTRE), 0.0) * exp2(total)[None, :]
+    start = end_of_first(B)
+    while tl.min(start, 0) < rows.shape[0]:
+        B2, _E2, W2, begun = next_piece(g, rows, start)
+        last = tl.sum(tl.where((rows == rows.shape[0] - 1)[:, None], B2, 0.0), 0)
+        factor += W2 * exp2(last)[None, :]
+        start = begun
     return factor
 
 
