@@ -201,6 +201,19 @@ def test_padding_does_not_set_the_unit_of_gradients():
     assert (factors[~mask] == 0).all() and (factors[mask] > 0).all()
 
 
+@pytest.mark.parametrize("attention", [gated_linear_attention, safe_exp_attention])
+def test_every_head_has_a_unit_of_gradients(attention):
+    """Huge gradients of one head leave another's tiny ones as they are alone."""
+    skip_without("native")
+    leaves = [x.requires_grad_() for x in torch.randn(3, 1, 70, 2, 20).unbind(0)]
+    o, _ = attention(*leaves, backend="native")
+    tiny = torch.randn_like(o) * torch.tensor([0.0, 2.0**-60])[:, None]
+    both = tiny + torch.randn_like(o) * torch.tensor([2.0**80, 0.0])[:, None]
+    alone, beside = (torch.autograd.grad(o, leaves, d_o, retain_graph=True) for d_o in (tiny, both))
+    for one, other in zip(alone, beside, strict=True):
+        assert torch.equal(one[:, :, 1], other[:, :, 1]) and (one[:, :, 1] != 0).all() and other.isfinite().all()
+
+
 @pytest.mark.parametrize("axis", ["value", "key", "both"])
 def test_a_nan_stays_one(axis):
     """From a token's gate, refining gate, key or value, or from a state's m: what comes after is not a number."""

@@ -36,10 +36,12 @@ def cases() -> list[Case]:
 
 
 def measure_forms(
-    B: int = 4, T: int = 2048, H: int = 12, K: int = 64, V: int = 64, *, axis: str = "value", repeats: int = 5
+    B: int = 4, T: int = 2048, H: int = 12, K: int = 64, V: int = 64, *, axis: str = "value", turns: int = 5
 ) -> list[dict[str, Any]]:
-    """Seconds of forward and backward of both operations by each backend there is, taken in turn; medians of `repeats`
-    (of the recurrence, which is slow and steady, of three)."""
+    """Seconds of forward and backward of both operations by each backend there is; medians.
+
+    In a turn the recurrence runs once, and then every other backend again and again for as long: so that what else the
+    machine does meets all of them alike."""
     q, k, v, gate, refine = (torch.randn(B, T, H, d, requires_grad=True) for d in (K, K, V, V, V))
     decay = (-torch.rand(B, T, H, V if axis == "value" else K)).requires_grad_()
     decays: dict[str, Any] = {"gv" if axis == "value" else "gk": decay}
@@ -57,16 +59,19 @@ def measure_forms(
     backends = ["chunked"] if why_not_native(k, v) else ["native", "chunked"]
     rows = []
     for name, (operation, leaves) in operations.items():
-        seconds: dict[str, list[float]] = {backend: [] for backend in [*backends, "recurrent"]}
+        seconds: dict[str, list[float]] = {backend: [] for backend in ("recurrent", *backends)}
         for backend in backends:  # the first calls compile and fill caches
             torch.autograd.grad(operation(backend), leaves, d_o)
-        for turn in range(repeats):
-            for backend, taken in seconds.items():
-                if backend == "recurrent" and turn >= 3:
-                    continue
-                start = time.perf_counter()
-                torch.autograd.grad(operation(backend), leaves, d_o)
-                taken.append(time.perf_counter() - start)
+        for _ in range(turns):
+            at_least = 0.0
+            for backend in ("recurrent", *backends):
+                spent: list[float] = []
+                while not spent or sum(spent) < at_least:
+                    start = time.perf_counter()
+                    torch.autograd.grad(operation(backend), leaves, d_o)
+                    spent.append(time.perf_counter() - start)
+                at_least = at_least or spent[0]
+                seconds[backend] += spent
         median = {backend: statistics.median(taken) for backend, taken in seconds.items()}
         rows += [
             {

@@ -20,9 +20,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
 
 #include "token.h"
 
@@ -40,6 +37,8 @@ typedef struct {
     Token *tokens;                  /* [chunk], or one at a time */
     int64_t *real;                  /* [chunk] where they are */
     float *S, *m;                   /* of some heads, state or its gradient [tiles][K, width of the tile]; and m */
+    double *tops;                   /* of some heads, the largest gradient of what is read from its state */
+    float *units;                   /* of some heads, what their gradients are multiplied by */
     float *history;                 /* [chunk + 1][K, width] of one tile */
     float *out;                     /* [queries, padded V] */
     float *d_out;                   /* [chunk, queries, padded V] */
@@ -230,7 +229,7 @@ static void forward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int64
     Token *x = w->tokens;
     if (p->states) {
         int64_t chunk = (p->first_chunk[n] + (begin - p->bounds[n]) / p->chunk) * H + h;
-        memcpy(p->states + chunk * K * VP, state, K * VP * sizeof(float));
+        for (int64_t i = 0; i < K * VP; i += LANES) store_away(get(state, i), p->states + chunk * K * VP, i, K * VP);
         p->chunk_m[chunk] = *m;
     }
     for (int64_t t = begin; t < end; t++) {
@@ -291,7 +290,7 @@ static void write_zeros(Rows x, int64_t t, int64_t offset, int64_t n) {
 }
 
 /* Tokens `begin` to `end` of a chunk, the real ones: their numbers into w->tokens, their places into w->real. */
-static int64_t read_chunk(const Problem *p, Work *w, int64_t h, int64_t begin, int64_t end, float m) {
+static int64_t read_chunk(const Problem *p, Work *w, int64_t h, int64_t begin, int64_t end, float m, float unit) {
     const int64_t K = p->K, V = p->V, G = p->queries, VP = padded(V);
     int64_t count = 0;
     for (int64_t t = begin; t < end; t++) {
@@ -307,7 +306,7 @@ static int64_t read_chunk(const Problem *p, Work *w, int64_t h, int64_t begin, i
         m = w->tokens[count].m;
         for (int64_t g = 0; g < G; g++) {
             const float *d_o = row(p->d_o, t, (h * G + g) * V);
-            const float factor = p->factor[(t * p->heads + h) * G + g] * p->unit;
+            const float factor = p->factor[(t * p->heads + h) * G + g] * unit;
             for (int64_t j = 0; j < V; j += LANES)
                 put(load(d_o, j, V, 0.0f) * factor, w->d_out + (count * G + g) * VP, j);
         }
@@ -317,10 +316,10 @@ static int64_t read_chunk(const Problem *p, Work *w, int64_t h, int64_t begin, i
 }
 
 static void backward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int64_t begin, int64_t end,
-                           float *d_state) {
+                           float *d_state, float unit) {
     const int64_t K = p->K, G = p->queries, KP = padded(K), VP = padded(p->V);
     const int64_t chunk = (p->first_chunk[n] + (begin - p->bounds[n]) / p->chunk) * p->heads + h;
-    const int64_t count = read_chunk(p, w, h, begin, end, p->chunk_m[chunk]);
+    const int64_t count = read_chunk(p, w, h, begin, end, p->chunk_m[chunk], unit);
     memset(w->d_phi_q, 0, count * G * KP * sizeof(float));
     memset(w->d_phi_k, 0, count * KP * sizeof(float));
     memset(w->d_a, 0, count * KP * sizeof(float));
@@ -356,24 +355,66 @@ static void backward_chunk(const Problem *p, Work *w, int64_t n, int64_t h, int6
                 BY_WIDTH(width, write_backward(W, K, D, x->phi_q + g * KP, (const vec *)(d_out + g * VP + column)))
             BY_SHAPE(width, m, p->key_gate,
                      step_back(W, M, A, K, D, S, x, column, d_out, VP, d_phi_k, d_a, KP, d_v, d_b, VP))
+            if (column + TILE * LANES < VP) continue; /* the last tile: nothing more comes to these tokens */
+            for (int64_t u = c; u < c + m; u++)
+                write_gradients(p, w->real[u], h, w->tokens + u, 1.0f / unit, w->d_phi_q + u * G * KP,
+                                w->d_phi_k + u * KP, w->d_v + u * VP, w->d_a + u * KP, w->d_b + u * VP);
         }
     }
-    for (int64_t c = 0; c < count; c++)
-        write_gradients(p, w->real[c], h, w->tokens + c, 1.0f / p->unit, w->d_phi_q + c * G * KP, w->d_phi_k + c * KP,
-                        w->d_v + c * VP, w->d_a + c * KP, w->d_b + c * VP);
+}
+
+/* x < 2^exponent. What is not finite counts as 0: it stays what it is in any unit. */
+static int exponent_of(double x) {
+    int exponent = 0;
+    if (isfinite(x)) frexp(x, &exponent);
+    return exponent;
+}
+
+/* What the gradients of each head are multiplied by while they are worked on: a power of two that makes the largest of
+ * what is read from its states about 2^36, and that of the last state at most 2^60, as large as products with keys,
+ * lifted by 2^48, allow. Behind outliers outputs are tiny and their gradients huge, up to 2^140 times the others',
+ * which must not become 0. */
+static void find_units(const Problem *p, Work *w, int64_t n, int64_t first, int64_t last) {
+    const int64_t V = p->V, G = p->queries, KV = p->K * V;
+    for (int64_t h = first; h < last; h++) w->tops[h - first] = 0.0;
+    for (int64_t t = p->bounds[n]; t < p->bounds[n + 1]; t++) {
+        if (p->mask && !p->mask[t]) continue;
+        for (int64_t i = first * G; i < last * G; i++) {
+            const float *d_o = row(p->d_o, t, i * V);
+            vec top = {0};
+            for (int64_t j = 0; j < V; j += LANES) {
+                vec x = load(d_o, j, V, 0.0f);
+                top = larger(larger(x, -x), top);
+            }
+            double read = (double)top_of(top) * p->factor[t * p->heads * G + i];
+            if (read > w->tops[i / G - first]) w->tops[i / G - first] = read;
+        }
+    }
+    for (int64_t h = first; h < last; h++) {
+        int exponent = exponent_of(w->tops[h - first]) - 36;
+        if (p->d_final) {
+            const float *D = p->d_final + (n * p->heads + h) * KV;
+            float top = 0.0f;
+            for (int64_t i = 0; i < KV; i++) top = fabsf(D[i]) > top ? fabsf(D[i]) : top;
+            const int of_state = exponent_of(top) - 60;
+            exponent = of_state > exponent ? of_state : exponent;
+        }
+        w->units[h - first] = ldexpf(1.0f, exponent > 100 ? -100 : exponent < -100 ? 100 : -exponent);
+    }
 }
 
 static void backward_heads(const Problem *p, Work *w, int64_t n, int64_t first, int64_t last) {
     const int64_t KV = p->K * p->V, size = p->K * padded(p->V), at = n * p->heads;
     const int64_t begin = p->bounds[n], end = p->bounds[n + 1];
+    find_units(p, w, n, first, last);
     for (int64_t h = first; h < last; h++)
-        load_state(p, p->d_final ? p->d_final + (at + h) * KV : 0, p->unit, w->S + (h - first) * size);
+        load_state(p, p->d_final ? p->d_final + (at + h) * KV : 0, w->units[h - first], w->S + (h - first) * size);
     for (int64_t start = begin + (end - begin - 1) / p->chunk * p->chunk; start >= begin; start -= p->chunk)
         for (int64_t h = first; h < last; h++)
             backward_chunk(p, w, n, h, start, start + p->chunk < end ? start + p->chunk : end,
-                           w->S + (h - first) * size);
+                           w->S + (h - first) * size, w->units[h - first]);
     for (int64_t h = first; h < last; h++)
-        store_state(p, w->S + (h - first) * size, 1.0f / p->unit, p->d_initial + (at + h) * KV);
+        store_state(p, w->S + (h - first) * size, 1.0f / w->units[h - first], p->d_initial + (at + h) * KV);
 }
 
 /* ---- threads ---- */
@@ -409,6 +450,8 @@ static int64_t lay_out(const Problem *p, int64_t tokens, int64_t heads, Work *w,
     w->m = take(&memory, heads);
     w->out = take(&memory, G * VP);
     if (p->d_initial) {
+        w->tops = (double *)take(&memory, heads * sizeof(double) / sizeof(float));
+        w->units = take(&memory, heads);
         w->real = (int64_t *)take(&memory, tokens * sizeof(int64_t) / sizeof(float));
         w->history = take(&memory, (tokens + 1) * K * (VP < TILE * LANES ? VP : TILE * LANES));
         w->d_out = take(&memory, tokens * G * VP);
@@ -439,6 +482,7 @@ static void *worker(void *argument) {
         int64_t first = item % job->groups * heads, last = first + heads < p->heads ? first + heads : p->heads;
         if (first < last) job->pass(p, &w, item / job->groups, first, last);
     }
+    end_of_streams();
 #if defined(__x86_64__) || defined(__i386__)
     _mm_setcsr(mode);
 #endif

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ class _Problem(ctypes.Structure):
         *((name, _INT) for name in ("sequences", "heads", "queries", "K", "V", "chunk", "threads")),
         *((name, _INT) for name in ("safe_exp", "decaying", "key_gate", "value_gate")),
         ("scale", _FLOAT),
-        ("unit", _FLOAT),
         *((name, _POINTER) for name in ("bounds", "first_chunk", "mask")),
         *((name, _Rows) for name in ("q", "k", "v", "gk", "rk", "gv", "rv")),
         *((name, _POINTER) for name in ("initial_state", "before")),
@@ -59,7 +57,7 @@ class _Call:
         q, k, v, gk, rk, gv, rv, mask, cu_seqlens, *_ = inputs
         B, T, H, K = k.shape
         self.held: list[Any] = []
-        self.problem = _Problem(heads=H, queries=q.shape[2] // H, K=K, V=v.shape[-1], chunk=CHUNK, unit=1.0)
+        self.problem = _Problem(heads=H, queries=q.shape[2] // H, K=K, V=v.shape[-1], chunk=CHUNK)
         self.problem.threads = torch.get_num_threads()
         self.problem.key_gate, self.problem.value_gate = _KINDS[gate_kind(gk, rk)], _KINDS[gate_kind(gv, rv)]
         bounds = [n * T for n in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
@@ -156,7 +154,6 @@ def backward(
     grads = gradients_like(tensors, inputs.cu_seqlens)
     call = _Call(inputs)
     call.problem.scale, call.problem.safe_exp, call.problem.decaying = scale, safe_exp, decaying
-    call.problem.unit = _unit(d_o, factors, d_final)
     call.rows("d_o", rows(d_o.float()))
     call.points(d_final=_float(d_final), states=states, chunk_m=m, factor=factors)
     written = [x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in grads]
@@ -190,18 +187,6 @@ def step(
     call.points(initial_state=S, before=m, final_state=S, last=m, weight=_float(weight), bias=_float(bias))
     call.run("regla_forward")
     return o if o_32 is o else o.copy_(o_32)
-
-
-def _unit(d_o: Tensor, factors: Tensor, d_final: Tensor | None) -> float:
-    """A power of two that makes the largest gradient of what is read from a state about 2^36, and that of the last
-    state at most 2^60: as large as products with keys, lifted by 2^48, allow. Behind outliers outputs are tiny and
-    their gradients huge, up to 2^140 times the others', which must not become 0."""
-    if d_o.numel() == 0:
-        return 1.0
-    exponents = [math.frexp(float((d_o.abs().amax(-1) * factors).amax()))[1] - 36]
-    if d_final is not None:
-        exponents.append(math.frexp(float(d_final.abs().amax()))[1] - 60)
-    return math.ldexp(1.0, min(max(-max(exponents), -100), 100))
 
 
 def _float(x: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ typedef struct {
 typedef struct {
     int64_t sequences, heads, queries, K, V, chunk, threads; /* heads: of the state; queries: per state head */
     int64_t safe_exp, decaying, key_gate, value_gate;
-    float scale, unit;                   /* unit: what gradients are multiplied by while they are worked on */
+    float scale;
     const int64_t *bounds, *first_chunk; /* [sequences + 1] tokens and chunks before each sequence */
     const uint8_t *mask;                 /* [tokens] or null */
     Rows q, k, v, gk, rk, gv, rv;
@@ -58,6 +58,12 @@ INLINE vec load(const float *x, int64_t i, int64_t n, float beyond) {
 INLINE void store(vec y, float *x, int64_t i, int64_t n) {
     if (i + LANES <= n) memcpy(x + i, &y, sizeof y);
     else memcpy(x + i, &y, (n - i) * sizeof(float));
+}
+
+/* The same of what this pass does not read again, past the caches if it lies at a whole vector's address. */
+INLINE void store_away(vec y, float *x, int64_t i, int64_t n) {
+    if (i + LANES <= n && (uintptr_t)(x + i) % sizeof y == 0) stream(y, x + i);
+    else store(y, x, i, n);
 }
 
 INLINE void put(vec y, float *x, int64_t i) { *(vec *)(x + i) = y; }
@@ -249,7 +255,9 @@ INLINE float write_output(const Problem *p, int64_t head, const float *out, floa
         float raised = 0x1p-12f / top_of(top);
         factor *= (raised > 1.0f ? raised : 1.0f) * 0x1p-48f;
     }
-    for (int64_t j = 0; j < p->V; j += LANES) store(get(out, j) * factor, o, j, p->V);
+    for (int64_t j = 0; j < p->V; j += LANES)
+        if (p->states) store_away(get(out, j) * factor, o, j, p->V);
+        else store(get(out, j) * factor, o, j, p->V);
     if (p->weight) normalise(p, head, o);
     return factor;
 }
@@ -257,12 +265,12 @@ INLINE float write_output(const Problem *p, int64_t head, const float *out, floa
 INLINE void write_gates(int64_t kind, const float *d, const float *slopes, int64_t n, float back, float *d_g,
                         float *d_r) {
     if (kind == LOG)
-        for (int64_t i = 0; i < n; i += LANES) store(get(d, i) * back, d_g, i, n);
+        for (int64_t i = 0; i < n; i += LANES) store_away(get(d, i) * back, d_g, i, n);
     if (kind == REFINED)
         for (int64_t i = 0; i < n; i += LANES) {
             vec worth = get(d, i) * back;
-            store(worth * get(slopes, i), d_g, i, n);
-            store(worth * get(slopes + padded(n), i), d_r, i, n);
+            store_away(worth * get(slopes, i), d_g, i, n);
+            store_away(worth * get(slopes + padded(n), i), d_r, i, n);
         }
 }
 
@@ -272,13 +280,13 @@ static void write_gradients(const Problem *p, int64_t t, int64_t h, const Token 
     const int64_t K = p->K, V = p->V, G = p->queries;
     const vec one = all(1.0f);
     for (int64_t i = 0; i < K; i += LANES)
-        store(get(d_phi_k, i) * (p->safe_exp ? get(x->phi_k, i) : one) * back, row(p->d_k, t, h * K), i, K);
+        store_away(get(d_phi_k, i) * (p->safe_exp ? get(x->phi_k, i) : one) * back, row(p->d_k, t, h * K), i, K);
     for (int64_t g = 0; g < G; g++)
         for (int64_t i = 0; i < K; i += LANES) {
             vec phi = p->safe_exp ? get(x->phi_q + g * padded(K), i) : one;
-            store(get(d_phi_q + g * padded(K), i) * phi * back, row(p->d_q, t, (h * G + g) * K), i, K);
+            store_away(get(d_phi_q + g * padded(K), i) * phi * back, row(p->d_q, t, (h * G + g) * K), i, K);
         }
-    for (int64_t j = 0; j < V; j += LANES) store(get(d_v, j) * back, row(p->d_v, t, h * V), j, V);
+    for (int64_t j = 0; j < V; j += LANES) store_away(get(d_v, j) * back, row(p->d_v, t, h * V), j, V);
     write_gates(p->key_gate, d_a, x->slopes, K, back, row(p->d_gk, t, h * K), row(p->d_rk, t, h * K));
     write_gates(p->value_gate, d_b, x->slopes + 2 * padded(K), V, back, row(p->d_gv, t, h * V), row(p->d_rv, t, h * V));
 }

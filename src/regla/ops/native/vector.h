@@ -5,6 +5,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -18,6 +21,26 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES))); /* may overflow */
+
+/* Writes past the caches where the processor can: what lies at x is not fetched first only to be written over. The
+ * thread that did so calls `end_of_streams` before others read it. */
+INLINE void stream(vec y, float *x) {
+#if LANES == 16
+    _mm512_stream_ps(x, (__m512)y);
+#elif LANES == 8
+    _mm256_stream_ps(x, (__m256)y);
+#elif defined(__SSE__)
+    _mm_stream_ps(x, (__m128)y);
+#else
+    memcpy(x, &y, sizeof y);
+#endif
+}
+
+INLINE void end_of_streams(void) {
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
+}
 
 INLINE vec all(float x) { return x - (vec){0}; }
 
