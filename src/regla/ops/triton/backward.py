@@ -214,10 +214,12 @@ def finish(
         U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
     elif D_FINAL:
         U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * 2.0 ** (centre + lift)
+    if VALUED and not PIECES:
+        U *= exp2(total_v)[None, :]
     kept = U
     if KEYED:
         kept *= exp2(total_k)[:, None]
-    if VALUED:
+    if VALUED and PIECES:
         kept *= exp2(total_v)[None, :]
     dS += kept
     if i > 0:
@@ -226,8 +228,7 @@ def finish(
     else:
         tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
     worth = S.to(tl.float32) * kept  # of the state's decay
-    # In the forward kernel's terms: the state after the chunk is a sum of k_end v_end^T, and times 2^total_v without
-    # pieces.
+    # The forward kernel's k_end and v_end; U already holds the factor 2^total_v that v_end lacks without pieces.
     k_end, v_end = kd, x
     if KEYED:
         if PIECES:
@@ -235,12 +236,9 @@ def finish(
             k_end = (k * to_end_k).to(dtype)
         else:
             k_end = (kd.to(tl.float32) * exp2(total_k)[None, :]).to(dtype)
-    if VALUED:
-        if PIECES:
-            to_end_v = to_the_end(gv, rows, Bv, total_v)
-            v_end = (v * to_end_v).to(dtype)
-        else:
-            U *= exp2(total_v)[None, :]
+    if VALUED and PIECES:
+        to_end_v = to_the_end(gv, rows, Bv, total_v)
+        v_end = (v * to_end_v).to(dtype)
     Ud = U.to(dtype)
     dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
     dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)

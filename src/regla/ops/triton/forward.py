@@ -193,8 +193,6 @@ def finish(
         x = (v * Wv).to(dtype)
         v_end = (v * to_the_end(gv, rows, Bv, total_v)).to(dtype) if PIECES else x
     written = tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION)
-    if VALUED and not PIECES:
-        written *= exp2(total_v)[None, :]
     # The state before the chunk, and at once the one after it for the next.
     S = tl.zeros([BK, BV], tl.float32)
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
@@ -207,9 +205,11 @@ def finish(
     kept = S
     if KEYED:
         kept *= exp2(total_k)[:, None]
-    if VALUED:
+    if VALUED and PIECES:
         kept *= exp2(total_v)[None, :]
     written += kept
+    if VALUED and not PIECES:
+        written *= exp2(total_v)[None, :]
     if i + 1 < count:
         tl.store(passed_at + (i + 1) % 2 * K * V, written, mask=state_mask)
         publish(flag_ptr, i + 1)
