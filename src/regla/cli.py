@@ -236,6 +236,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--quick", action="store_true", help="tiny sizes: to see that everything runs, in seconds")
         if name != "ops":
             kind.add_argument("--eager", action="store_true", help="without torch.compile, which a CPU never uses here")
+            kind.add_argument("--config", metavar="FILE.json", help="ReGLAConfig arguments for the ReGLA model")
 
 
 def _linearize_arguments(parser: argparse.ArgumentParser) -> None:

@@ -136,7 +136,7 @@ the hardware, the versions and the commit as soon as it is there; what it is com
 
   ops     forward and backward of the operations: backends, PyTorch's softmax attention, fla's chunk_gla where installed
   decode  tokens/s of `generate` behind contexts of 1k to 64k: a 162M-parameter model against softmax of equal size
-  train   tokens/s of training such models at lengths of 2k to 32k: ReGLA, softmax, and no mixer at all
+  train   tokens/s of training such models at lengths of 2k to 32k: ReGLA, softmax, and ReGLA without the recurrence
   cpu     what the CPU path promises: chunked form against the recurrence, cost of a token, memory of a forward pass
 
 examples:
@@ -176,15 +176,17 @@ examples:
 """
 
 BENCH_TRAIN = """\
-Time whole steps of training, forward, backward and AdamW, of a softmax model, of ReGLA at equal parameters, and of that
-model with every mixer replaced by the identity, all with the same number of tokens in a step. Where memory runs out,
-the row says so, and another has activation checkpointing.
+Time whole steps of training, forward, backward and AdamW, of a softmax model and of ReGLA at equal parameters, and of
+that model without its recurrence: with values for outputs, all projections in place, and with every mixer replaced by
+the identity. All have the same number of tokens in a step. Where memory runs out, the row says so, and another has
+activation checkpointing.
 
 A case is called MODEL/lengthN, such as regla/length2048.
 
 examples:
   regla bench train --out benchmarks/gpu/h100.jsonl
   regla bench train --only '*/length2048' --eager
+  regla bench train --config axis.json                        where axis.json holds {"gate_axis": "value"}
   regla bench train --device cpu --quick
 """
 

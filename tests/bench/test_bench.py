@@ -78,8 +78,8 @@ def test_floor_bytes() -> None:
 
 def test_every_operation_computes_what_its_name_says() -> None:
     """From the same logits the gated form on features is the safe exponential one, up to the stabiliser's factor."""
-    logits = ops._logits(ops.Shape(1, 20, 2, 16, 16), CPU, torch.float64)
     for axis in ops.AXES:
+        logits = ops._logits(ops.Shape(1, 20, 2, 16, 16), axis, CPU, torch.float64)
         function, inputs = ops._operation("regla_attention", axis, "chunked", logits)
         gated, features = ops._operation("gated_linear_attention", axis, "chunked", logits)
         assert len(inputs) == 5 and len(features) == 4
@@ -90,7 +90,8 @@ def test_every_operation_computes_what_its_name_says() -> None:
                 torch.nn.functional.normalize(logits["v"][:, 0], dim=-1),
             )
         call = ops._call(function, inputs, "forward+backward")
-        assert [tuple(x.shape) for x in call()] == [(1, 20, 2, 16)] * 6
+        gates = [(1, 20, 2, 32 if axis == "both" else 16)] * 2
+        assert [tuple(x.shape) for x in call()] == [(1, 20, 2, 16)] * 4 + gates
     softmax, inputs = ops._operation("softmax_attention", "none", "sdpa", logits)
     assert torch.allclose(softmax(*inputs)[:, :, 0], logits["v"][:, 0])
 
@@ -100,7 +101,7 @@ def test_a_backend_that_takes_too_long_has_no_row(
 ) -> None:
     monkeypatch.setattr(ops, "_TOO_LONG", 0.0)
     assert run.bench_ops(device="cpu", quick=True, only=["*/chunked/B1-T128*/forward"]) == []
-    assert capsys.readouterr().out.count("no row, one call takes") == 4
+    assert capsys.readouterr().out.count("no row, one call takes") == 6
 
 
 def test_decode(tmp_path: Path) -> None:
@@ -139,12 +140,12 @@ def test_decoding_goes_on_behind_the_context_each_time(name: str) -> None:
 
 def test_train(tmp_path: Path) -> None:
     rows = bench("train --quick --device cpu --only */length16 --dtype bfloat16", tmp_path / "rows.jsonl")
-    assert [row["subject"] for row in rows] == ["softmax", "identity", "regla"]
+    assert [row["subject"] for row in rows] == ["softmax", "identity", "values", "regla"]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(64e6 / row["p50_us"])
         assert row["setting"] == {"length": 16, "batch": 4, "dtype": "bfloat16", "compiled": False}
         assert row["activation_checkpointing"] is False
-    assert set(rows[2]["against"]) == {"softmax", "identity"}
+    assert set(rows[3]["against"]) == {"softmax", "identity", "values"}
 
 
 def test_the_identity_is_all_of_regla_but_its_mixers() -> None:
@@ -152,6 +153,40 @@ def test_the_identity_is_all_of_regla_but_its_mixers() -> None:
     assert all(isinstance(layer.self_attn, IdentityMixer) for layer in identity.model.layers)
     rest = {name: x.shape for name, x in regla.named_parameters() if ".self_attn." not in name}
     assert {name: x.shape for name, x in identity.named_parameters()} == rest
+
+
+def test_values_for_outputs_keep_every_projection_at_work() -> None:
+    for overrides in ({"gate_axis": "value"}, {"num_key_value_heads": 1, "value_head_dim": 24, "output_gate": None}):
+        model = _model("values", 16, CPU, True, overrides)
+        ids = torch.randint(128, (2, 16))
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(x.grad is not None for x in model.parameters())
+        y = model(input_ids=ids).logits
+        model.model.layers[0].self_attn.q_proj.weight.data.add_(1.0)
+        assert torch.equal(model(input_ids=ids).logits, y)
+
+
+def test_another_configuration(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "own.json"
+    file.write_text('{"gate_axis": "value", "output_gate": null}')
+    for line in (
+        "train --quick --device cpu --only */length16",
+        "decode --quick --device cpu --only */batch1/context16",
+    ):
+        rows = bench(f"{line} --config {file}", tmp_path / f"{line.split()[0]}.jsonl")
+        for row in rows:
+            own = None if row["subject"] == "softmax" else {"gate_axis": "value", "output_gate": None}
+            assert row.get("overrides") == own
+        assert "ReGLA, gate_axis value, output_gate None" in capsys.readouterr().out
+        for text, complaint in (
+            ('{"gate_axes": "value"}', "Unknown configuration key 'gate_axes'; the nearest known one is 'gate_axis'."),
+            ('{"gate_axis": "time"}', "gate_axis is 'time'"),
+            ('{"gate_axis": 3}', "The configuration does not fit"),
+        ):
+            bad = tmp_path / "bad.json"
+            bad.write_text(text)
+            assert main(["bench", *line.split(), "--config", str(bad)]) == 2
+            assert complaint in capsys.readouterr().err
 
 
 def test_where_memory_runs_out_training_tries_again_with_less(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +35,23 @@ _PREFILL_TOKENS = 8192  # of all sequences together, in one forward pass
 _SHORT, _LONG, _REPEATS = 8, 136, 5
 
 
-def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False, eager: bool = False) -> list[Case]:
-    """Every batch size and context with the softmax model, then with ReGLA."""
+def cases(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    quick: bool = False,
+    eager: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[Case]:
+    """Every batch size and context with the softmax model, then with ReGLA; `overrides` as in `configs`."""
+    configs(max_length=1, quick=quick, overrides=overrides)  # what does not fit is found before anything is measured
     batches, contexts, long = ((1, 2), (16, 64), _SHORT + 8) if quick else (BATCHES, CONTEXTS, _LONG)
     found = []
     for batch in batches:
         for context in contexts:
             for model in ("softmax", "regla"):
                 name = f"{model}/batch{batch}/context{context}"
-                measure = partial(_measure, model, batch, context, device, dtype, quick, eager, long)
+                measure = partial(_measure, model, batch, context, device, dtype, quick, eager, long, overrides)
                 found.append(Case(name, measure))
     return found
 
@@ -57,6 +65,7 @@ def _measure(
     quick: bool,
     eager: bool,
     new_tokens: int,
+    overrides: Mapping[str, Any] | None,
 ) -> Iterator[Row | str]:
     from transformers import StaticCache
 
@@ -66,11 +75,13 @@ def _measure(
         "subject": name,
         "setting": {"batch": batch, "context": context, "dtype": dtype_name(dtype), "compiled": compiled},
     }
+    if overrides and name != "softmax":
+        row["overrides"] = dict(overrides)
     if compiled:
         torch.compiler.reset()  # else a second length makes the compiler give up fixed shapes
     try:
         rate = copy_rate(device, quick=quick)
-        config = configs(max_length=context + new_tokens, quick=quick)[name]
+        config = configs(max_length=context + new_tokens, quick=quick, overrides=overrides)[name]
         model = build(config, device, dtype).eval()
         row["parameters"] = model.num_parameters()
         cache = StaticCache(config=config, max_cache_len=context + new_tokens)

@@ -39,7 +39,7 @@ from regla.bench.measure import (
     seconds_of,
     time_call,
 )
-from regla.ops import gated_linear_attention, regla_attention
+from regla.ops import gate_decays, gated_linear_attention, regla_attention
 from regla.ops.attention import safe_exp_step_
 from regla.ops.backends import why_not_native, why_not_triton
 from regla.ops.features import safe_exp_query
@@ -48,7 +48,7 @@ from regla.ops.gates import log_refined_gate
 BENCHMARK = "bench ops"
 DIRECTIONS = ("forward", "forward+backward")
 STEP = "step"
-AXES = ("value", "key")
+AXES = ("both", "value", "key")
 _BACKENDS = ("triton", "native", "chunked")
 _STEP_BACKENDS = ("recurrent", "native", "triton")
 _TOO_LONG = 2.0  # seconds of one call, above which a backend gets no row
@@ -136,7 +136,7 @@ def _measure(
     }
     try:
         copied = rate()
-        logits = _logits(shape, device, dtype)
+        logits = _logits(shape, axis, device, dtype)
         reason = _why_not(backend, logits["k"], logits["v"])
         if reason is not None:
             yield f"{operation}/{axis}/{backend}: no rows, {reason}"
@@ -163,11 +163,11 @@ def _measure(
     yield row | timing.as_row() | floor_columns(moved, copied, timing.p50_us) | {"peak_extra_bytes": extra}
 
 
-def _logits(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Standard normal q, k, v, gate and refine [B, T, H, K or V]; the gate's channels fit the values and, as K = V in
-    every shape, the keys."""
+def _logits(shape: Shape, axis: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Standard normal q, k, v, gate and refine [B, T, H, K, V or, of gates of both axes, K + V]."""
     B, T, H, K, V = shape
-    widths = {"q": K, "k": K, "v": V, "gate": V, "refine": V}
+    gated = {"both": K + V, "key": K}.get(axis, V)
+    widths = {"q": K, "k": K, "v": V, "gate": gated, "refine": gated}
     return {
         name: normal(B, T, H, D, seed=seed, device=device, dtype=dtype) for seed, (name, D) in enumerate(widths.items())
     }
@@ -228,13 +228,12 @@ def _step(
 def _step_in_place(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, refine: Tensor, S: Tensor, m: Tensor, *, axis: str, backend: str
 ) -> Tensor:
-    gates: dict[str, Any] = {"gk": gate, "refine_k": refine} if axis == "key" else {"gv": gate, "refine_v": refine}
-    return safe_exp_step_(q, k, v, S, m, **gates, engine=backend)
+    (gk, gv), (refine_k, refine_v) = (gate_decays(x, axis, k.shape[-1], v.shape[-1]) for x in (gate, refine))
+    return safe_exp_step_(q, k, v, S, m, gk, gv, refine_k=refine_k, refine_v=refine_v, engine=backend)
 
 
 def _gated(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, axis: str, backend: str) -> Tensor:
-    gk, gv = (decay, None) if axis == "key" else (None, decay)
-    return gated_linear_attention(q, k, v, gk, gv, backend=backend)[0]
+    return gated_linear_attention(q, k, v, *gate_decays(decay, axis, k.shape[-1], v.shape[-1]), backend=backend)[0]
 
 
 def _call(function: Operation, inputs: Sequence[Tensor], direction: str) -> Callable[[], Sequence[Tensor]]:

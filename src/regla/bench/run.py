@@ -13,6 +13,7 @@ from regla.bench.measure import Case, Row, give_memory_back
 from regla.bench.rows import write_rows
 from regla.report.benches import lines
 from regla.train.device import DTYPES, pick_device
+from regla.train.model import read_overrides
 
 
 def bench_ops(
@@ -36,10 +37,13 @@ def bench_decode(
     dtype: str | None = None,
     quick: bool = False,
     eager: bool = False,
+    config: str | None = None,
 ) -> list[Row]:
     """Time `model.generate` at long contexts; see `regla.bench.decode`. The rows."""
     where = pick_device(device)
-    return run(decode.cases(where, _dtype(dtype, where), quick=quick, eager=eager), where, out=out, only=only)
+    own = None if config is None else read_overrides(config)
+    cases = decode.cases(where, _dtype(dtype, where), quick=quick, eager=eager, overrides=own)
+    return run(cases, where, out=out, only=only)
 
 
 def bench_train(
@@ -50,10 +54,13 @@ def bench_train(
     dtype: str | None = None,
     quick: bool = False,
     eager: bool = False,
+    config: str | None = None,
 ) -> list[Row]:
     """Time training steps; see `regla.bench.train`. The rows."""
     where = pick_device(device)
-    return run(train.cases(where, _dtype(dtype, where), quick=quick, eager=eager), where, out=out, only=only)
+    own = None if config is None else read_overrides(config)
+    cases = train.cases(where, _dtype(dtype, where), quick=quick, eager=eager, overrides=own)
+    return run(cases, where, out=out, only=only)
 
 
 def bench_cpu(*, out: str | None = None, only: Sequence[str] = (), threads: int = 2) -> list[Row]:

@@ -1,14 +1,15 @@
 """Tokens per second of training, end to end: forward, backward and AdamW, from the parts that `regla train` runs on.
 
-Three models of one shape at several sequence lengths, with the same number of tokens in every step: softmax attention
-(PyTorch's SDPA), ReGLA at equal parameters, and that model with every mixer replaced by the identity, which is what all
-the rest costs. Weights are float32, products run under autocast. Tokens are random.
+Models of one shape at several sequence lengths, with the same number of tokens in every step: softmax attention
+(PyTorch's SDPA), ReGLA at equal parameters, and that model without its recurrence: with values for outputs, all
+projections in place, and with every mixer replaced by the identity. Weights are float32, products run under autocast.
+Tokens are random.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from regla.train.loop import make_optimizer, next_token_loss
 from regla.train.regions import compiled_blocks
 
 if TYPE_CHECKING:
+    from regla.layers.gates import Decays
     from regla.models import ReGLAForCausalLM
 
 BENCHMARK = "bench train"
@@ -38,20 +40,44 @@ class IdentityMixer(nn.Module):
         return x, None
 
 
-def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False, eager: bool = False) -> list[Case]:
-    """Every length with softmax, the identity and ReGLA."""
+class ValuesForOutputs(nn.Module):
+    """Stands where a mixer's recurrence stood: o = v + 0 (q + k + gates), so that every projection is still at work."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, decays: Decays, *_: Any) -> tuple[Tensor, None]:
+        others = torch.stack([x.flatten(2).sum(-1) for x in (q, k, *decays) if x is not None]).sum(0)
+        o = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
+        return o + 0.0 * others[..., None, None].to(o.dtype), None
+
+
+def cases(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    quick: bool = False,
+    eager: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[Case]:
+    """Every length with softmax, the identity, values for outputs and ReGLA; `overrides` as in `configs`."""
+    configs(max_length=1, quick=quick, overrides=overrides)  # what does not fit is found before anything is measured
     lengths, tokens = ((16, 64), 64) if quick else (LENGTHS, TOKENS)
     compiled = device.type == "cuda" and not eager
     found = []
     for length in lengths:
-        for model in ("softmax", "identity", "regla"):
-            measure = partial(_measure, model, length, tokens // length, device, dtype, compiled, quick)
+        for model in ("softmax", "identity", "values", "regla"):
+            measure = partial(_measure, model, length, tokens // length, device, dtype, compiled, quick, overrides)
             found.append(Case(f"{model}/length{length}", measure))
     return found
 
 
 def _measure(
-    name: str, length: int, batch: int, device: torch.device, dtype: torch.dtype, compiled: bool, quick: bool
+    name: str,
+    length: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    quick: bool,
+    overrides: Mapping[str, Any] | None,
 ) -> Iterator[Row | str]:
     """A row; where memory runs out, one that says so and another with activation checkpointing."""
     setting = {"length": length, "batch": batch, "dtype": dtype_name(dtype), "compiled": compiled}
@@ -62,8 +88,10 @@ def _measure(
             "setting": setting,
             "activation_checkpointing": checkpointing,
         }
+        if overrides and name != "softmax":
+            row["overrides"] = dict(overrides)
         try:
-            measured = _train(name, length, batch, device, dtype, compiled, checkpointing, quick)
+            measured = _train(name, length, batch, device, dtype, compiled, checkpointing, quick, overrides)
         except torch.OutOfMemoryError:
             yield row | {"out_of_memory": True}
         else:
@@ -81,11 +109,12 @@ def _train(
     compiled: bool,
     checkpointing: bool,
     quick: bool,
+    overrides: Mapping[str, Any] | None,
 ) -> Row:
     """Figures of a number of steps. All that it holds is free when it returns."""
     if compiled:
         torch.compiler.reset()  # else a second length makes the compiler give up fixed shapes
-    model = _model(name, length, device, quick)
+    model = _model(name, length, device, quick, overrides)
     timing, peak = _time_steps(model, length, batch, dtype, compiled, checkpointing, quick)
     tokens_per_second = length * batch / timing.p50_us * 1e6
     return {
@@ -96,13 +125,17 @@ def _train(
     }
 
 
-def _model(name: str, length: int, device: torch.device, quick: bool) -> ReGLAForCausalLM:
+def _model(
+    name: str, length: int, device: torch.device, quick: bool, overrides: Mapping[str, Any] | None = None
+) -> ReGLAForCausalLM:
     """Float32, in training mode."""
-    both = configs(max_length=length, quick=quick)
-    model = build(both["regla" if name == "identity" else name], device, torch.float32).train()
-    if name == "identity":
-        for layer in model.model.layers:
+    both = configs(max_length=length, quick=quick, overrides=overrides)
+    model = build(both["softmax" if name == "softmax" else "regla"], device, torch.float32).train()
+    for layer in model.model.layers:
+        if name == "identity":
             layer.self_attn = IdentityMixer()
+        elif name == "values":
+            layer.self_attn.feature_map = ValuesForOutputs()
     return model
 
 

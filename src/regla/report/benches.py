@@ -15,7 +15,12 @@ Row = dict[str, Any]
 _WIDTHS = {"operation": 38, "model": 36, "shape": 20, "p20 / p50 / p80, us": 24}  # in characters, of printed columns
 _WIDTH = 11  # of the others
 _DIRECTIONS = {"forward": "fwd", "forward+backward": "fwd+bwd", "step": "step"}
-_NAMES = {"softmax": "softmax", "regla": "ReGLA", "identity": "identity for a mixer"}
+_NAMES = {
+    "softmax": "softmax",
+    "regla": "ReGLA",
+    "identity": "identity for a mixer",
+    "values": "values for outputs",
+}
 
 
 def benches_table(rows: Sequence[Row]) -> str:
@@ -87,6 +92,7 @@ def _train_cells(row: Row) -> dict[str, str]:
         **_time(row, "ms", 1e-3),
         "peak memory": _memory(row.get("peak_bytes")),
         "x softmax": _ratio(row, "softmax"),
+        "x values": _ratio(row, "values"),
         "x identity": _ratio(row, "identity"),
     }
 
@@ -95,10 +101,11 @@ _CELLS = {"bench ops": _ops_cells, "bench decode": _decode_cells, "bench train":
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """Without those of which a later run has the same subject and setting, and the same activation checkpointing."""
+    """Without those of which a later run has the same subject, setting, overrides and activation checkpointing."""
 
     def key(row: Row) -> str:
-        return json.dumps([row["subject"], row["setting"], row.get("activation_checkpointing")], sort_keys=True)
+        kind = [row.get("activation_checkpointing"), row.get("overrides")]
+        return json.dumps([row["subject"], row["setting"], *kind], sort_keys=True)
 
     return list({key(row): row for row in rows}.values())
 
@@ -153,7 +160,8 @@ def _panels(rows: Sequence[Row], across: str | None, along: str) -> dict[str, di
 
 
 def _name(row: Row) -> str:
-    return _NAMES[row["subject"]] + ("" if row["setting"]["compiled"] else ", not compiled")
+    own = [f"{name} {value}" for name, value in row.get("overrides", {}).items()]
+    return ", ".join([_NAMES[row["subject"]], *own, *([] if row["setting"]["compiled"] else ["not compiled"])])
 
 
 def _time(row: Row, unit: str, of_us: float) -> dict[str, str]:

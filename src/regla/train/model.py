@@ -54,11 +54,7 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
 
     Raises ValueError for an override that ReGLAConfig does not know, naming the nearest one, or that does not fit.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
-    from regla.models.configuration import ReGLAConfig
-
-    _check_overrides(config.overrides)
+    check_overrides(config.overrides)
     arguments: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,
@@ -79,9 +75,18 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
             f"vocab_size is {arguments['vocab_size']}, but the tokenizer has {vocab_size} tokens; "
             "leave it out of --config or raise it."
         )
+    return checked_config(**arguments)
+
+
+def checked_config(**arguments: Any) -> ReGLAConfig:
+    """ReGLAConfig; a value of the wrong type is a ValueError, too."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    from regla.models.configuration import ReGLAConfig
+
     try:
         return ReGLAConfig(**arguments)
-    except StrictDataclassError as error:  # a value of the wrong type
+    except StrictDataclassError as error:
         raise ValueError(f"The configuration does not fit: {' '.join(str(error).split())}.") from error
 
 
@@ -134,7 +139,8 @@ def _default_width(hidden_size: int) -> int:
     return 8 * max(1, round(hidden_size / 3))
 
 
-def _check_overrides(overrides: Mapping[str, Any]) -> None:
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a name that is no argument of ReGLAConfig, naming the nearest one."""
     from regla.models.configuration import ReGLAConfig
 
     known = set(inspect.signature(ReGLAConfig.__init__).parameters) - {"self", "kwargs"}
