@@ -1,6 +1,8 @@
 """The backward kernel: one program for each chunk of tokens of each head, in one launch, the last chunks first.
 
-The gradient of the state passes from chunk to chunk as the state does in the forward kernel.
+The gradient of the state passes from chunk to chunk as the state does in the forward kernel: a chunk passes on that of the
+state before it as soon as it can, and then works on its values and its keys, one after the other, so that neither holds
+registers while it is the other's turn.
 
 Everything but the states before each chunk and the stabiliser is computed again. Of a chunk, with x = v W, k = k W,
 q = q E in the factors of regla.ops.triton.tiles and d = d_out E,
@@ -9,7 +11,7 @@ q = q E in the factors of regla.ops.triton.tiles and d = d_out E,
 
 and through the state after it, with U its gradient and both operands decayed to the chunk's end,
 
-    d_v_end = k_end U    d_k_end = v_end U^T    d_S = U decayed
+    d_v_end = k_end U    d_k_end = v_end U^T    d_S += U decayed
 
 An axis' log-decays take, summed from each token to the chunk's end, what every row read minus what every token wrote
 (q d_q - k d_k, or out d - x d_x), and at the last token what the state after it is worth (the sums of S d_S and
@@ -49,45 +51,69 @@ from regla.ops.triton.tiles import (
 
 
 @triton.jit
-def within(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q_next, do_next, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, Wv, kd, x, S,
+def queries(
+    q, do, factor, Ek, Ev, scale, dtype: tl.constexpr, KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr
+):
+    """(features of q, d_o in units of the state's gradient, and both in the factors E and in `dtype`)."""
+    q = q.to(tl.float32)
+    do = do.to(tl.float32) * scale
+    if SAFE_EXP:
+        q = query_features(q)
+        do *= (factor * 2.0**24)[:, None]
+    qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
+    d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
+    return q, do, qd, d
+
+
+@triton.jit
+def ask_for_queries(
+    q_ptr, do_ptr, lower_ptr, j, t, inside, valid, begin, h, H, q_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SAFE_EXP: tl.constexpr,
+):  # fmt: skip
+    """(q, d_o, factor of the outputs) of the j-th head of the group, as they are in memory."""
+    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
+    q = load_tile(q_ptr + j * K, t, valid, q_step, tl.arange(0, BK), K, empty)
+    do = load_tile(do_ptr + j * V, t, valid, H * G * V, tl.arange(0, BV), V, 0.0)
+    factor = 1.0
+    if SAFE_EXP:
+        factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
+    return q, do, factor
+
+
+@triton.jit
+def load_queries(
+    q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step, dtype: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr,
+):  # fmt: skip
+    """`queries` of the j-th head of the group."""
+    q, do, factor = ask_for_queries(
+        q_ptr, do_ptr, lower_ptr, j, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP
+    )
+    return queries(q, do, factor, Ek, Ev, scale, dtype, KEYED, VALUED, SAFE_EXP)
+
+
+@triton.jit
+def value_side(
+    q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wv, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give: dq, written; the gradients of the state S before it, of kd, x, Bk and Bv.
-
-    PIECES: whether a channel has several; kd and x are k W and v W of the first, and the gradients those of k and v.
-    """
+    """What the outputs of a chunk give to x (with PIECES to v) and to Bv."""
     rows = tl.arange(0, C)
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    causal = rows[:, None] >= rows[None, :]
     dtype = S.dtype
-    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
-    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
-    dkd = tl.zeros([C, BK], tl.float32)
     dx = tl.zeros([C, BV], tl.float32)
-    dS = tl.zeros([BK, BV], tl.float32)
-    dBk = tl.zeros([C, BK], tl.float32)
     dBv = tl.zeros([C, BV], tl.float32)
     if PIECES:  # of all but the first
-        dk = tl.zeros([C, BK], tl.float32)
         dv = tl.zeros([C, BV], tl.float32)
     for j in range(G):
-        q = q_next.to(tl.float32)
-        do = do_next.to(tl.float32) * scale
         if G > 1:
-            q_next = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
-            do_next = load_tile(do_ptr + (j + 1) * V, t, valid & (j + 1 < G), H * G * V, vi, V, 0.0)
-        if SAFE_EXP:
-            q = query_features(q)
-        if SAFE_EXP:
-            factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-            do *= (factor * 2.0**24)[:, None]
-        qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-        d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
+            q, do, qd, d = load_queries(
+                q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
+                dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
+            )  # fmt: skip
         Pd = scores(q, k, gk, Bk, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
-        dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
@@ -99,18 +125,53 @@ def within(
                     _Bv, E2, W2, start = next_piece(gv, rows, start)
                     x2 = (v * W2).to(dtype)
                     d2 = (do * E2).to(dtype)
-                    dP += tl.dot(d2, tl.trans(x2), input_precision=PRECISION)
                     dx2 = tl.dot(tl.trans(Pd), d2, input_precision=PRECISION)
                     dv += dx2 * W2
                     read = tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32)
                     dBv += read - x2.to(tl.float32) * dx2
+    if VALUED:
+        dBv -= x.to(tl.float32) * dx
+    if PIECES:
+        dx = dv + (dx * Wv if VALUED else dx)
+    return dx, dBv
+
+
+@triton.jit
+def key_side(
+    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, kd, x, S,
+    begin, h, scale, H, q_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """What the outputs of a chunk give to kd (with PIECES to k) and to Bk, and dq, written."""
+    rows = tl.arange(0, C)
+    ki = tl.arange(0, BK)
+    causal = rows[:, None] >= rows[None, :]
+    dtype = S.dtype
+    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+    dkd = tl.zeros([C, BK], tl.float32)
+    dBk = tl.zeros([C, BK], tl.float32)
+    if PIECES:  # of all but the first
+        dk = tl.zeros([C, BK], tl.float32)
+    for j in range(G):
+        if G > 1:
+            q, do, qd, d = load_queries(
+                q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
+                dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
+            )  # fmt: skip
+        dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
+        if VALUED and PIECES:
+            start = end_of_first(Bv)
+            while tl.min(start, 0) < C:
+                _Bv, E2, W2, start = next_piece(gv, rows, start)
+                dP += tl.dot((do * E2).to(dtype), tl.trans((v * W2).to(dtype)), input_precision=PRECISION)
         dPd = tl.where(causal, dP, 0.0).to(dtype)
         dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
         dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
         dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
-        dS = tl.dot(tl.trans(qd), d, dS, input_precision=PRECISION)
+        read = qd.to(tl.float32) * dq  # with one piece the gradient of q's logits, too: neither q nor E is kept for it
         if KEYED:
-            dBk += qd.to(tl.float32) * dq
+            dBk += read
             dq *= Ek
             if PIECES:
                 start = end_of_first(Bk)
@@ -124,27 +185,24 @@ def within(
                     dk += dk2 * W2
                     dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
         if SAFE_EXP:
-            dq *= q
+            dq = dq * q if PIECES else read
         store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * (2.0 ** (-lift)))
     if KEYED:
         dBk -= kd.to(tl.float32) * dkd
-    if VALUED:
-        dBv -= x.to(tl.float32) * dx
     if PIECES:
         dkd = dk + (dkd * Wk if KEYED else dkd)
-        dx = dv + (dx * Wv if VALUED else dx)
-    return dS, dkd, dx, dBk, dBv
+    return dkd, dBk
 
 
 @triton.jit
 def load_chunk(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, states_ptr, do_ptr, before, t, inside, valid, at, H,
-    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before, t, inside, valid,
+    begin, h, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
 ):  # fmt: skip
-    """(q and d_o of the first head and the state before the chunk as they are in memory, k, v, log2-decays of both axes
-    in units of the stabiliser), all asked for at once."""
+    """(q, d_o and factor of the first head and the state before the chunk as they are in memory, k, v, log2-decays of
+    both axes in units of the stabiliser), all asked for at once."""
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
     gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
@@ -154,8 +212,9 @@ def load_chunk(
     if SAFE_EXP:
         m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
         earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)
-    q = load_tile(q_ptr, t, valid, q_step, ki, K, empty)
-    do = load_tile(do_ptr, t, valid, H * G * V, vi, V, 0.0)
+    q, do, factor = ask_for_queries(
+        q_ptr, do_ptr, lower_ptr, 0, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP
+    )
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
     S = tl.load(states_ptr + at + ki[:, None] * V + vi[None, :], mask=state_mask, other=0.0)
     gk = decays(gk, rk, valid, ki, K, KEY)
@@ -165,14 +224,14 @@ def load_chunk(
         m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-    return q, do, S, k, v, gk, gv
+    return q, do, factor, S, k, v, gk, gv
 
 
 @triton.jit
 def finish(
     q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-    q, do, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+    q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
     q_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, D_FINAL: tl.constexpr,
@@ -200,13 +259,15 @@ def finish(
         Bv, total_v = cumulative(gv, PIECES)
         Ev, Wv = first_piece(Bv, PIECES)
         x = (v * Wv).to(dtype)
-    dS, dk, dv, dBk, dBv = within(
-        q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, Wv, kd, x, S,
-        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
-    )  # fmt: skip
-    gate_k, refine_k = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-    gate_v, refine_v = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
-    # The gradient of the state after the chunk, and at once that of the one before it for the chunk before.
+    # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
+    q, do, qd, d = queries(q, do, factor, Ek, Ev, scale, dtype, KEYED, VALUED, SAFE_EXP)
+    dS = tl.dot(tl.trans(qd), d, input_precision=PRECISION)
+    for j in range(1, G):
+        _q2, _do2, qd2, d2 = load_queries(
+            q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
+            dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
+        )  # fmt: skip
+        dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
     U = tl.zeros([BK, BV], tl.float32)
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
     if i + 1 < count:
@@ -227,7 +288,11 @@ def finish(
         publish(flag_ptr, count - i)
     else:
         tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
-    worth = S.to(tl.float32) * kept  # of the state's decay
+    kept *= S.to(tl.float32)  # what the state's decay is worth
+    if KEYED:
+        worth_k = tl.sum(kept, 1)
+    if VALUED:
+        worth_v = tl.sum(kept, 0)
     # The forward kernel's k_end and v_end; U already holds the factor 2^total_v that v_end lacks without pieces.
     k_end, v_end = kd, x
     if KEYED:
@@ -240,8 +305,30 @@ def finish(
         to_end_v = to_the_end(gv, rows, Bv, total_v)
         v_end = (v * to_end_v).to(dtype)
     Ud = U.to(dtype)
-    dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
+    dv, dBv = value_side(
+        q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wv, kd, x, S,
+        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
+    )  # fmt: skip
+    gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
     dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
+    if VALUED:
+        written = v_end.to(tl.float32) * dv_end
+        dBv += tl.where(is_last, (worth_v + tl.sum(written, 0))[None, :], 0.0) - written
+        dgv = sums(dBv, True, PIECES) * (2.0 ** (-lift))
+        store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, H * V, vi, V, gate, refine, dgv, VALUE)
+    if VALUED and PIECES:
+        dv += dv_end * to_end_v
+    else:
+        dv += dv_end
+        if VALUED:  # of x so far
+            dv *= Wv
+    store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))
+    dk, dBk = key_side(
+        q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, kd, x, S,
+        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
+    )  # fmt: skip
+    gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+    dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
     if KEYED:
         if PIECES:
             written = k_end.to(tl.float32) * dk_end
@@ -249,28 +336,17 @@ def finish(
         else:
             dk_end *= exp2(total_k)[None, :]
             written = kd.to(tl.float32) * dk_end
-        dBk += tl.where(is_last, (tl.sum(worth, 1) + tl.sum(written, 0))[None, :], 0.0) - written
+        dBk += tl.where(is_last, (worth_k + tl.sum(written, 0))[None, :], 0.0) - written
         dgk = sums(dBk, True, PIECES) * (2.0 ** (-lift))
-        store_gate_gradient(dgk_ptr, drk_ptr, t, inside, valid, H * K, ki, K, gate_k, refine_k, dgk, KEY)
-    if VALUED:
-        written = v_end.to(tl.float32) * dv_end
-        dBv += tl.where(is_last, (tl.sum(worth, 0) + tl.sum(written, 0))[None, :], 0.0) - written
-        dgv = sums(dBv, True, PIECES) * (2.0 ** (-lift))
-        store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, H * V, vi, V, gate_v, refine_v, dgv, VALUE)
+        store_gate_gradient(dgk_ptr, drk_ptr, t, inside, valid, H * K, ki, K, gate, refine, dgk, KEY)
     dk += dk_end
-    if VALUED and PIECES:
-        dv_end *= to_end_v
-    dv += dv_end
-    if not PIECES:  # these are of kd and x so far
-        if VALUED:
-            dv *= Wv
+    if not PIECES:  # of kd so far
         if KEYED and not SAFE_EXP:
             dk *= Wk
         k = kd.to(tl.float32)
     if SAFE_EXP:
         dk *= k
     store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
-    store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))
 
 
 @triton.jit(noinline=True)
@@ -289,14 +365,15 @@ def finish_in_pieces(
     valid = inside
     if MASKED:
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-    q, do, S, k, v, gk, gv = load_chunk(
-        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, states_ptr, do_ptr, before, t, inside, valid, at, H,
-        q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+    q, do, factor, S, k, v, gk, gv = load_chunk(
+        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
+        t, inside, valid, begin, h, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+        G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
     )  # fmt: skip
     finish(
         q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
         dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-        q, do, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+        q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
         q_step, gk_step, rk_step, gv_step, rv_step,
         G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, True,
     )  # fmt: skip
@@ -346,10 +423,10 @@ def backward_kernel(
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
         at = (slot * H + h) * K * V
-        q, do, S, k, v, gk, gv = load_chunk(
-            q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, states_ptr, do_ptr, before,
-            t, inside, valid, at, H,
-            q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        q, do, factor, S, k, v, gk, gv = load_chunk(
+            q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
+            t, inside, valid, begin, h, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+            G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
         if in_pieces(gk, gv) and not ONE_PATH:
             finish_in_pieces(
@@ -364,7 +441,7 @@ def backward_kernel(
                 q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
                 flags_ptr + head,
-                q, do, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+                q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, ONE_PATH,
             )  # fmt: skip
