@@ -166,4 +166,4 @@ def test_shipped_studies_fit_at_equal_parameters(name: str) -> None:
     assert max(parameters) < 1.01 * min(parameters)
     if name != "demo":
         assert min(size.tokens for size in sizes.values()) == 26_214_400
-        assert study.lrs[-3:] == (2e-3, 4e-3, 8e-3)
+        assert {4e-3, 8e-3} <= set(study.lrs)

@@ -1,8 +1,8 @@
 """The backward kernel: one program for each chunk of tokens of each head, in one launch, the last chunks first.
 
-The gradient of the state passes from chunk to chunk as the state does in the forward kernel: a chunk passes on that of the
-state before it as soon as it can, and then works on its values and its keys, one after the other, so that neither holds
-registers while it is the other's turn.
+The gradient of the state passes from chunk to chunk as the state does in the forward kernel: a chunk passes on that of
+the state before it as soon as it can, and then works on its values and its keys, one after the other, so that neither
+holds registers while it is the other's turn.
 
 Everything but the states before each chunk and the stabiliser is computed again. Of a chunk, with x = v W, k = k W,
 q = q E in the factors of regla.ops.triton.tiles and d = d_out E,
