@@ -41,7 +41,8 @@ class IdentityMixer(nn.Module):
 
 
 class ValuesForOutputs(nn.Module):
-    """Stands where a mixer's recurrence stood: o = v + 0 (q + k + gates), so that every projection is still at work."""
+    """Stands where a mixer's recurrence stood: o [B, T, HQ, V] = v + 0 (q + k + gates), v [B, T, H, V] repeated for the
+    query heads of a group, so that every projection is still at work."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, decays: Decays, *_: Any) -> tuple[Tensor, None]:
         others = torch.stack([x.flatten(2).sum(-1) for x in (q, k, *decays) if x is not None]).sum(0)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.forward import place, query_features, relative_decays
+from regla.ops.triton.forward import load_tokens, place, query_features, relative_decays
 from regla.ops.triton.tiles import (
     CENTRE,
     LIFT_BITS,
@@ -204,11 +204,10 @@ def load_chunk(
     """(q, d_o and factor of the first head and the state before the chunk as they are in memory, k, v, log2-decays of
     both axes in units of the stabiliser), all asked for at once."""
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
-    gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-    gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
-    k = load_tile(k_ptr, t, valid, k_step, ki, K, empty)
-    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
+    k, v, gk, rk, gv, rv = load_tokens(
+        k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+        K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+    )  # fmt: skip
     if SAFE_EXP:
         m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
         earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)

@@ -128,6 +128,21 @@ def read(
 
 
 @triton.jit
+def load_tokens(
+    k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
+):  # fmt: skip
+    """(k [C, K], v [C, V], gate and refine of the key axis, of the value axis) as they are in memory."""
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+    gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+    k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
+    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
+    return k, v, gk, rk, gv, rv
+
+
+@triton.jit
 def load_chunk(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
@@ -136,12 +151,11 @@ def load_chunk(
 ):  # fmt: skip
     """(q of the first head as it is in memory, k, v, log2-decays of both axes), all asked for at once."""
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
-    gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-    gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
-    k = load_tile(k_ptr, t, valid, k_step, ki, K, empty)
-    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
-    q = load_tile(q_ptr, t, valid, q_step, ki, K, empty)
+    k, v, gk, rk, gv, rv = load_tokens(
+        k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+        K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+    )  # fmt: skip
+    q = load_tile(q_ptr, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
     gk = decays(gk, rk, valid, ki, K, KEY)
     gv = decays(gv, rv, valid, vi, V, VALUE)
     return q, k.to(tl.float32), v.to(tl.float32), gk, gv
