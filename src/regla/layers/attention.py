@@ -13,6 +13,7 @@ from regla.layers.feature_maps import FEATURE_MAPS, SafeExp
 from regla.layers.gates import GATE_AXES, GATES, Decays
 from regla.layers.norms import NORMS, HeadLayerNorm, HeadRMSNorm
 from regla.layers.positions import ShortConvolution, apply_rotary
+from regla.layers.projection import project
 from regla.ops.attention import safe_exp_step_
 from regla.ops.backends import step_engine
 from regla.ops.features import KEY_MAX
@@ -151,16 +152,16 @@ class ReGLAAttention(nn.Module):
             raise ValueError("cu_seqlens is given with a state; packed sequences start empty: pass one or the other")
         if mask is not None:
             x = torch.where(mask[..., None], x, 0.0)  # by choice: padding may hold nan, and gradients meet it too
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        (q, k, v), qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
         conv_state = None
         if self.conv is not None:
             widths = [part.shape[-1] for part in (q, k, v)]
-            qkv, conv_state = self.conv(
-                torch.cat([q, k, v], -1), mask, cu_seqlens, None if state is None else state.conv
-            )
+            qkv = torch.cat([q, k, v], -1) if qkv is None else qkv
+            qkv, conv_state = self.conv(qkv, mask, cu_seqlens, None if state is None else state.conv)
             q, k, v = qkv.split(widths, -1)
         q, k = q.unflatten(-1, (-1, self.head_dim)), k.unflatten(-1, (-1, self.head_dim))
         v = v.unflatten(-1, (-1, self.value_head_dim))
+        parts = q, k, v
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         if rotary is not None:
@@ -176,7 +177,8 @@ class ReGLAAttention(nn.Module):
         after = None if state is None else (state.S, state.m)
         o = self._step_(q, k, v, decays, mask, state) if overwrite_state and cu_seqlens is None else None
         if o is None:
-            h, after = self.feature_map(q, k, v, decays, mask, cu_seqlens, after, return_state)
+            together = qkv if q is parts[0] and k is parts[1] and v is parts[2] else None
+            h, after = self.feature_map(q, k, v, decays, mask, cu_seqlens, after, return_state, together)
             o = self.norm(h)
         o = o.flatten(2)
         if self.output_gate is not None and self.output_activation is not None:
@@ -191,7 +193,7 @@ class ReGLAAttention(nn.Module):
         nothing done, where it cannot run."""
         if not isinstance(self.feature_map, SafeExp) or state is None:
             return None
-        gk, gv, _, refine_k, refine_v = decays
+        gk, gv, _, refine_k, refine_v, _ = decays
         S, m, _ = state
         key_max, backend = self.feature_map.key_max, self.feature_map.backend
         is_plain = S.dtype == m.dtype == torch.float32 and S.is_contiguous() and m.is_contiguous()

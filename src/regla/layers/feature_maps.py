@@ -12,7 +12,10 @@ State = tuple[Tensor, Tensor]
 
 
 class FeatureMap(nn.Module):
-    """`forward` runs the recurrence on features of q [B, T, HQ, K] and k [B, T, H, K]; returns (h, (S, m) or None)."""
+    """`forward` runs the recurrence on features of q [B, T, HQ, K] and k [B, T, H, K]; returns (h, (S, m) or None).
+
+    together: a tensor [B, T, channels] whose channels are those of q, k and v, where there is one.
+    """
 
     def __init__(self, key_max: str, backend: str):
         super().__init__()
@@ -28,6 +31,7 @@ class FeatureMap(nn.Module):
         cu_seqlens: Tensor | None,
         state: State | None,
         return_state: bool,
+        together: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         raise NotImplementedError
 
@@ -45,6 +49,7 @@ class SafeExp(FeatureMap):
         cu_seqlens: Tensor | None,
         state: State | None,
         return_state: bool,
+        together: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         return safe_exp_attention(
             q,
@@ -60,6 +65,8 @@ class SafeExp(FeatureMap):
             cu_seqlens=cu_seqlens,
             key_max=self.key_max,
             backend=self.backend,
+            qkv=together,
+            gates=decays.together,
         )
 
 
@@ -79,6 +86,7 @@ class ElementwiseMap(FeatureMap):
         cu_seqlens: Tensor | None,
         state: State | None,
         return_state: bool,
+        together: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         q, k = self.phi(q), self.phi(k)
         gk, gv = decays.logarithms()

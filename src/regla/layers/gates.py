@@ -10,20 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from regla.ops import gate_decays, log_refined_gate
+from regla.layers.projection import project
+from regla.ops import log_refined_gate
 
 HalfLife = float | Sequence[float]  # tokens until half is forgotten: of all channels, or (shortest, longest)
 
 
 class Decays(NamedTuple):
     """Log-decays of the key axis [B, T, H, K or 1] and the value axis [B, T, H, V or 1], and a factor on the values
-    written [B, T, H, 1]; None stands for no decay, and for 1. Of an axis with refine logits, the gate's logits."""
+    written [B, T, H, 1]; None stands for no decay, and for 1. Of an axis with refine logits, the gate's logits.
+
+    together: a tensor [B, T, channels] whose channels are those of gk, gv, refine_k and refine_v, where there is one."""
 
     gk: Tensor | None = None
     gv: Tensor | None = None
     write: Tensor | None = None
     refine_k: Tensor | None = None
     refine_v: Tensor | None = None
+    together: Tensor | None = None
 
     def logarithms(self) -> tuple[Tensor | None, Tensor | None]:
         """The log-decays of both axes, those of refined gates computed from their logits."""
@@ -49,22 +53,31 @@ class Gate(nn.Module):
         """Make the parameters."""
 
     def axes(self, projection: str) -> tuple[int, ...]:
-        """Channels of a head that the linear map of this name gives, one number for each axis of the state."""
+        """Channels of a head that the linear map of this name gives, one number for each axis of the state. The
+        channels of all heads for the first axis come before those for the second."""
         return {"value": (self.V,), "key": (self.K,), "both": (self.K, self.V)}[self.axis]
 
     def half_life_bias(self, projection: str, half_life: HalfLife) -> Tensor:
-        """Bias [H * D] of that linear map at which each axis forgets half in `half_life` tokens; a pair is log-spaced
+        """Bias of that linear map at which each axis forgets half in `half_life` tokens; a pair is log-spaced
         over the channels of each head, the shortest first."""
         shortest, longest = half_life_ends(half_life)
         spaced = [
             torch.logspace(math.log2(shortest), math.log2(longest), size, base=2.0, dtype=torch.float64, device="cpu")
             for size in self.axes(projection)
         ]
-        return half_life_logit(torch.cat(spaced), self.root).repeat(self.num_heads)
+        return torch.cat([half_life_logit(one, self.root).repeat(self.num_heads) for one in spaced])
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, T, H*D] -> [B, T, H, D] float32."""
         return x.unflatten(-1, (self.num_heads, -1)).to(torch.promote_types(x.dtype, torch.float32))
+
+    def on_axes(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What a linear map gives [B, T, channels] as ([B, T, H, K] for the key axis or None, [B, T, H, V] or None)."""
+        if self.axis != "both":
+            x = x.unflatten(-1, (self.num_heads, -1))
+            return (x, None) if self.axis == "key" else (None, x)
+        gk, gv = x.split([self.num_heads * self.K, self.num_heads * self.V], -1)
+        return gk.unflatten(-1, (self.num_heads, self.K)), gv.unflatten(-1, (self.num_heads, self.V))
 
 
 def half_life_logit(half_life: Tensor, root: int = 1) -> Tensor:
@@ -166,8 +179,8 @@ class SigmoidGate(Gate):
         self.proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("proj")))
 
     def forward(self, x: Tensor) -> Decays:
-        log_decay = logsigmoid(self.heads(self.proj(x)))
-        return Decays(*gate_decays(log_decay, self.axis, self.K, self.V))
+        logits = self.proj(x)
+        return Decays(*self.on_axes(logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))))
 
 
 class RefinedGate(Gate):
@@ -178,11 +191,9 @@ class RefinedGate(Gate):
         self.refine_proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("refine_proj")))
 
     def forward(self, x: Tensor) -> Decays:
-        gate, refine = (
-            gate_decays(projection(x).unflatten(-1, (self.num_heads, -1)), self.axis, self.K, self.V)
-            for projection in (self.proj, self.refine_proj)
-        )
-        return Decays(*gate, refine_k=refine[0], refine_v=refine[1])
+        (gate, refine), together = project(x, self.proj, self.refine_proj)
+        (gk, gv), (refine_k, refine_v) = self.on_axes(gate), self.on_axes(refine)
+        return Decays(gk, gv, refine_k=refine_k, refine_v=refine_v, together=together)
 
 
 GATES: dict[str, type[Gate]] = {

@@ -75,7 +75,7 @@ class SumNorm(OutputNorm):
         if decays.gv is None or decays.gv.shape[-1] == 1:
             return torch.cat([v, torch.ones_like(v[..., :1])], -1), decays
         gv, refine_v = (None if x is None else torch.cat([x, x], -1) for x in (decays.gv, decays.refine_v))
-        return torch.cat([v, torch.ones_like(v)], -1), decays._replace(gv=gv, refine_v=refine_v)
+        return torch.cat([v, torch.ones_like(v)], -1), decays._replace(gv=gv, refine_v=refine_v, together=None)
 
     def forward(self, h: Tensor) -> Tensor:
         numerator, denominator = prescale(h).split([self.head_dim, h.shape[-1] - self.head_dim], -1)

@@ -94,6 +94,8 @@ def safe_exp_attention(
     key_max: str = "decay",
     backend: str = "auto",
     validate: bool | None = None,
+    qkv: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """`gated_linear_attention` on safe exponential features of raw q, k: any log-decays, or none.
 
@@ -107,6 +109,10 @@ def safe_exp_attention(
     and errors; gk, gv as in `gated_linear_attention`, or, of an axis whose `refine_` is given, the gate's logits: its
     log-decays are then `log_refined_gate(gk, refine_k)`, `log_refined_gate(gv, refine_v)`. With kernels a
     single token that needs no gradient is one call, `safe_exp_step_` on copies of S and m.
+
+    qkv and gates [B, T, channels], both optional: contiguous tensors of which q, k, v and gk, gv, refine_k, refine_v
+    (those that there are) are the channels in this order, the heads of each side by side. With kernels the gradients of
+    these are then one tensor from the start.
     """
     check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
     check_refine(gk, gv, refine_k, refine_v)
@@ -155,6 +161,8 @@ def safe_exp_attention(
             scale,
             safe_exp=True,
             key_max=key_max,
+            qkv=qkv,
+            gates=gates,
         )
         return h, _empty_as_zero(final, after) if output_final_state else None
     if mask is not None:
@@ -372,6 +380,8 @@ def _fused(
     *,
     safe_exp: bool,
     key_max: str = "decay",
+    qkv: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     K, V = k.shape[-1], v.shape[-1]
     gk, rk, gv, rv = (
@@ -393,4 +403,6 @@ def _fused(
         safe_exp=safe_exp,
         decaying=key_max == "decay",
         engine=engine,
+        qkv=qkv,
+        gates=gates,
     )

@@ -2,19 +2,22 @@
 
 An engine is a module with the functions `outputs`, `forward`, `backward` and `step`, in the shapes that the operations
 here have: `regla.ops.triton.operation` and `regla.ops.native.operation`.
+
+Inputs reach the operations in *buffers* [B, T, channels], each of which holds one or several of them side by side, and
+gradients leave in buffers like them: those of a product that gave several inputs at once are never put together.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? gk, Tensor? rk, Tensor? gv, Tensor? rv, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? initial_state, Tensor? before, "
+    "Tensor[] buffers, SymInt[] layout, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_state, Tensor? before, "
 )
 _OPTIONS = "float scale, bool safe_exp, bool decaying, str engine"
 
@@ -53,6 +56,8 @@ def fused_attention(
     safe_exp: bool,
     decaying: bool = True,
     engine: str,
+    qkv: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated linear attention, with the safe exponential and the refined gate inside if asked for.
 
@@ -64,17 +69,57 @@ def fused_attention(
         initial_state, before: [N, H, K, V] float32 and [N, H] float32 (`NO_KEY`: no key yet), with `safe_exp`.
         decaying: the stabiliser falls with the slowest channel (key_max "decay"), or never ("running").
         engine: "triton" or "native".
+        qkv, gates: contiguous tensors [B, T, channels] of which q, k, v and gk, gv, rk, rv (those that there are) are
+            the channels, in this order; their gradients then flow to these.
 
     Returns:
         o [B, T, HQ, V] in the dtype of v; in float32 the final state [N, H, K, V] and m [N, H] (0 without `safe_exp`).
     """
-    tensors = [None if x is None else rows(x) for x in (q, k, v, gk, rk, gv, rv)]
-    needs = [x for x in (q, k, v, gk, rk, gv, rv, initial_state) if x is not None]
+    inputs = Inputs(q, k, v, gk, rk, gv, rv, mask)
+    buffers, layout = _in_buffers(inputs, qkv, gates)
+    needs = [*buffers] if initial_state is None else [*buffers, initial_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in needs)
     o, final, last, *_ = _forward(
-        *tensors, mask, cu_seqlens, initial_state, before, scale, safe_exp, decaying, engine, keep
+        buffers, layout, mask, cu_seqlens, initial_state, before, scale, safe_exp, decaying, engine, keep
     )
     return o, final, last.detach()
+
+
+def _in_buffers(inputs: Inputs, qkv: Tensor | None, gates: Tensor | None) -> tuple[list[Tensor], list[int]]:
+    """(buffers, layout): HQ, H, K, V, then the buffer and the first channel of each of q .. rv, -1 for none."""
+    names = Inputs._fields[:7]
+    tensors = {name: x for name in names if (x := getattr(inputs, name)) is not None}
+    buffers, places = [], {}
+    for buffer, parts in ((qkv, ("q", "k", "v")), (gates, ("gk", "gv", "rk", "rv"))):
+        if buffer is None:
+            continue
+        channels = 0
+        for name in parts:
+            if name in tensors:
+                places[name] = len(buffers), channels
+                channels += tensors[name].shape[2] * tensors[name].shape[3]
+        if buffer.shape[-1] != channels or not buffer.is_contiguous():
+            raise ValueError(
+                f"{', '.join(parts)} have {channels} channels in all; expected a contiguous tensor of so many, got "
+                f"{list(buffer.shape)} with strides {buffer.stride()}: pass them alone"
+            )
+        buffers.append(buffer)
+    for name, x in tensors.items():
+        if name not in places:
+            places[name] = len(buffers), 0
+            buffers.append(rows(x).flatten(2))
+    sizes = [inputs.q.shape[2], *inputs.k.shape[2:], inputs.v.shape[3]]
+    return buffers, sizes + [number for name in names for number in places.get(name, (-1, 0))]
+
+
+def _unpack(buffers: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor | None]:
+    """q .. rv, views of the buffers."""
+    HQ, H, K, V, *places = layout
+    heads, sizes = (HQ, H, H, H, H, H, H), (K, K, V, K, K, V, V)
+    return [
+        None if buffer < 0 else buffers[buffer][..., at : at + h * D].unflatten(-1, (h, D))
+        for buffer, at, h, D in zip(places[::2], places[1::2], heads, sizes, strict=True)
+    ]
 
 
 def rows(x: Tensor) -> Tensor:
@@ -99,57 +144,61 @@ def _engine(name: str) -> Any:
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """(o, final state, last m, and if `keep` for the backward pass: m, the factors of the outputs, and states)."""
-    *inputs, scale, safe_exp, decaying, engine, keep = arguments
-    return _engine(engine).forward(Inputs(*inputs), scale, safe_exp, decaying, keep)
+    buffers, layout, *others, scale, safe_exp, decaying, engine, keep = arguments
+    inputs = Inputs(*_unpack(buffers, layout), *others)  # type: ignore[arg-type]
+    return _engine(engine).forward(inputs, scale, safe_exp, decaying, keep)
 
 
 @_forward.register_fake
-def _(*arguments):  # type: ignore[no-untyped-def]
-    q, k, v, *_ = arguments
-    cu_seqlens, safe_exp, engine, keep = arguments[8], arguments[12], *arguments[14:]
+def _(buffers, layout, mask, cu_seqlens, initial_state, before, scale, safe_exp, decaying, engine, keep):  # type: ignore[no-untyped-def]
+    q, k, v, *_ = _unpack(buffers, layout)
     return _engine(engine).outputs(q, k, v, cu_seqlens, safe_exp, keep)
 
 
 @library.custom_op(
     "regla::fused_backward",
     mutates_args=(),
-    schema=f"(Tensor d_o, Tensor? d_final, {_INPUTS}Tensor m, Tensor factors, Tensor states, {_OPTIONS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor d_o, Tensor? d_final, {_INPUTS}Tensor m, Tensor factors, Tensor states, {_OPTIONS}) -> Tensor[]",
 )
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, gk, rk, gv, rv (empty where there is none) and of the initial state."""
-    d_o, d_final, *inputs, m, factors, states, scale, safe_exp, decaying, engine = arguments
-    return _engine(engine).backward(d_o, d_final, Inputs(*inputs), m, factors, states, scale, safe_exp, decaying)
+def _backward(*arguments: Any) -> list[Tensor]:
+    """Gradients of the buffers and of the initial state."""
+    d_o, d_final, buffers, layout, *others, m, factors, states, scale, safe_exp, decaying, engine = arguments
+    inputs = Inputs(*_unpack(buffers, layout), *others)  # type: ignore[arg-type]
+    *d_buffers, d_initial = grads = _gradients_like(buffers, layout, inputs.cu_seqlens)
+    of_inputs = _unpack(d_buffers, layout)
+    _engine(engine).backward(
+        d_o, d_final, inputs, m, factors, states, scale, safe_exp, decaying, of_inputs, d_initial
+    )
+    return grads
 
 
 @_backward.register_fake
-def _(d_o, d_final, *inputs):  # type: ignore[no-untyped-def]
-    return gradients_like(inputs[:7], inputs[8])
+def _(d_o, d_final, buffers, layout, mask, cu_seqlens, *_):  # type: ignore[no-untyped-def]
+    return _gradients_like(buffers, layout, cu_seqlens)
 
 
-def gradients_like(inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-    _, k, v, *_ = inputs
-    assert k is not None and v is not None
-    N = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    like = [k.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
-    return *like, k.new_empty(N, k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+def _gradients_like(buffers: Sequence[Tensor], layout: Sequence[int], cu_seqlens: Tensor | None) -> list[Tensor]:
+    _HQ, H, K, V, *_ = layout
+    N = buffers[0].shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    like = [x.new_empty(x.shape) for x in buffers]
+    return [*like, buffers[0].new_empty(N, H, K, V, dtype=torch.float32)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, safe_exp, decaying, engine, _ = inputs
-    ctx.options = scale, safe_exp, decaying, engine
-    ctx.save_for_backward(*tensors, *output[3:])
+    buffers, layout, *tensors, scale, safe_exp, decaying, engine, _ = inputs
+    ctx.layout, ctx.options = layout, (scale, safe_exp, decaying, engine)
+    ctx.save_for_backward(*buffers, *tensors, *output[3:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    q, _, v, *_, initial_state, _, _, _, _ = tensors
+def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    *buffers, mask, cu_seqlens, initial_state, before, m, factors, states = ctx.saved_tensors
     if d_o is None:
-        d_o = v.new_zeros(*q.shape[:3], v.shape[-1])
-    *grads, d_initial = _backward(d_o, d_final, *tensors, *ctx.options)
-    of_inputs = [None if x is None else d for x, d in zip(tensors, grads, strict=False)]
-    return *of_inputs, None, None, None if initial_state is None else d_initial, *(None,) * 6
+        HQ, _H, _K, V, *_ = ctx.layout
+        d_o = buffers[0].new_zeros(*buffers[0].shape[:2], HQ, V)
+    inputs = buffers, ctx.layout, mask, cu_seqlens, initial_state, before
+    *grads, d_initial = _backward(d_o, d_final, *inputs, m, factors, states, *ctx.options)
+    return grads, None, None, None, None if initial_state is None else d_initial, *(None,) * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regla.ops.checks import check_bounds
-from regla.ops.fused import Inputs, gate_kind, gradients_like, rows
+from regla.ops.fused import Inputs, gate_kind, rows
 from regla.ops.native.build import load
 
 #: Tokens from one state that is kept for the backward pass to the next.
@@ -148,23 +149,23 @@ def backward(
     scale: float,
     safe_exp: bool,
     decaying: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, gk, rk, gv, rv (empty where there is none) and of the initial state."""
-    tensors = inputs[:7]
-    grads = gradients_like(tensors, inputs.cu_seqlens)
+    grads: Sequence[Tensor | None],
+    d_initial: Tensor,
+) -> None:
+    """Fill the gradients of q, k, v, gk, rk, gv, rv and of the initial state."""
     call = _Call(inputs)
     call.problem.scale, call.problem.safe_exp, call.problem.decaying = scale, safe_exp, decaying
     call.rows("d_o", rows(d_o.float()))
-    call.points(d_final=_float(d_final), states=states, chunk_m=m, factor=factors)
-    written = [x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in grads]
-    for name, x, grad in zip(_NAMES, tensors, written, strict=False):
-        call.rows(f"d_{name}", None if x is None else grad)
-    call.points(d_initial=written[-1])
+    call.points(d_final=_float(d_final), states=states, chunk_m=m, factor=factors, d_initial=d_initial)
+    written = [
+        x if x is None or x.dtype == torch.float32 else x.new_empty(x.shape, dtype=torch.float32) for x in grads
+    ]
+    for name, grad in zip(_NAMES, written, strict=True):
+        call.rows(f"d_{name}", grad)
     call.run("regla_backward")
     for grad, value in zip(grads, written, strict=True):
-        if value is not grad:
+        if grad is not None and value is not None and value is not grad:
             grad.copy_(value)
-    return grads
 
 
 def step(

@@ -139,7 +139,7 @@ def value_side(
 @triton.jit
 def key_side(
     q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, kd, x, S,
-    begin, h, scale, H, q_step,
+    begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def key_side(
                     dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
         if SAFE_EXP:
             dq = dq * q if PIECES else read
-        store_tile(dq_ptr + j * K, t, inside, H * G * K, ki, K, dq * (2.0 ** (-lift)))
+        store_tile(dq_ptr + j * K, t, inside, dq_step, ki, K, dq * (2.0 ** (-lift)))
     if KEYED:
         dBk -= kd.to(tl.float32) * dkd
     if PIECES:
@@ -197,7 +197,7 @@ def key_side(
 @triton.jit
 def load_chunk(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before, t, inside, valid,
-    begin, h, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    begin, h, i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +210,7 @@ def load_chunk(
     )  # fmt: skip
     if SAFE_EXP:
         m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
-        earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t > 0), other=0.0)
+        earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t + i > 0), other=0.0)
     q, do, factor = ask_for_queries(
         q_ptr, do_ptr, lower_ptr, 0, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP
     )
@@ -220,7 +220,7 @@ def load_chunk(
     gv = decays(gv, rv, valid, vi, V, VALUE)
     k, v = k.to(tl.float32), v.to(tl.float32)
     if SAFE_EXP:
-        m_before = tl.where(inside, tl.where(t > 0, earlier, before), 0.0)
+        m_before = tl.where(inside, tl.where(t + i > 0, earlier, before), 0.0)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
     return q, do, factor, S, k, v, gk, gv
@@ -232,6 +232,7 @@ def finish(
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
     q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
     q_step, gk_step, rk_step, gv_step, rv_step,
+    dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, D_FINAL: tl.constexpr,
     PRECISION: tl.constexpr, PIECES: tl.constexpr,
@@ -314,17 +315,17 @@ def finish(
         written = v_end.to(tl.float32) * dv_end
         dBv += tl.where(is_last, (worth_v + tl.sum(written, 0))[None, :], 0.0) - written
         dgv = sums(dBv, True, PIECES) * (2.0 ** (-lift))
-        store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, H * V, vi, V, gate, refine, dgv, VALUE)
+        store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, dgv_step, drv_step, vi, V, gate, refine, dgv, VALUE)
     if VALUED and PIECES:
         dv += dv_end * to_end_v
     else:
         dv += dv_end
         if VALUED:  # of x so far
             dv *= Wv
-    store_tile(dv_ptr, t, inside, H * V, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))
+    store_tile(dv_ptr, t, inside, dv_step, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))
     dk, dBk = key_side(
         q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, kd, x, S,
-        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
+        begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
     )  # fmt: skip
     gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
     dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
@@ -337,7 +338,7 @@ def finish(
             written = kd.to(tl.float32) * dk_end
         dBk += tl.where(is_last, (worth_k + tl.sum(written, 0))[None, :], 0.0) - written
         dgk = sums(dBk, True, PIECES) * (2.0 ** (-lift))
-        store_gate_gradient(dgk_ptr, drk_ptr, t, inside, valid, H * K, ki, K, gate, refine, dgk, KEY)
+        store_gate_gradient(dgk_ptr, drk_ptr, t, inside, valid, dgk_step, drk_step, ki, K, gate, refine, dgk, KEY)
     dk += dk_end
     if not PIECES:  # of kd so far
         if KEYED and not SAFE_EXP:
@@ -345,7 +346,7 @@ def finish(
         k = kd.to(tl.float32)
     if SAFE_EXP:
         dk *= k
-    store_tile(dk_ptr, t, inside, H * K, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
+    store_tile(dk_ptr, t, inside, dk_step, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
 
 
 @triton.jit(noinline=True)
@@ -354,19 +355,20 @@ def finish_in_pieces(
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
     before, begin, length, head, h, i, count, at, scale, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
     MASKED: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk in which a channel has several pieces; see the one of the forward kernel."""
-    t = i * C + tl.arange(0, C)
-    inside = t < length
+    t = tl.arange(0, C)
+    inside = t < length - i * C
     valid = inside
     if MASKED:
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
     q, do, factor, S, k, v, gk, gv = load_chunk(
         q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
-        t, inside, valid, begin, h, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+        t, inside, valid, begin, h, i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
         G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
     )  # fmt: skip
     finish(
@@ -374,6 +376,7 @@ def finish_in_pieces(
         dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
         q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
         q_step, gk_step, rk_step, gv_step, rv_step,
+        dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
         G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, True,
     )  # fmt: skip
 
@@ -385,6 +388,7 @@ def backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flags_ptr,
     scale, T, chunks, sequences, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
@@ -396,35 +400,36 @@ def backward_kernel(
         before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP and INITIAL:
             before = tl.load(before_ptr + head) * LOG2E
+        begin += i * C
         m_ptr += begin * H + h
         q_ptr += begin * q_step + h * G * K
         k_ptr += begin * k_step + h * K
         v_ptr += begin * v_step + h * V
         do_ptr += begin * (H * G * V) + h * G * V
-        dq_ptr += begin * (H * G * K) + h * G * K
-        dk_ptr += begin * (H * K) + h * K
-        dv_ptr += begin * (H * V) + h * V
+        dq_ptr += begin * dq_step + h * G * K
+        dk_ptr += begin * dk_step + h * K
+        dv_ptr += begin * dv_step + h * V
         if KEY != "none":
             gk_ptr += begin * gk_step + h * K
-            dgk_ptr += begin * (H * K) + h * K
+            dgk_ptr += begin * dgk_step + h * K
         if KEY == "refined":
             rk_ptr += begin * rk_step + h * K
-            drk_ptr += begin * (H * K) + h * K
+            drk_ptr += begin * drk_step + h * K
         if VALUE != "none":
             gv_ptr += begin * gv_step + h * V
-            dgv_ptr += begin * (H * V) + h * V
+            dgv_ptr += begin * dgv_step + h * V
         if VALUE == "refined":
             rv_ptr += begin * rv_step + h * V
-            drv_ptr += begin * (H * V) + h * V
-        t = i * C + tl.arange(0, C)
-        inside = t < length
+            drv_ptr += begin * drv_step + h * V
+        t = tl.arange(0, C)
+        inside = t < length - i * C
         valid = inside
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
         at = (slot * H + h) * K * V
         q, do, factor, S, k, v, gk, gv = load_chunk(
             q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
-            t, inside, valid, begin, h, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+            t, inside, valid, begin, h, i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
             G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
         if in_pieces(gk, gv) and not ONE_PATH:
@@ -433,6 +438,7 @@ def backward_kernel(
                 d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
                 flags_ptr + head, before, begin, length, head, h, i, count, at, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+                dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, D_FINAL, PRECISION,
             )  # fmt: skip
         else:
@@ -442,5 +448,6 @@ def backward_kernel(
                 flags_ptr + head,
                 q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,
+                dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, ONE_PATH,
             )  # fmt: skip

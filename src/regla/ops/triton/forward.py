@@ -84,47 +84,45 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
 
 
 @triton.jit
-def read(
-    q_ptr, o_ptr, lower_ptr, t, inside, valid, q_next, k, v, gk, gv, Bk, Bv, Ek, Ev, kd, x, S, begin, h, scale, H,
-    q_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr,
-    PRECISION: tl.constexpr, PIECES: tl.constexpr,
+def inside_chunk(
+    q, k, gk, Bk, Ek, kd, x,
+    KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of a chunk, from its tokens and the state S before it.
+    """(q E, scores, what they read of the first piece x = v W), from q as it is in memory: all without the state."""
+    dtype = kd.dtype
+    q = q.to(tl.float32)
+    if SAFE_EXP:
+        q = query_features(q)
+    qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
+    Pd = scores(q, k, gk, Bk, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
+    return qd, Pd, tl.dot(Pd, x, input_precision=PRECISION)
 
-    PIECES: whether a channel has several; kd and x are k W and v W of the first.
-    """
+
+@triton.jit
+def write_outputs(
+    o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, Ev, S, begin, h, j, scale, H,
+    G: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The outputs of the j-th head of the group, from what `inside_chunk` gave and the state S before the chunk."""
     rows = tl.arange(0, C)
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    dtype = S.dtype
-    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
-    for j in range(G):
-        q = q_next.to(tl.float32)
-        if G > 1:
-            q_next = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
-        if SAFE_EXP:
-            q = query_features(q)
-        qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-        Pd = scores(q, k, gk, Bk, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
-        out = tl.dot(qd, S, input_precision=PRECISION)
-        out = tl.dot(Pd, x, out, input_precision=PRECISION)
-        if VALUED:
-            out *= Ev
-            if PIECES:
-                start = end_of_first(Bv)
-                while tl.min(start, 0) < C:
-                    _Bv, E2, W2, start = next_piece(gv, rows, start)
-                    out += E2 * tl.dot(Pd, (v * W2).to(dtype), input_precision=PRECISION)
-        out *= scale
-        if SAFE_EXP:
-            # 2^-48, or more where a head's output would vanish: see regla.ops.attention
-            largest = tl.maximum(tl.max(tl.abs(out), 1), 7.888609052210118e-31)
-            factor = tl.maximum(2.0**-12 / largest, 1.0) * 2.0**-48
-            out *= factor[:, None]
-            if STORE:
-                tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
-        store_tile(o_ptr + j * V, t, inside, H * G * V, vi, V, out)
+    out = tl.dot(qd, S, out, input_precision=PRECISION)
+    if VALUED:
+        out *= Ev
+        if PIECES:
+            start = end_of_first(Bv)
+            while tl.min(start, 0) < C:
+                _Bv, E2, W2, start = next_piece(gv, rows, start)
+                out += E2 * tl.dot(Pd, (v * W2).to(Pd.dtype), input_precision=PRECISION)
+    out *= scale
+    if SAFE_EXP:
+        # 2^-48, or more where a head's output would vanish: see regla.ops.attention
+        largest = tl.maximum(tl.max(tl.abs(out), 1), 7.888609052210118e-31)
+        factor = tl.maximum(2.0**-12 / largest, 1.0) * 2.0**-48
+        out *= factor[:, None]
+        if STORE:
+            tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
+    store_tile(o_ptr + j * V, t, inside, H * G * V, tl.arange(0, BV), V, out)
 
 
 @triton.jit
@@ -207,6 +205,8 @@ def finish(
         x = (v * Wv).to(dtype)
         v_end = (v * to_the_end(gv, rows, Bv, total_v)).to(dtype) if PIECES else x
     written = tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION)
+    if G == 1:  # while the state before the chunk is on its way
+        qd, Pd, out = inside_chunk(q, k, gk, Bk, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
     # The state before the chunk, and at once the one after it for the next.
     S = tl.zeros([BK, BV], tl.float32)
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
@@ -233,10 +233,15 @@ def finish(
     Sd = S.to(dtype)
     if STORE:
         tl.store(states_ptr + at + state_at, Sd, mask=state_mask)
-    read(
-        q_ptr, o_ptr, lower_ptr, t, inside, valid, q, k, v, gk, gv, Bk, Bv, Ek, Ev, kd, x, Sd, begin, h, scale, H,
-        q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, STORE, PRECISION, PIECES,
-    )  # fmt: skip
+    for j in range(G):
+        if G > 1:
+            qd, Pd, out = inside_chunk(q, k, gk, Bk, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
+            empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
+            q = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
+        write_outputs(
+            o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, Ev, Sd, begin, h, j, scale, H,
+            G, V, BV, C, VALUED, SAFE_EXP, STORE, PRECISION, PIECES,
+        )  # fmt: skip
 
 
 @triton.jit(noinline=True)
@@ -255,8 +260,8 @@ def finish_in_pieces(
     """
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    t = i * C + tl.arange(0, C)
-    inside = t < length
+    t = tl.arange(0, C)
+    inside = t < length - i * C
     valid = inside
     if MASKED:
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
@@ -294,10 +299,10 @@ def forward_kernel(
     n, h, i, count, begin, length, slot = place(cu_ptr, slot_ptr, T, chunks, sequences, H, C, VARLEN, False)
     if n >= 0:
         head = n * H + h
-        rows = tl.arange(0, C)
+        t = tl.arange(0, C)
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-        t = i * C + rows
-        inside = t < length
+        begin += i * C
+        inside = t < length - i * C
         valid = inside
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
@@ -328,7 +333,7 @@ def forward_kernel(
                 before = tl.load(before_ptr + head) * LOG2E
             m = tl.maximum(before + sums, tops)
             m_before = tl.maximum(before + sums_before, tops_before)
-            after = tl.sum(tl.where(rows == C - 1, m, 0.0), 0)
+            after = tl.sum(tl.where(t == C - 1, m, 0.0), 0)
             if i + 1 < count:
                 tl.store(passed_m_ptr + head * 2 + (i + 1) % 2, after)
                 publish(flag_ptr + 1, i + 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from regla.ops.fused import Inputs, gate_kind, gradients_like
+from regla.ops.fused import Inputs, gate_kind
 from regla.ops.triton.backward import backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
@@ -74,13 +75,14 @@ def backward(
     scale: float,
     safe_exp: bool,
     decaying: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, gk, rk, gv, rv (empty where there is none) and of the initial state."""
+    grads: Sequence[Tensor | None],
+    d_initial: Tensor,
+) -> None:
+    """Fill the gradients of q, k, v, gk, rk, gv, rv and of the initial state."""
     q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = _in_order(inputs)
-    grads = gradients_like((q, k, v, gk, rk, gv, rv), cu_seqlens)
     d_final = None if d_final is None else d_final.contiguous()
     if cu_seqlens is not None:
-        grads[-1].zero_() if d_final is None else grads[-1].copy_(d_final)
+        d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
     N, chunks, _ = _layout(k, v, cu_seqlens)
     T, H, K = k.shape[1:]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
@@ -90,13 +92,12 @@ def backward(
         backward_kernel[(chunks * H * (N if slots is None else 1),)](
             q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, before,
             m, lower, states, d_o.contiguous(), d_final,
-            *grads, passed, flags,
-            scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
+            *grads, d_initial, passed, flags,
+            scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
             SAFE_EXP=safe_exp, D_FINAL=d_final is not None, **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
             **_warps(k, v, backward=True, both=gk is not None and gv is not None),
         )  # fmt: skip
-    return grads
 
 
 def step(

@@ -140,12 +140,14 @@ def decays(g, r, valid, column, width, GATE: tl.constexpr):
 
 
 @triton.jit
-def store_gate_gradient(dg_ptr, dr_ptr, token, inside, valid, step, column, width, g, r, d, GATE: tl.constexpr):
+def store_gate_gradient(
+    dg_ptr, dr_ptr, token, inside, valid, step, refine_step, column, width, g, r, d, GATE: tl.constexpr
+):
     """Write the gradients of the decays or, of a refined gate, of its logits, from those of the log-decays d [C, D]."""
     d = tl.where(valid[:, None], d, 0.0)
     if GATE == "refined":
         d, dr = refined_gradient(g.to(tl.float32), r.to(tl.float32), d)
-        store_tile(dr_ptr, token, inside, step, column, width, dr)
+        store_tile(dr_ptr, token, inside, refine_step, column, width, dr)
     if GATE != "none":
         store_tile(dg_ptr, token, inside, step, column, width, d)
 
@@ -240,9 +242,25 @@ def next_piece(g, rows, start):
 @triton.jit
 def wait_until(flag_ptr, count):
     """Spin until the flag has reached `count`; what its writer stored before is visible then."""
-    seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
-    while seen < count:
+    if INTERPRETED:
         seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
+        while seen < count:
+            seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
+    else:  # every thread by itself: of an atomic operation one thread would tell the others, over two barriers
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred not_yet;
+            spin:
+            ld.acquire.gpu.global.s32 $0, [$1];
+            setp.lt.s32 not_yet, $0, $2;
+            @not_yet bra spin;
+            }""",
+            "=r,l,r",
+            [flag_ptr, count],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
