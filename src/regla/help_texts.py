@@ -24,7 +24,7 @@ examples:
   regla train --out runs/regla
   regla train --out runs/softmax --mixer softmax
   regla train --out runs/mine --data book.txt notes.txt --steps 1000
-  regla train --out runs/plain --config plain.json            where plain.json holds {"linear_conv_kernel_dim": 0}
+  regla train --out runs/conv --config conv.json              where conv.json holds {"linear_conv_kernel_dim": 4}
   regla train --out runs/wiki --dataset wikitext:wikitext-103-raw-v1 --steps 5000
 
 34M parameters, 26M tokens on a GPU, from tokens prepared by `regla tokenize`:

@@ -82,7 +82,8 @@ def test_every_operation_computes_what_its_name_says() -> None:
         logits = ops._logits(ops.Shape(1, 20, 2, 16, 16), axis, CPU, torch.float64)
         function, inputs = ops._operation("regla_attention", axis, "chunked", logits)
         gated, features = ops._operation("gated_linear_attention", axis, "chunked", logits)
-        assert len(inputs) == 5 and len(features) == 4
+        axes = 2 if axis == "both" else 1
+        assert len(inputs) == 3 + 2 * axes and len(features) == 3 + axes
         # The first token's output is one key's value, whatever the gates.
         for out in (function(*inputs), gated(*features)):
             assert torch.allclose(
@@ -90,8 +91,7 @@ def test_every_operation_computes_what_its_name_says() -> None:
                 torch.nn.functional.normalize(logits["v"][:, 0], dim=-1),
             )
         call = ops._call(function, inputs, "forward+backward")
-        gates = [(1, 20, 2, 32 if axis == "both" else 16)] * 2
-        assert [tuple(x.shape) for x in call()] == [(1, 20, 2, 16)] * 4 + gates
+        assert [tuple(x.shape) for x in call()] == [(1, 20, 2, 16)] * (4 + 2 * axes)
     softmax, inputs = ops._operation("softmax_attention", "none", "sdpa", logits)
     assert torch.allclose(softmax(*inputs)[:, :, 0], logits["v"][:, 0])
 

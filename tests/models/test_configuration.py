@@ -50,8 +50,8 @@ def test_defaults():
         "both",
         "decay",
     )
-    assert (config.attention_norm, config.linear_conv_kernel_dim, config.output_gate) == ("rmsnorm", 4, "silu")
-    assert (config.linear_rope, config.qk_norm, config.gate_bias, config.refine_bias) == (False, False, 0.0, 0.0)
+    assert (config.attention_norm, config.linear_conv_kernel_dim, config.output_gate) == ("rmsnorm", 0, "silu")
+    assert (config.linear_rope, config.qk_norm, config.gate_bias, config.refine_bias) == (False, True, 0.0, 0.0)
     assert (config.gate_half_life, config.qk_initializer_range, config.qk_temperature) == (None, None, False)
     assert (config.softmax_conv_kernel_dim, config.softmax_output_gate) == (0, None)
     assert (config.softmax_qk_norm, config.softmax_output_norm) == (False, False)

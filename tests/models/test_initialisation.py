@@ -78,7 +78,7 @@ def check(name, parameter):
     [
         {},
         {"qk_norm": True, "attention_norm": "layernorm", "attention_bias": True, "mlp_bias": True, "gate_axis": "both"},
-        {"gate": "sigmoid", "linear_conv_kernel_dim": 0, "output_gate": None},
+        {"gate": "sigmoid", "linear_conv_kernel_dim": 4, "qk_norm": False, "output_gate": None},
         {"gate": "fast_decay", "output_gate": "sigmoid"},
         {"gate": "gla"},
         {"gate": "scalar", "attention_norm": "sum"},
@@ -104,7 +104,7 @@ def test_the_list_has_no_name_too_many():
     names = [
         name
         for overrides in (
-            {"qk_norm": True, "attention_norm": "layernorm", "attention_bias": True, "mlp_bias": True},
+            {"linear_conv_kernel_dim": 4, "attention_norm": "layernorm", "attention_bias": True, "mlp_bias": True},
             {"qk_calibration": True},
             {"qk_temperature": True},
         )

@@ -39,7 +39,7 @@ from regla.bench.measure import (
     seconds_of,
     time_call,
 )
-from regla.ops import gate_decays, gated_linear_attention, regla_attention
+from regla.ops import gated_linear_attention, safe_exp_attention
 from regla.ops.attention import safe_exp_step_
 from regla.ops.backends import why_not_native, why_not_triton
 from regla.ops.features import safe_exp_query
@@ -48,7 +48,12 @@ from regla.ops.gates import log_refined_gate
 BENCHMARK = "bench ops"
 DIRECTIONS = ("forward", "forward+backward")
 STEP = "step"
-AXES = ("both", "value", "key")
+_GATES = {  # of an axis: arguments of safe_exp_attention
+    "both": ("gk", "gv", "refine_k", "refine_v"),
+    "value": ("gv", "refine_v"),
+    "key": ("gk", "refine_k"),
+}
+AXES = tuple(_GATES)
 _BACKENDS = ("triton", "native", "chunked")
 _STEP_BACKENDS = ("recurrent", "native", "triton")
 _TOO_LONG = 2.0  # seconds of one call, above which a backend gets no row
@@ -164,10 +169,9 @@ def _measure(
 
 
 def _logits(shape: Shape, axis: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Standard normal q, k, v, gate and refine [B, T, H, K, V or, of gates of both axes, K + V]."""
+    """Standard normal q, k, v and the logits of the gates, [B, T, H, K or V]."""
     B, T, H, K, V = shape
-    gated = {"both": K + V, "key": K}.get(axis, V)
-    widths = {"q": K, "k": K, "v": V, "gate": gated, "refine": gated}
+    widths = {"q": K, "k": K, "v": V} | {name: K if name.endswith("k") else V for name in _GATES.get(axis, ())}
     return {
         name: normal(B, T, H, D, seed=seed, device=device, dtype=dtype) for seed, (name, D) in enumerate(widths.items())
     }
@@ -191,22 +195,23 @@ def _operation(
     operation: str, axis: str, backend: str, logits: dict[str, Tensor]
 ) -> tuple[Operation, Sequence[Tensor]]:
     """(function of the inputs, the inputs)."""
-    q, k, v, gate, refine = logits.values()
+    q, k, v, *gates = logits.values()
     if operation == "softmax_attention":
         return _softmax_attention, [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     if operation == "regla_attention":
-        return partial(_regla, axis=axis, backend=backend), [q, k, v, gate, refine]
+        return partial(_regla, axis=axis, backend=backend), [q, k, v, *gates]
     if operation == "regla_step":
         (B, _, H, K), V = k.shape, v.shape[-1]
-        state = normal(B, H, K, V, seed=5, device=v.device), torch.zeros(B, H, device=v.device)
+        state = normal(B, H, K, V, seed=9, device=v.device), torch.zeros(B, H, device=v.device)
         step = _step if backend == "recurrent" else _step_in_place
-        return partial(step, axis=axis, backend=backend), [q, k, v, gate, refine, *state]
+        return partial(step, axis=axis, backend=backend), [q, k, v, *gates, *state]
     features = safe_exp_query(q).to(v.dtype), safe_exp_query(k).to(v.dtype)
-    decay = log_refined_gate(gate, refine).to(v.dtype)
+    half = len(gates) // 2
+    decays = [log_refined_gate(g, r).to(v.dtype) for g, r in zip(gates[:half], gates[half:], strict=True)]
     if operation == "chunk_gla":
         chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
-        return lambda *inputs: chunk_gla(*inputs)[0], [*features, v, decay]
-    return partial(_gated, axis=axis, backend=backend), [*features, v, decay]
+        return lambda *inputs: chunk_gla(*inputs)[0], [*features, v, *decays]
+    return partial(_gated, axis=axis, backend=backend), [*features, v, *decays]
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -214,26 +219,29 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _regla(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, refine: Tensor, *, axis: str, backend: str) -> Tensor:
-    return regla_attention(q, k, v, gate, refine, gate_axis=axis, backend=backend)[0]
+def _named(axis: str, gates: Sequence[Tensor]) -> dict[str, Any]:
+    """Arguments of safe_exp_attention; of log-decays alone, without refine logits."""
+    return dict(zip(_GATES[axis], gates, strict=False))
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, refine: Tensor, S: Tensor, m: Tensor, *, axis: str, backend: str
-) -> Tensor:
+def _regla(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, axis: str, backend: str) -> Tensor:
+    """`regla_attention`, its gates as a mixer has them: those of each axis by themselves."""
+    return safe_exp_attention(q, k, v, **_named(axis, gates), backend=backend)[0]
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, *gates_and_state: Tensor, axis: str, backend: str) -> Tensor:
+    *gates, S, m = gates_and_state
     options: dict[str, Any] = {"initial_state": (S, m), "output_final_state": True, "backend": backend}
-    return regla_attention(q, k, v, gate, refine, gate_axis=axis, **options)[0]
+    return safe_exp_attention(q, k, v, **_named(axis, gates), **options)[0]
 
 
-def _step_in_place(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, refine: Tensor, S: Tensor, m: Tensor, *, axis: str, backend: str
-) -> Tensor:
-    (gk, gv), (refine_k, refine_v) = (gate_decays(x, axis, k.shape[-1], v.shape[-1]) for x in (gate, refine))
-    return safe_exp_step_(q, k, v, S, m, gk, gv, refine_k=refine_k, refine_v=refine_v, engine=backend)
+def _step_in_place(q: Tensor, k: Tensor, v: Tensor, *gates_and_state: Tensor, axis: str, backend: str) -> Tensor:
+    *gates, S, m = gates_and_state
+    return safe_exp_step_(q, k, v, S, m, **_named(axis, gates), engine=backend)
 
 
-def _gated(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, axis: str, backend: str) -> Tensor:
-    return gated_linear_attention(q, k, v, *gate_decays(decay, axis, k.shape[-1], v.shape[-1]), backend=backend)[0]
+def _gated(q: Tensor, k: Tensor, v: Tensor, *decays: Tensor, axis: str, backend: str) -> Tensor:
+    return gated_linear_attention(q, k, v, **_named(axis, decays), backend=backend)[0]
 
 
 def _call(function: Operation, inputs: Sequence[Tensor], direction: str) -> Callable[[], Sequence[Tensor]]:

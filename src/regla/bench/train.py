@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 BENCHMARK = "bench train"
 LENGTHS = (2048, 8192, 32768)
 TOKENS = 32768  # of a step
-_WARM_UP, _REPEATS = 3, 12
+_WARM_UP, _REPEATS, _STEPS = 3, 8, 4  # steps, turns, steps of a turn
 
 
 class IdentityMixer(nn.Module):
@@ -164,21 +164,22 @@ def _time_steps(
     with compiled_blocks(model) if compiled else nullcontext():
         loss_of = torch.compile(next_token_loss, dynamic=False) if compiled else next_token_loss
 
-        def step() -> float:
+        def turn(steps: int) -> float:
+            """Seconds of one step, of several that wait for the device at the end alone, as in training."""
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            with autocast(device, dtype_name(dtype)):
-                loss = loss_of(model, crop_BL)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for _ in range(steps):
+                with autocast(device, dtype_name(dtype)):
+                    loss = loss_of(model, crop_BL)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             if cuda:
                 torch.cuda.synchronize()
-            return time.perf_counter() - start
+            return (time.perf_counter() - start) / steps
 
-        for _ in range(1 if quick else _WARM_UP):
-            step()
-        seconds = [step() for _ in range(3 if quick else _REPEATS)]
+        turn(1 if quick else _WARM_UP)
+        seconds = [turn(1 if quick else _STEPS) for _ in range(3 if quick else _REPEATS)]
     return quantiles(seconds, "clock"), torch.cuda.max_memory_allocated() if cuda else None

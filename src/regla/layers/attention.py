@@ -163,7 +163,10 @@ class ReGLAAttention(nn.Module):
         v = v.unflatten(-1, (-1, self.value_head_dim))
         parts = q, k, v
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+            q, k = (
+                self.q_norm(q.to(self.q_norm.weight.dtype)).to(q.dtype),
+                self.k_norm(k.to(self.k_norm.weight.dtype)).to(k.dtype),
+            )
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if self.qk_calibration is not None:

@@ -20,7 +20,8 @@ class Decays(NamedTuple):
     """Log-decays of the key axis [B, T, H, K or 1] and the value axis [B, T, H, V or 1], and a factor on the values
     written [B, T, H, 1]; None stands for no decay, and for 1. Of an axis with refine logits, the gate's logits.
 
-    together: a tensor [B, T, channels] whose channels are those of gk, gv, refine_k and refine_v, where there is one."""
+    together: a tensor [B, T, channels] whose channels are those of gk, gv, refine_k and refine_v, where there is one.
+    """
 
     gk: Tensor | None = None
     gv: Tensor | None = None

@@ -24,6 +24,7 @@ CONVERTED: dict[str, Any] = {
     "gate_axis": "value",
     "linear_rope": True,
     "linear_conv_kernel_dim": 0,
+    "qk_norm": False,
     "output_gate": None,
     "qk_calibration": True,
     "gate_bias": GATE_BIAS,

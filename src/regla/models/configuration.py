@@ -99,8 +99,8 @@ class ReGLAConfig(PreTrainedConfig):
     key_max: str = "decay"
     attention_norm: str = "rmsnorm"
     linear_rope: bool = False
-    linear_conv_kernel_dim: int = 4
-    qk_norm: bool = False
+    linear_conv_kernel_dim: int = 0
+    qk_norm: bool = True
     qk_calibration: bool = False
     qk_temperature: bool = False
     qk_initializer_range: int | float | None = None

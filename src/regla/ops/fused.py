@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-_INPUTS = (
-    "Tensor[] buffers, SymInt[] layout, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_state, Tensor? before, "
-)
+_INPUTS = "Tensor[] buffers, SymInt[] layout, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_state, Tensor? before, "
 _OPTIONS = "float scale, bool safe_exp, bool decaying, str engine"
 
 
@@ -89,7 +87,8 @@ def _in_buffers(inputs: Inputs, qkv: Tensor | None, gates: Tensor | None) -> tup
     """(buffers, layout): HQ, H, K, V, then the buffer and the first channel of each of q .. rv, -1 for none."""
     names = Inputs._fields[:7]
     tensors = {name: x for name in names if (x := getattr(inputs, name)) is not None}
-    buffers, places = [], {}
+    buffers: list[Tensor] = []
+    places: dict[str, tuple[int, int]] = {}
     for buffer, parts in ((qkv, ("q", "k", "v")), (gates, ("gk", "gv", "rk", "rv"))):
         if buffer is None:
             continue
@@ -166,9 +165,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
     inputs = Inputs(*_unpack(buffers, layout), *others)  # type: ignore[arg-type]
     *d_buffers, d_initial = grads = _gradients_like(buffers, layout, inputs.cu_seqlens)
     of_inputs = _unpack(d_buffers, layout)
-    _engine(engine).backward(
-        d_o, d_final, inputs, m, factors, states, scale, safe_exp, decaying, of_inputs, d_initial
-    )
+    _engine(engine).backward(d_o, d_final, inputs, m, factors, states, scale, safe_exp, decaying, of_inputs, d_initial)
     return grads
 
 

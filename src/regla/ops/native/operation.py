@@ -157,9 +157,7 @@ def backward(
     call.problem.scale, call.problem.safe_exp, call.problem.decaying = scale, safe_exp, decaying
     call.rows("d_o", rows(d_o.float()))
     call.points(d_final=_float(d_final), states=states, chunk_m=m, factor=factors, d_initial=d_initial)
-    written = [
-        x if x is None or x.dtype == torch.float32 else x.new_empty(x.shape, dtype=torch.float32) for x in grads
-    ]
+    written = [x if x is None or x.dtype == torch.float32 else x.new_empty(x.shape, dtype=torch.float32) for x in grads]
     for name, grad in zip(_NAMES, written, strict=True):
         call.rows(f"d_{name}", grad)
     call.run("regla_backward")
