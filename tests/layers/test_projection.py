@@ -50,7 +50,7 @@ def test_maps_that_are_more_than_linear_run_by_themselves():
 
 
 @pytest.mark.parametrize("options", [{}, {"conv_size": 4}, {"gate_axis": "value"}, {"qk_norm": True}, {"norm": "sum"}])
-@pytest.mark.parametrize("backend", ["native", "chunked"])
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
 def test_a_mixer_trains_the_same_in_one_product(options, backend, monkeypatch):
     layer = ReGLAAttention(24, 4, num_kv_heads=2, head_dim=6, value_head_dim=8, backend=backend, **options)
     init_linear_attention(layer, std=0.3)
@@ -71,4 +71,4 @@ def test_a_tensor_that_is_not_all_of_its_parts_is_refused():
     qkv = torch.cat([q, k, v], 2).flatten(2)
     for wrong in (qkv[..., 1:], torch.cat([qkv, qkv], -1), qkv.mT.contiguous().mT):
         with pytest.raises(ValueError, match="expected a contiguous tensor of so many, got"):
-            safe_exp_attention(q, k, v, gate, None, refine_k=refine, qkv=wrong, backend="native")
+            safe_exp_attention(q, k, v, gate, None, refine_k=refine, qkv=wrong)
