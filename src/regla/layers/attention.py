@@ -180,8 +180,11 @@ class ReGLAAttention(nn.Module):
         after = None if state is None else (state.S, state.m)
         o = self._step_(q, k, v, decays, mask, state) if overwrite_state and cu_seqlens is None else None
         if o is None:
-            together = qkv if q is parts[0] and k is parts[1] and v is parts[2] else None
-            h, after = self.feature_map(q, k, v, decays, mask, cu_seqlens, after, return_state, together)
+            inputs = q, k, v, decays, mask, cu_seqlens, after, return_state
+            if isinstance(self.feature_map, SafeExp) and q is parts[0] and k is parts[1] and v is parts[2]:
+                h, after = self.feature_map(*inputs, together=qkv)
+            else:
+                h, after = self.feature_map(*inputs)
             o = self.norm(h)
         o = o.flatten(2)
         if self.output_gate is not None and self.output_activation is not None:

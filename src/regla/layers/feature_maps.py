@@ -12,10 +12,7 @@ State = tuple[Tensor, Tensor]
 
 
 class FeatureMap(nn.Module):
-    """`forward` runs the recurrence on features of q [B, T, HQ, K] and k [B, T, H, K]; returns (h, (S, m) or None).
-
-    together: a tensor [B, T, channels] whose channels are those of q, k and v, where there is one.
-    """
+    """`forward` runs the recurrence on features of q [B, T, HQ, K] and k [B, T, H, K]; returns (h, (S, m) or None)."""
 
     def __init__(self, key_max: str, backend: str):
         super().__init__()
@@ -31,13 +28,15 @@ class FeatureMap(nn.Module):
         cu_seqlens: Tensor | None,
         state: State | None,
         return_state: bool,
-        together: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         raise NotImplementedError
 
 
 class SafeExp(FeatureMap):
-    """exp(q - max q), exp(k - m): bounded and non-negative (paper section 3.1); see `regla.ops.safe_exp_key`."""
+    """exp(q - max q), exp(k - m): bounded and non-negative (paper section 3.1); see `regla.ops.safe_exp_key`.
+
+    together: a tensor [B, T, channels] whose channels are those of q, k and v, where there is one.
+    """
 
     def forward(
         self,
@@ -86,7 +85,6 @@ class ElementwiseMap(FeatureMap):
         cu_seqlens: Tensor | None,
         state: State | None,
         return_state: bool,
-        together: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         q, k = self.phi(q), self.phi(k)
         gk, gv = decays.logarithms()

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
     """([map(x) for map in maps], the tensor of which they are the channels, side by side, or None).
 
-    For training: of several products with x, each takes a pass over the memory of x's gradient; of one, none does. The
-    weights are put together for that, which for a few tokens would cost more than the products. Maps that are anything
-    but plain linear ones (adapters, quantised ones, ones with hooks) run by themselves.
+    Together where gradients flow under autocast: of several products, each takes a pass over the memory of x's
+    gradient; of one, none does. Autocast copies the weights in any case; without it the copy would only cost memory.
+    Maps run by themselves if one of them is frozen, or more than a plain linear map (an adapter, a quantised one, one
+    with hooks).
     """
-    if not torch.is_grad_enabled() or not all(map(_is_plain, maps)):
+    kind = x.device.type
+    weights = [map_.weight for map_ in maps if isinstance(map_, nn.Linear) and _is_plain(map_)]
+    biases = [map_.bias for map_ in maps if isinstance(map_, nn.Linear) and map_.bias is not None]
+    fit = len(weights) == len(maps) and len(biases) in (0, len(maps))
+    if not (fit and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
         return [map_(x) for map_ in maps], None
-    linears = [map_ for map_ in maps if isinstance(map_, nn.Linear)]
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = None
-    if any(linear.bias is not None for linear in linears):
-        zeros = [weight.new_zeros(linear.out_features) for linear in linears]
-        bias = torch.cat([z if linear.bias is None else linear.bias for linear, z in zip(linears, zeros, strict=True)])
+    # Cast first: gradients of the weights then are tensors of their own, not parts of one.
+    dtype = torch.get_autocast_dtype(kind)
+    weight = torch.cat([x.to(dtype) for x in weights])
+    bias = torch.cat([x.to(dtype) for x in biases]) if biases else None
     together = nn.functional.linear(x, weight, bias)
-    return list(together.split([linear.out_features for linear in linears], -1)), together
+    return list(together.split([x.shape[0] for x in weights], -1)), together
 
 
-def _is_plain(map_: nn.Module) -> bool:
-    has_hooks = map_._forward_hooks or map_._forward_pre_hooks or map_._backward_hooks or map_._backward_pre_hooks
-    return type(map_) is nn.Linear and not has_hooks and "forward" not in map_.__dict__
+def _is_plain(map_: nn.Linear) -> bool:
+    """A linear map that trains, and nothing besides."""
+    hooks = map_._forward_hooks or map_._forward_pre_hooks or map_._backward_hooks or map_._backward_pre_hooks
+    if type(map_) is not nn.Linear or hooks or _has_any_global_hook() or "forward" in map_.__dict__:
+        return False
+    parameters = [map_.weight] if map_.bias is None else [map_.weight, map_.bias]
+    return all(type(x) in (nn.Parameter, Tensor) and x.requires_grad for x in parameters)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regla.ops.backends import choose_backend, step_engine
-from regla.ops.checks import check_decays, check_gla, check_refine, check_regla
+from regla.ops.checks import check_decays, check_gla, check_refine, check_regla, check_together
 from regla.ops.chunked import chunked_gated_linear_attention
 from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
 from regla.ops.fused import fused_attention, fused_step_
@@ -116,6 +116,8 @@ def safe_exp_attention(
     """
     check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
     check_refine(gk, gv, refine_k, refine_v)
+    check_together("qkv", qkv, {"q": q, "k": k, "v": v})
+    check_together("gates", gates, {"gk": gk, "gv": gv, "refine_k": refine_k, "refine_v": refine_v})
     if refine_k is None and refine_v is None:
         check_decays(gk, gv, validate, mask)
     scale = variance_reduction(k.shape[-1]) if scale is None else scale

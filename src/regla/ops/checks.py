@@ -35,6 +35,28 @@ def check_refine(gk: Tensor | None, gv: Tensor | None, refine_k: Tensor | None, 
             raise ValueError(f"refine_{axis} has shape {list(refine.shape)}; expected {list(g.shape)}, as g{axis} has")
 
 
+def check_together(name: str, whole: Tensor | None, parts: dict[str, Tensor | None]) -> None:
+    """That `parts`, those that there are, can be the channels of `whole`."""
+    if whole is None:
+        return
+    named = {part: x for part, x in parts.items() if x is not None}
+    B, T = next(iter(named.values())).shape[:2]
+    expected = [B, T, sum(x.shape[2] * x.shape[3] for x in named.values())]
+    if list(whole.shape) != expected or not whole.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {list(whole.shape)} and strides {list(whole.stride())}; expected a contiguous "
+            f"{expected}, the channels of {', '.join(named)} side by side: leave it out where they are not"
+        )
+    for part, x in named.items():
+        grads = torch.is_grad_enabled() and x.requires_grad != whole.requires_grad
+        if x.dtype != whole.dtype or x.device != whole.device or grads:
+            raise ValueError(
+                f"{name} is {whole.dtype} on {whole.device} (requires_grad {whole.requires_grad}), but {part} is "
+                f"{x.dtype} on {x.device} (requires_grad {x.requires_grad}); expected {part} to be a part of {name}: "
+                "leave it out where it is not"
+            )
+
+
 def check_regla(
     q: Tensor,
     k: Tensor,

@@ -191,4 +191,5 @@ def _common(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str,
 
 
 def _step(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(1)
+    """From token to token; of one token a sequence, from sequence to sequence."""
+    return 0 if x is None else x.stride(1 if x.shape[1] > 1 else 0)

@@ -255,7 +255,7 @@ def wait_until(flag_ptr, count):
             setp.lt.s32 not_yet, $0, $2;
             @not_yet bra spin;
             }""",
-            "=r,l,r",
+            "=&r,l,r",
             [flag_ptr, count],
             dtype=tl.int32,
             is_pure=False,
