@@ -10,7 +10,6 @@ from regla.ops import safe_exp_attention
 
 
 def maps(*biases: bool) -> list[nn.Linear]:
-    torch.manual_seed(0)
     return [nn.Linear(6, 4 + i, bias=bias) for i, bias in enumerate(biases)]
 
 
@@ -89,6 +88,30 @@ def test_a_mixer_trains_the_same_in_one_product(options, backend, monkeypatch):
             apart = gradients(x)
         for one, other in zip(together, apart, strict=True):
             assert (one - other).norm() <= 2e-2 * other.norm() + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({}, (True, True)),
+        ({"conv_size": 4}, (True, True)),
+        ({"qk_norm": True}, (False, True)),
+        ({"norm": "sum"}, (False, False)),
+    ],
+)
+def test_what_a_mixer_hands_on_in_one_tensor(options, given, monkeypatch):
+    """q, k and v unless something changed them in between, and the gates."""
+    layer = ReGLAAttention(24, 4, **options)
+    seen = []
+
+    def attention(*args, qkv, gates, **kwargs):
+        seen.append((qkv is not None, gates is not None))
+        return safe_exp_attention(*args, qkv=qkv, gates=gates, **kwargs)
+
+    monkeypatch.setattr("regla.layers.feature_maps.safe_exp_attention", attention)
+    with under_autocast():
+        layer(torch.randn(2, 5, 24))
+    assert seen == [given]
 
 
 @pytest.mark.parametrize("axis", ["value", "key", "both"])

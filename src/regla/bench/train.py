@@ -45,7 +45,8 @@ class ValuesForOutputs(nn.Module):
     query heads of a group, so that every projection is still at work."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, decays: Decays, *_: Any) -> tuple[Tensor, None]:
-        others = torch.stack([x.flatten(2).sum(-1) for x in (q, k, *decays[:5]) if x is not None]).sum(0)
+        gates = decays.gk, decays.gv, decays.refine_k, decays.refine_v
+        others = torch.stack([x.flatten(2).sum(-1) for x in (q, k, *gates) if x is not None]).sum(0)
         o = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
         return o + 0.0 * others[..., None, None].to(o.dtype), None
 

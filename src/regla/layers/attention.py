@@ -163,10 +163,7 @@ class ReGLAAttention(nn.Module):
         v = v.unflatten(-1, (-1, self.value_head_dim))
         parts = q, k, v
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (
-                self.q_norm(q.to(self.q_norm.weight.dtype)).to(q.dtype),
-                self.k_norm(k.to(self.k_norm.weight.dtype)).to(k.dtype),
-            )
+            q, k = (norm(x.to(norm.weight.dtype)).to(x.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if self.qk_calibration is not None:
@@ -199,7 +196,7 @@ class ReGLAAttention(nn.Module):
         nothing done, where it cannot run."""
         if not isinstance(self.feature_map, SafeExp) or state is None:
             return None
-        gk, gv, _, refine_k, refine_v, _ = decays
+        gk, gv, refine_k, refine_v = decays.gk, decays.gv, decays.refine_k, decays.refine_v
         S, m, _ = state
         key_max, backend = self.feature_map.key_max, self.feature_map.backend
         is_plain = S.dtype == m.dtype == torch.float32 and S.is_contiguous() and m.is_contiguous()

@@ -70,7 +70,7 @@ class Gate(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, T, H*D] -> [B, T, H, D] float32."""
-        return x.unflatten(-1, (self.num_heads, -1)).to(torch.promote_types(x.dtype, torch.float32))
+        return _wide(x).unflatten(-1, (self.num_heads, -1))
 
     def on_axes(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What a linear map gives [B, T, channels] as ([B, T, H, K] for the key axis or None, [B, T, H, V] or None)."""
@@ -79,6 +79,11 @@ class Gate(nn.Module):
             return (x, None) if self.axis == "key" else (None, x)
         gk, gv = x.split([self.num_heads * self.K, self.num_heads * self.V], -1)
         return gk.unflatten(-1, (self.num_heads, self.K)), gv.unflatten(-1, (self.num_heads, self.V))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def half_life_logit(half_life: Tensor, root: int = 1) -> Tensor:
@@ -180,8 +185,7 @@ class SigmoidGate(Gate):
         self.proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("proj")))
 
     def forward(self, x: Tensor) -> Decays:
-        logits = self.proj(x)
-        return Decays(*self.on_axes(logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))))
+        return Decays(*self.on_axes(logsigmoid(_wide(self.proj(x)))))
 
 
 class RefinedGate(Gate):

@@ -10,6 +10,8 @@ from torch.nn.modules.module import _has_any_global_hook
 def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
     """([map(x) for map in maps], the tensor of which they are the channels, side by side, or None).
 
+    x is [..., in], each result [..., out of that map], the tensor [..., sum of outs], in autocast's dtype.
+
     Together where gradients flow under autocast: of several products, each takes a pass over the memory of x's
     gradient; of one, none does. Autocast copies the weights in any case; without it the copy would only cost memory.
     Maps run by themselves if one of them is frozen, or more than a plain linear map (an adapter, a quantised one, one
@@ -30,7 +32,7 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
 
 
 def _is_plain(map_: nn.Linear) -> bool:
-    """A linear map that trains, and nothing besides."""
+    """Whether it is a linear map that trains, and nothing besides."""
     hooks = map_._forward_hooks or map_._forward_pre_hooks or map_._backward_hooks or map_._backward_pre_hooks
     if type(map_) is not nn.Linear or hooks or _has_any_global_hook() or "forward" in map_.__dict__:
         return False

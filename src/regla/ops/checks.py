@@ -36,7 +36,7 @@ def check_refine(gk: Tensor | None, gv: Tensor | None, refine_k: Tensor | None, 
 
 
 def check_together(name: str, whole: Tensor | None, parts: dict[str, Tensor | None]) -> None:
-    """That `parts`, those that there are, can be the channels of `whole`."""
+    """That `parts` [B, T, H, D], those that there are, can be the channels of `whole` [B, T, sum of H * D]."""
     if whole is None:
         return
     named = {part: x for part, x in parts.items() if x is not None}
