@@ -17,6 +17,8 @@ WIDEST = 128
 WIDEST_STEP = 256
 WIDEST_CROWDED = 64  # more leaves no room in shared memory
 
+MOST_SEQUENCES = 65_535  # programs along the second axis of a grid
+
 NOT_CAUSAL = "key_max is 'sequence', which is not causal, and the kernels run forward in time"
 _INTERPRETED = (torch.float32,)  # what Triton's interpreter computes rightly
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -95,6 +97,8 @@ def why_not_triton(
         return f"v is {v.dtype}, and the kernels take bfloat16 and float32"
     if not k.is_cuda and v.dtype not in _INTERPRETED:
         return "v is bfloat16, which Triton's interpreter multiplies as integers"
+    if k.shape[0] > MOST_SEQUENCES:
+        return f"the batch has {k.shape[0]:,} sequences, and the kernels take at most {MOST_SEQUENCES:,}"
     widest = max(k.shape[-1], v.shape[-1])
     if widest > most:
         return f"a head has {widest} channels, and the kernels hold at most {most}"

@@ -31,6 +31,7 @@ from regla.ops.triton.tiles import (
     LIFT_BITS,
     LOG2E,
     NO_KEY,
+    as_read,
     cumulative,
     decays,
     end_of_first,
@@ -56,10 +57,12 @@ def queries(
 ):
     """(features of q, d_o in units of the state's gradient, and both in the factors E and in `dtype`)."""
     q = q.to(tl.float32)
-    do = do.to(tl.float32) * scale
+    do = do.to(tl.float32)
     if SAFE_EXP:
         q = query_features(q)
-        do *= (factor * 2.0**24)[:, None]
+        do *= (factor * (scale * 2.0**24))[:, None]
+    else:
+        do *= scale
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
     d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
     return q, do, qd, d
@@ -197,12 +200,12 @@ def key_side(
 @triton.jit
 def load_chunk(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before, t, inside, valid,
-    begin, h, i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    begin, h, past, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
 ):  # fmt: skip
     """(q, d_o and factor of the first head and the state before the chunk as they are in memory, k, v, log2-decays of
-    both axes in units of the stabiliser), all asked for at once."""
+    both axes in units of the stabiliser), all asked for at once. past: chunks of the sequence before this one."""
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     k, v, gk, rk, gv, rv = load_tokens(
         k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
@@ -210,17 +213,17 @@ def load_chunk(
     )  # fmt: skip
     if SAFE_EXP:
         m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
-        earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t + i > 0), other=0.0)
+        earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t + past > 0), other=0.0)
     q, do, factor = ask_for_queries(
         q_ptr, do_ptr, lower_ptr, 0, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP
     )
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    S = tl.load(states_ptr + at + ki[:, None] * V + vi[None, :], mask=state_mask, other=0.0)
-    gk = decays(gk, rk, valid, ki, K, KEY)
-    gv = decays(gv, rv, valid, vi, V, VALUE)
+    S = tl.load(states_ptr + at + (ki[:, None] * V + vi[None, :]), mask=state_mask, other=0.0)
+    gk = decays(gk, rk, t.shape[0], BK, KEY)
+    gv = decays(gv, rv, t.shape[0], BV, VALUE)
     k, v = k.to(tl.float32), v.to(tl.float32)
     if SAFE_EXP:
-        m_before = tl.where(inside, tl.where(t + i > 0, earlier, before), 0.0)
+        m_before = tl.where(inside, tl.where(t + past > 0, earlier, before), 0.0)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
     return q, do, factor, S, k, v, gk, gv
@@ -241,13 +244,13 @@ def finish(
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
     lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+    unit: tl.constexpr = 2.0 ** (-lift)
     centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     dtype = S.dtype
     state_at = ki[:, None] * V + vi[None, :]
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    is_last = (rows == C - 1)[:, None]
     here = head.to(tl.int64) * K * V + state_at
     Bk, Bv, Ek, Ev, Wk, Wv = gk, gv, 0.0, 0.0, 0.0, 0.0
     kd, x = k.to(dtype), v.to(dtype)
@@ -268,8 +271,10 @@ def finish(
             dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
         )  # fmt: skip
         dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
-    U = tl.zeros([BK, BV], tl.float32)
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
+    if not (KEYED and VALUED):  # with both that costs registers which there are not
+        dS = as_read(dS, passed_at, count < 0)
+    U = tl.zeros([BK, BV], tl.float32)
     if i + 1 < count:
         wait_until(flag_ptr, count - 1 - i)
         U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
@@ -313,8 +318,8 @@ def finish(
     dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
     if VALUED:
         written = v_end.to(tl.float32) * dv_end
-        dBv += tl.where(is_last, (worth_v + tl.sum(written, 0))[None, :], 0.0) - written
-        dgv = sums(dBv, True, PIECES) * (2.0 ** (-lift))
+        after = (worth_v + tl.sum(written, 0)) * unit
+        dgv = sums(dBv - written, unit, True, PIECES) + after[None, :]
         store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, dgv_step, drv_step, vi, V, gate, refine, dgv, VALUE)
     if VALUED and PIECES:
         dv += dv_end * to_end_v
@@ -322,7 +327,7 @@ def finish(
         dv += dv_end
         if VALUED:  # of x so far
             dv *= Wv
-    store_tile(dv_ptr, t, inside, dv_step, vi, V, tl.where(valid[:, None], dv * (2.0 ** (-lift)), 0.0))
+    store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
         q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, kd, x, S,
         begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
@@ -336,8 +341,8 @@ def finish(
         else:
             dk_end *= exp2(total_k)[None, :]
             written = kd.to(tl.float32) * dk_end
-        dBk += tl.where(is_last, (worth_k + tl.sum(written, 0))[None, :], 0.0) - written
-        dgk = sums(dBk, True, PIECES) * (2.0 ** (-lift))
+        after = (worth_k + tl.sum(written, 0)) * unit
+        dgk = sums(dBk - written, unit, True, PIECES) + after[None, :]
         store_gate_gradient(dgk_ptr, drk_ptr, t, inside, valid, dgk_step, drk_step, ki, K, gate, refine, dgk, KEY)
     dk += dk_end
     if not PIECES:  # of kd so far
@@ -346,14 +351,14 @@ def finish(
         k = kd.to(tl.float32)
     if SAFE_EXP:
         dk *= k
-    store_tile(dk_ptr, t, inside, dk_step, ki, K, tl.where(valid[:, None], dk * (2.0 ** (-lift)), 0.0))
+    store_tile(dk_ptr, t, inside, dk_step, ki, K, dk * unit)
 
 
 @triton.jit(noinline=True)
 def finish_in_pieces(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-    before, begin, length, head, h, i, count, at, scale, H,
+    before, begin, length, past, head, h, i, count, at, scale, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -368,7 +373,7 @@ def finish_in_pieces(
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
     q, do, factor, S, k, v, gk, gv = load_chunk(
         q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
-        t, inside, valid, begin, h, i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+        t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
         G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
     )  # fmt: skip
     finish(
@@ -381,25 +386,27 @@ def finish_in_pieces(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunks", "part", "parts"])
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, slot_ptr, before_ptr,
     m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flags_ptr,
-    scale, T, chunks, sequences, H,
+    scale, T, chunks, part, parts, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
-    MASKED: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
+    MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
-    n, h, i, count, begin, length, slot = place(cu_ptr, slot_ptr, T, chunks, sequences, H, C, VARLEN, True)
+    n, h, i, count, begin, length, past, slot = place(
+        cu_ptr, slot_ptr, T, chunks, part, parts, H, C, VARLEN, SPLIT, True
+    )
     if n >= 0:
         head = n * H + h
         before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP and INITIAL:
-            before = tl.load(before_ptr + head) * LOG2E
+            before = tl.load(before_ptr + (n // parts * H + h if SPLIT else head)) * LOG2E
         begin += i * C
         m_ptr += begin * H + h
         q_ptr += begin * q_step + h * G * K
@@ -429,14 +436,14 @@ def backward_kernel(
         at = (slot * H + h) * K * V
         q, do, factor, S, k, v, gk, gv = load_chunk(
             q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
-            t, inside, valid, begin, h, i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+            t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
             G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
         if in_pieces(gk, gv) and not ONE_PATH:
             finish_in_pieces(
                 q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
                 d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
-                flags_ptr + head, before, begin, length, head, h, i, count, at, scale, H,
+                flags_ptr + head, before, begin, length, past, head, h, i, count, at, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, D_FINAL, PRECISION,

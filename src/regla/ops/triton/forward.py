@@ -19,6 +19,7 @@ from regla.ops.triton.tiles import (
     LOG2E,
     LOWEST,
     NO_KEY,
+    as_read,
     cumulative,
     decays,
     end_of_first,
@@ -38,25 +39,41 @@ from regla.ops.triton.tiles import (
 
 
 @triton.jit
-def place(cu_ptr, slot_ptr, T, chunks, sequences, H, C: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr):
-    """(sequence n or -1, head, chunk of the sequence, chunks of it, first token, length, slot of its states)."""
-    pid = tl.program_id(0)
+def place(
+    cu_ptr, slot_ptr, T, chunks, part, parts, H,
+    C: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Which chunk of what this program takes: (segment n or -1 for none, head, chunk i of the segment, chunks of it,
+    first token, length, chunks of the sequence before the segment, slot of its states).
+
+    A segment is a sequence or, with SPLIT, one of its `parts`, of `part` chunks, the last perhaps of fewer.
+    """
     if VARLEN:
-        slot = pid // H
-        h = pid % H
+        slot = tl.program_id(0) // H
+        h = tl.program_id(0) % H
         if REVERSE:
             slot = chunks - 1 - slot
         n = tl.load(slot_ptr + slot)
         begin = tl.load(cu_ptr + tl.maximum(n, 0)).to(tl.int64)
         length = (tl.load(cu_ptr + tl.maximum(n, 0) + 1) - begin).to(tl.int32)
         i = slot - (begin // C).to(tl.int32) - n
-        return n, h, i, tl.cdiv(length, C), begin, length, slot.to(tl.int64)
-    i = pid // (sequences * H)
-    n = pid % (sequences * H) // H
-    h = pid % H
+        return n, h, i, tl.cdiv(length, C), begin, length, 0, slot.to(tl.int64)
+    h = tl.program_id(0)
+    n = tl.program_id(1)
+    i = tl.program_id(2)
+    past = 0
+    sequence = n
+    count = chunks
+    if SPLIT:
+        sequence = n // parts
+        past = (n - sequence * parts) * part
+        count = tl.minimum(part, chunks - past)
+        n = tl.where(i < count, n, -1)
     if REVERSE:
-        i = chunks - 1 - i
-    return n, h, i, chunks, n.to(tl.int64) * T, T, n.to(tl.int64) * chunks + i
+        i = count - 1 - i
+    length = tl.minimum(T - past * C, count * C)
+    slot = sequence.to(tl.int64) * chunks + past + i
+    return n, h, i, count, sequence.to(tl.int64) * T + past * C, length, past, slot
 
 
 @triton.jit
@@ -114,14 +131,15 @@ def write_outputs(
             while tl.min(start, 0) < C:
                 _Bv, E2, W2, start = next_piece(gv, rows, start)
                 out += E2 * tl.dot(Pd, (v * W2).to(Pd.dtype), input_precision=PRECISION)
-    out *= scale
     if SAFE_EXP:
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
-        largest = tl.maximum(tl.max(tl.abs(out), 1), 7.888609052210118e-31)
+        largest = tl.maximum(tl.max(tl.abs(out), 1) * tl.abs(scale), 7.888609052210118e-31)
         factor = tl.maximum(2.0**-12 / largest, 1.0) * 2.0**-48
-        out *= factor[:, None]
+        out *= (factor * scale)[:, None]
         if STORE:
             tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
+    else:
+        out *= scale
     store_tile(o_ptr + j * V, t, inside, H * G * V, tl.arange(0, BV), V, out)
 
 
@@ -148,14 +166,14 @@ def load_chunk(
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
 ):  # fmt: skip
     """(q of the first head as it is in memory, k, v, log2-decays of both axes), all asked for at once."""
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    ki = tl.arange(0, BK)
     k, v, gk, rk, gv, rv = load_tokens(
         k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
         K, V, BK, BV, KEY, VALUE, SAFE_EXP,
     )  # fmt: skip
     q = load_tile(q_ptr, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-    gk = decays(gk, rk, valid, ki, K, KEY)
-    gv = decays(gv, rv, valid, vi, V, VALUE)
+    gk = decays(gk, rk, t.shape[0], BK, KEY)
+    gv = decays(gv, rv, t.shape[0], BV, VALUE)
     return q, k.to(tl.float32), v.to(tl.float32), gk, gv
 
 
@@ -204,12 +222,12 @@ def finish(
         Ev, Wv = first_piece(Bv, PIECES)
         x = (v * Wv).to(dtype)
         v_end = (v * to_the_end(gv, rows, Bv, total_v)).to(dtype) if PIECES else x
-    written = tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION)
+    passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
+    written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), passed_at, count < 0)
     if G == 1:  # while the state before the chunk is on its way
         qd, Pd, out = inside_chunk(q, k, gk, Bk, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
     # The state before the chunk, and at once the one after it for the next.
     S = tl.zeros([BK, BV], tl.float32)
-    passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
     if i > 0:
         wait_until(flag_ptr, i)
         S = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
@@ -282,21 +300,23 @@ def finish_in_pieces(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunks", "part", "parts"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, slot_ptr, initial_ptr, before_ptr,
     o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr, flags_ptr,
-    scale, T, chunks, sequences, H,
+    scale, T, chunks, part, parts, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
-    MASKED: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
+    MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     # The stabiliser's change of unit is a decay too, of the key axis where the value axis has none.
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
-    n, h, i, count, begin, length, slot = place(cu_ptr, slot_ptr, T, chunks, sequences, H, C, VARLEN, False)
+    n, h, i, count, begin, length, _past, slot = place(
+        cu_ptr, slot_ptr, T, chunks, part, parts, H, C, VARLEN, SPLIT, False
+    )
     if n >= 0:
         head = n * H + h
         t = tl.arange(0, C)

@@ -13,6 +13,11 @@ from regla.ops.fused import Inputs, gate_kind
 from regla.ops.triton.backward import backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
+from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
+
+# Of segments: heads of all sequences up to which there are several, how many to aim for, chunks of the shortest. By
+# measurement, see docs/kernels.md.
+_FEW_HEADS, _SIDE_BY_SIDE, _SHORTEST = 32, 384, 16
 
 
 def forward(
@@ -32,18 +37,25 @@ def forward(
     N, chunks, _ = _layout(k, v, cu_seqlens)
     T, H, K = k.shape[1:]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
-    passed = k.new_empty(N * H, 2, K, v.shape[-1], dtype=torch.float32)
-    passed_m = k.new_empty(N * H, 2, dtype=torch.float32)
-    flags = k.new_zeros(N * H, 2, dtype=torch.int32)
+    parts, part = _segments(N * H, chunks, packed=cu_seqlens is not None)
+    if parts > 1:
+        initial_state, before = _states_before(inputs, parts, part, safe_exp, decaying)
+        final, last = final.new_empty(N * parts, *final.shape[1:]), last.new_empty(N * parts, H)
+    passed = k.new_empty(N * parts * H, 2, K, v.shape[-1], dtype=torch.float32)
+    passed_m = k.new_empty(N * parts * H, 2, dtype=torch.float32)
+    flags = k.new_zeros(N * parts * H, 2, dtype=torch.int32)
     with torch.cuda.device_of(k):
-        forward_kernel[(chunks * H * (N if slots is None else 1),)](
+        forward_kernel[_grid(H, N * parts, part, slots)](
             q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, initial_state, before,
             o, final, m, lower, states, last, passed, passed_m, flags,
-            scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
+            scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep, **_common(q, k, v, gk, rk, gv, rv),
-            MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
+            MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, backward=False),
         )  # fmt: skip
+    if parts > 1:
+        filled[1].copy_(final[parts - 1 :: parts])
+        filled[2].copy_(last[parts - 1 :: parts])
     return filled
 
 
@@ -80,24 +92,32 @@ def backward(
 ) -> None:
     """Fill the gradients of q, k, v, gk, rk, gv, rv and of the initial state."""
     q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = _in_order(inputs)
+    d_o = d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     if cu_seqlens is not None:
         d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
     N, chunks, _ = _layout(k, v, cu_seqlens)
     T, H, K = k.shape[1:]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
-    passed = k.new_empty(N * H, 2, K, v.shape[-1], dtype=torch.float32)
-    flags = k.new_zeros(N * H, dtype=torch.int32)
+    parts, part = _segments(N * H, chunks, packed=cu_seqlens is not None)
+    d_initials = d_initial
+    if parts > 1:
+        d_final = _gradients_behind(d_o, d_final, inputs, m, lower, parts, part, scale, safe_exp)
+        d_initials = d_initial.new_empty(N * parts, *d_initial.shape[1:])
+    passed = k.new_empty(N * parts * H, 2, K, v.shape[-1], dtype=torch.float32)
+    flags = k.new_zeros(N * parts * H, dtype=torch.int32)
     with torch.cuda.device_of(k):
-        backward_kernel[(chunks * H * (N if slots is None else 1),)](
+        backward_kernel[_grid(H, N * parts, part, slots)](
             q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, before,
-            m, lower, states, d_o.contiguous(), d_final,
-            *grads, d_initial, passed, flags,
-            scale, T, chunks, N, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
+            m, lower, states, d_o, d_final,
+            *grads, d_initials, passed, flags,
+            scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
             SAFE_EXP=safe_exp, D_FINAL=d_final is not None, **_common(q, k, v, gk, rk, gv, rv),
-            MASKED=mask is not None, VARLEN=cu_seqlens is not None, INITIAL=initial_state is not None,
-            **_warps(k, v, backward=True, both=gk is not None and gv is not None),
+            MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
+            **_warps(k, v, backward=True),
         )  # fmt: skip
+    if parts > 1:
+        d_initial.copy_(d_initials[::parts])
 
 
 def step(
@@ -127,6 +147,73 @@ def step(
             num_warps=num_warps(BK, BV),
         )  # fmt: skip
     return o
+
+
+def _states_before(inputs: Inputs, parts: int, part: int, safe_exp: bool, decaying: bool) -> tuple[Tensor, Tensor]:
+    """The state [N parts, H, K, V] and m [N parts, H] before each of the `parts` segments, of `part` chunks, of every
+    sequence."""
+    q, k, v, gk, rk, gv, rv, mask, _, initial_state, before = _in_order(inputs)
+    (N, T, H, K), V = k.shape, v.shape[-1]
+    states, decay_k, decay_v = (k.new_empty(N * parts, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
+    m = k.new_empty(N * parts, H, 2, dtype=torch.float32)
+    common = _common(q, k, v, gk, rk, gv, rv)
+    del common["G"]
+    with torch.cuda.device_of(k):
+        state_kernel[H, N * parts](
+            k, v, gk, rk, gv, rv, mask, states, decay_k, decay_v, m,
+            T, part * _chunk(k, v), parts, H, *map(_step, (k, v, gk, rk, gv, rv)),
+            SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, backward=True),
+        )  # fmt: skip
+    return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts, reverse=False)
+
+
+def _gradients_behind(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    inputs: Inputs,
+    m: Tensor,
+    lower: Tensor,
+    parts: int,
+    part: int,
+    scale: float,
+    safe_exp: bool,
+) -> Tensor:
+    """The gradient of the state after each of the `parts` segments of every sequence, [N parts, H, K, V]."""
+    q, k, v, gk, rk, gv, rv, mask, *_ = _in_order(inputs)
+    (N, T, H, K), V = k.shape, v.shape[-1]
+    states, decay_k, decay_v = (k.new_empty(N * parts, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
+    with torch.cuda.device_of(k):
+        gradient_kernel[H, N * parts](
+            q, gk, rk, gv, rv, mask, m, lower, d_o, states, decay_k, decay_v,
+            scale, T, part * _chunk(k, v), parts, H, *map(_step, (q, gk, rk, gv, rv)),
+            SAFE_EXP=safe_exp, **_common(q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
+            **_warps(k, v, backward=True),
+        )  # fmt: skip
+    return _chain(d_final, None, states, decay_k, decay_v, None, parts, reverse=True)[0]
+
+
+def _chain(
+    start: Tensor | None,
+    before: Tensor | None,
+    states: Tensor,
+    decay_k: Tensor,
+    decay_v: Tensor,
+    m: Tensor | None,
+    parts: int,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """(the state before every segment, m before it), or of the gradient of the state the one after it (`reverse`)."""
+    segments, H, K, V = states.shape
+    chained, chained_m = torch.empty_like(states), states.new_empty(segments, H)
+    rows = 8
+    with torch.cuda.device_of(states):
+        chain_kernel[H, segments // parts, triton.cdiv(K, rows)](
+            start, before, states, decay_k, decay_v, m, chained, chained_m, parts, H,
+            K=K, V=V, R=rows, BV=triton.next_power_of_2(V),
+            SAFE_EXP=m is not None, INITIAL=start is not None, REVERSE=reverse, num_warps=2,
+        )  # fmt: skip
+    return chained, chained_m
 
 
 def _in_order(inputs: Inputs) -> Inputs:
@@ -161,12 +248,28 @@ def _chunk(k: Tensor, v: Tensor) -> int:
     return 16 if v.dtype == torch.float32 and max(k.shape[-1], v.shape[-1]) > 64 else 32
 
 
-def _warps(k: Tensor, v: Tensor, *, backward: bool, both: bool = False) -> dict[str, int | None]:
+def _segments(heads: int, chunks: int, *, packed: bool) -> tuple[int, int]:
+    """(segments of a sequence, chunks of a segment, of the last perhaps fewer), where `heads` are those of all
+    sequences: one segment, but several where heads are so few that their programs would mostly wait for each other."""
+    part = chunks
+    if not packed:
+        if heads <= _FEW_HEADS and chunks >= 8 * _SHORTEST:
+            part = max(_SHORTEST, triton.cdiv(chunks * heads, _SIDE_BY_SIDE))
+        part = min(part, 65_535)  # programs along the last axis of a grid
+    return triton.cdiv(chunks, part), part
+
+
+def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int, ...]:
+    """Programs: those of a sequence ascend with its chunks."""
+    return (H, segments, chunks) if slots is None else (H * len(slots),)
+
+
+def _warps(k: Tensor, v: Tensor, *, backward: bool) -> dict[str, int | None]:
     """Warps of a program, and registers of a thread: as few as let several programs share a multiprocessor.
 
-    both: whether both axes decay. By measurement, see docs/kernels.md.
+    By measurement, see docs/kernels.md.
     """
-    if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64 or (backward and both):
+    if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64:
         return {"num_warps": 8}
     return {"num_warps": 4, "maxnreg": None if backward else 168}
 

@@ -35,13 +35,24 @@ LN2 = tl.constexpr(0.6931471805599453)
 def load_tile(ptr, token, valid, step, column, width, other):
     """[C, D] of rows `token` (stride `step`) from `column`-th channel pointers, as it is in memory; `other` outside."""
     mask = valid[:, None] & (column < width)[None, :]
-    return tl.load(ptr + token[:, None] * step + column[None, :], mask=mask, other=other)
+    return tl.load(ptr + (token[:, None] * step + column[None, :]), mask=mask, other=other)
 
 
 @triton.jit
 def store_tile(ptr, token, inside, step, column, width, x):
     mask = inside[:, None] & (column < width)[None, :]
-    tl.store(ptr + token[:, None] * step + column[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + (token[:, None] * step + column[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def as_read(x, ptr, never):
+    """x, laid out over the threads as a tile that is read from ptr: a read of nothing (`never` is false, which the
+    compiler does not know), in place of which x is given.
+
+    By itself the compiler keeps a product's layout through sums with what is read and what is written, converts those,
+    and makes the sum the product's first summand, so that it is computed only after the read.
+    """
+    return tl.load(ptr, mask=tl.full(x.shape, 0, tl.int1) | never, other=x)
 
 
 @triton.jit
@@ -85,22 +96,22 @@ def refined_parts(a, c):
     gamma = tl.where(c >= 0, 2.0, z2)
     delta = tl.where(c >= 0, z2, 2.0)
     Z = 0.5 * z2 + 1
-    return 1 + p, Z, alpha, beta, gamma, delta, alpha * Z + (beta * gamma + 1e-36)
+    both = beta * gamma
+    return 1 + p, Z, z2, alpha, beta, both, alpha * delta, alpha * Z + (both + 1e-36)
 
 
 @triton.jit
 def log2_refined(a, c):
     """log2 F without cancellation: with F = alpha x / D and 1 - F = u / D, D = (1 + p)^2 (1 + z),
-    log F = -2 atanh(u / (2 D - u)) where 1 - F < 1/8, the logarithm of the fraction elsewhere.
+    log F = -2 atanh(u / (2 D - u)) where 1 - F < 1/16, the logarithm of the fraction elsewhere.
     """
-    P, Z, alpha, beta, _gamma, delta, x = refined_parts(a, c)
+    P, Z, _z2, _alpha, beta, _both, other, x = refined_parts(a, c)
     D = P * P * Z
-    u = beta * (beta * Z + alpha * delta)
-    near_one = 8 * u < D
+    u = beta * (beta * Z + other)
+    near_one = 16 * u < D
     r = reciprocal(tl.where(near_one, 2 * D - u, D))
     s = u * r
-    w = s * s
-    near = s * (-2 * LOG2E + w * (-2 / 3 * LOG2E + w * (-2 / 5 * LOG2E)))
+    near = s * (-2 * LOG2E + s * s * (-2 / 3 * LOG2E))
     far = tl.minimum(a, 0.0) * LOG2E + log2(x * r)
     return tl.where(near_one, near, far)
 
@@ -111,32 +122,34 @@ def refined_gradient(a, c, d):
 
     dlog F / da = beta (alpha delta + beta gamma) / ((1 + p) x)    dlog F / dc = beta gamma delta / (2 (1 + z) x)
     """
-    P, Z, alpha, beta, gamma, delta, x = refined_parts(a, c)
+    P, Z, z2, _alpha, beta, both, other, x = refined_parts(a, c)
     common = beta * reciprocal(P * Z * x)
-    return d * (common * Z * (alpha * delta + beta * gamma)), d * (common * P * (gamma * (0.5 * delta)))
+    return d * (common * Z * (other + both)), d * (common * P * z2)  # gamma delta / 2 = 2 z
 
 
 @triton.jit
 def load_gate(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GATE: tl.constexpr):
-    """What is in memory of an axis' gate, [C, D] each: decays or logits, and the refine logits; 0 for what is not."""
+    """What is in memory of an axis' gate, [C, D] each: decays or logits, and the refine logits; where there is nothing,
+    those of a gate that is wholly open."""
     g = 0.0
     r = 0.0
     if GATE != "none":
-        g = load_tile(g_ptr, token, valid, step, column, width, 0.0)
+        g = load_tile(g_ptr, token, valid, step, column, width, 1e30 if GATE == "refined" else 0.0)
     if GATE == "refined":
         r = load_tile(r_ptr, token, valid, refine_step, column, width, 0.0)
     return g, r
 
 
 @triton.jit
-def decays(g, r, valid, column, width, GATE: tl.constexpr):
+def decays(g, r, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
     """log2-decays [C, D] <= 0; 0 for padding. GATE: "log" (natural logarithms), "refined" (logits), "none" (zeros)."""
     if GATE == "none":
-        return tl.zeros([valid.shape[0], column.shape[0]], tl.float32)
-    if GATE == "log":
-        return g.to(tl.float32) * LOG2E
-    g = log2_refined(g.to(tl.float32), r.to(tl.float32))
-    return tl.where(valid[:, None] & (column < width)[None, :], g, 0.0)
+        g = tl.zeros([C, D], tl.float32)
+    elif GATE == "log":
+        g = g.to(tl.float32) * LOG2E
+    else:
+        g = log2_refined(g.to(tl.float32), r.to(tl.float32))
+    return g
 
 
 @triton.jit
@@ -144,8 +157,9 @@ def store_gate_gradient(
     dg_ptr, dr_ptr, token, inside, valid, step, refine_step, column, width, g, r, d, GATE: tl.constexpr
 ):
     """Write the gradients of the decays or, of a refined gate, of its logits, from those of the log-decays d [C, D]."""
-    d = tl.where(valid[:, None], d, 0.0)
-    if GATE == "refined":
+    if GATE == "log":
+        d = tl.where(valid[:, None], d, 0.0)
+    if GATE == "refined":  # where there is nothing, the open gate that is read there makes both 0
         d, dr = refined_gradient(g.to(tl.float32), r.to(tl.float32), d)
         store_tile(dr_ptr, token, inside, refine_step, column, width, dr)
     if GATE != "none":
@@ -178,31 +192,31 @@ def in_pieces(gk, gv):
 
 
 @triton.jit
-def sums(x, REVERSE: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of x [C, D] over the tokens up to each (REVERSE: from each on): in float32, or, unless EXACT, as a product
-    with ones of the two upper halves of x' digits, to 2^-17 of each term."""
+def sums(x, unit: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """Sums of x [C, D] over the tokens up to each (REVERSE: from each on), times unit, a power of two: in float32, or,
+    unless EXACT, as a product with units of the two upper halves of x' digits, to 2^-17 of each term."""
     if EXACT:
-        return tl.cumsum(x, 0, reverse=REVERSE)
+        return tl.cumsum(x, 0, reverse=REVERSE) * unit
     rows = tl.arange(0, x.shape[0])
     counted = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-    ones = tl.where(counted, 1.0, 0.0).to(tl.bfloat16)
+    units = tl.where(counted, unit, 0.0).to(tl.bfloat16)
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    return tl.dot(ones, low, tl.dot(ones, high))
+    return tl.dot(units, low, tl.dot(units, high))
 
 
 @triton.jit
 def cumulative(g, EXACT: tl.constexpr):
     """(B, decay of the whole chunk [D])."""
     floor = tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # -inf times zero would be nan in a product
-    return sums(floor, False, EXACT), tl.sum(g, 0)
+    return sums(floor, 1.0, False, EXACT), tl.sum(g, 0)
 
 
 @triton.jit
 def first_piece(B, PIECES: tl.constexpr):
     """(E, W) of the piece that starts with the chunk; without PIECES it is the whole chunk."""
     E = exp2(B + CENTRE)
-    W = exp2(-B - CENTRE)
+    W = reciprocal(E)
     if PIECES:
         W = tl.where(B >= -RANGE, W, 0.0)
     return E, W

@@ -1,0 +1,256 @@
+"""Long sequences of few heads, cut into segments that are computed side by side.
+
+A chunk waits for the state from the chunk before it. Where there are many sequences and heads, other programs have
+work meanwhile; where there are few, the waits are all the time there is. So a sequence is cut into segments: a first
+kernel computes what each adds to the state and how far it lets one decay, a second one the state before each, and the
+kernels of one sequence then take segments. Backward does the same with the gradient of the state.
+
+What a segment by itself leaves is, with R_t the log-decay of a channel over (t, end] (R^v measured from that of the
+slowest value channel, f_t) and m the stabiliser at the segment's end,
+
+    S_kv = sum_t 2^(k_t + R^k_t + f_t - m) v_t 2^(R^v_t)
+
+and its gradient, with B_t the log-decay from the segment's beginning on, sum_t (q_t 2^(B^k_t)) (d_t 2^(B^v_t)). No
+exponent is above 0, so there is nothing to cut in pieces; sums run from the end where R is wanted.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from regla.ops.triton.forward import load_tokens, query_features, relative_decays
+from regla.ops.triton.tiles import (
+    LIFT_BITS,
+    LN2,
+    LOG2E,
+    LOWEST,
+    NO_KEY,
+    decays,
+    exp2,
+    load_gate,
+    load_tile,
+    sums,
+)
+
+
+@triton.jit
+def later(x, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """Sums of x [C, D] over the tokens behind each."""
+    rows = tl.arange(0, x.shape[0])
+    ones = tl.where(rows[:, None] < rows[None, :], 1.0, 0.0)
+    if EXACT:
+        return tl.dot(ones, x, input_precision=PRECISION)
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(ones.to(tl.bfloat16), low, tl.dot(ones.to(tl.bfloat16), high))
+
+
+@triton.jit
+def later_steps(step):
+    """Sums of step [C] over the tokens behind each."""
+    rows = tl.arange(0, step.shape[0])
+    return tl.sum(tl.where(rows[:, None] < rows[None, :], step[None, :], 0.0), 1)
+
+
+@triton.jit
+def slowest(g, width):
+    """(g [C, D], none lower than LOWEST; its largest among the first `width` channels, [C])."""
+    g = tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return g, tl.max(tl.where((tl.arange(0, g.shape[1]) < width)[None, :], g, LOWEST), 1)
+
+
+@triton.jit(do_not_specialize=["T", "L", "parts"])
+def state_kernel(
+    k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr,
+    T, L, parts, H, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
+):  # fmt: skip
+    """What a segment of L tokens leaves of nothing: the state [K, V], the log2-decay of every channel, and of the
+    stabiliser (A, M), where it is max(m + A, M) at the end. Not of a sequence's last segment: nobody asks for it."""
+    h, n = tl.program_id(0), tl.program_id(1)
+    past = (n % parts) * L
+    if past + L < T:
+        ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+        dtype = v_ptr.dtype.element_ty
+        begin = (n // parts).to(tl.int64) * T + past
+        k_ptr += begin * k_step + h * K
+        v_ptr += begin * v_step + h * V
+        if KEY != "none":
+            gk_ptr += begin * gk_step + h * K
+        if KEY == "refined":
+            rk_ptr += begin * rk_step + h * K
+        if VALUE != "none":
+            gv_ptr += begin * gv_step + h * V
+        if VALUE == "refined":
+            rv_ptr += begin * rv_step + h * V
+        state = tl.zeros([BK, BV], tl.float32)
+        decay_k = tl.zeros([BK], tl.float32)
+        decay_v = tl.zeros([BV], tl.float32)  # beyond that of the slowest channel
+        fall = tl.full([], 0.0, tl.float32)  # of the slowest value channel
+        steps = tl.full([], 0.0, tl.float32)
+        m = tl.full([], NO_KEY, tl.float32)
+        blocks = (L + C - 1) // C
+        for j in range(blocks):
+            t = (blocks - 1 - j) * C + tl.arange(0, C)
+            valid = t < L
+            if MASKED:
+                valid = valid & (tl.load(mask_ptr + begin + t, mask=valid, other=0) != 0)
+            k, v, gk, rk, gv, rv = load_tokens(
+                k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
+                k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+            )  # fmt: skip
+            k, v = k.to(tl.float32), v.to(tl.float32)
+            step = tl.zeros([C], tl.float32)
+            to_end = tl.zeros([C], tl.float32)
+            exponent = tl.zeros([C, BK], tl.float32)
+            if KEY != "none":
+                gk, slow = slowest(decays(gk, rk, C, BK, KEY), K)
+                step += slow
+                exponent = later(gk, PRECISION, ONE_PATH) + decay_k[None, :]
+                decay_k += tl.sum(gk, 0)
+            if VALUE != "none":
+                gv, slow = slowest(decays(gv, rv, C, BV, VALUE), V)
+                step += slow
+                to_end = later_steps(slow) + fall
+                fall += tl.sum(slow, 0)
+                gv = tl.minimum(gv - slow[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+                v *= exp2(later(gv, PRECISION, ONE_PATH) + decay_v[None, :])
+                decay_v += tl.sum(gv, 0)
+            exponent += to_end[:, None]
+            if SAFE_EXP:
+                top = tl.where(valid, tl.max(k, 1) * LOG2E, NO_KEY)
+                if DECAYING:
+                    top += later_steps(step) + steps
+                    steps += tl.sum(step, 0)
+                higher = tl.maximum(m, tl.max(top, 0))
+                state *= exp2(m - higher)
+                m = higher
+                k = exp2(k * LOG2E + (exponent - (m - LIFT_BITS)))
+            else:
+                k *= exp2(exponent)
+            state = tl.dot(tl.trans(k.to(dtype)), v.to(dtype), state, input_precision=PRECISION)
+        head = n * H + h
+        at = head.to(tl.int64) * K * V + (ki[:, None] * V + vi[None, :])
+        tl.store(states_ptr + at, state, mask=(ki < K)[:, None] & (vi < V)[None, :])
+        tl.store(decay_k_ptr + head * K + ki, decay_k, mask=ki < K)
+        tl.store(decay_v_ptr + head * V + vi, decay_v + fall, mask=vi < V)
+        tl.store(m_ptr + head * 2, steps)
+        tl.store(m_ptr + head * 2 + 1, m)
+
+
+@triton.jit(do_not_specialize=["T", "L", "parts"])
+def gradient_kernel(
+    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, do_ptr, states_ptr, decay_k_ptr, decay_v_ptr,
+    scale, T, L, parts, H, q_step, gk_step, rk_step, gv_step, rv_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
+):  # fmt: skip
+    """What a segment's outputs give to the state before it, [K, V], and the log2-decay of every channel, in units of
+    the stabiliser. Not of a sequence's first segment, whose gradients the backward kernel passes on."""
+    h, n = tl.program_id(0), tl.program_id(1)
+    past = (n % parts) * L
+    if past > 0:
+        KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
+        VALUED: tl.constexpr = VALUE != "none"
+        lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+        empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
+        ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+        dtype = do_ptr.dtype.element_ty
+        begin = (n // parts).to(tl.int64) * T + past
+        length = tl.minimum(L, T - past)
+        q_ptr += begin * q_step + h * G * K
+        do_ptr += begin * (H * G * V) + h * G * V
+        if KEY != "none":
+            gk_ptr += begin * gk_step + h * K
+        if KEY == "refined":
+            rk_ptr += begin * rk_step + h * K
+        if VALUE != "none":
+            gv_ptr += begin * gv_step + h * V
+        if VALUE == "refined":
+            rv_ptr += begin * rv_step + h * V
+        state = tl.zeros([BK, BV], tl.float32)
+        decay_k = tl.zeros([BK], tl.float32)
+        decay_v = tl.zeros([BV], tl.float32)
+        for j in range((length + C - 1) // C):
+            t = j * C + tl.arange(0, C)
+            inside = t < length
+            valid = inside
+            if MASKED:
+                valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
+            gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+            gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+            gk = decays(gk, rk, C, BK, KEY)
+            gv = decays(gv, rv, C, BV, VALUE)
+            if SAFE_EXP:
+                at = (begin + t) * H + h
+                m = tl.load(m_ptr + at, mask=inside, other=0.0)
+                m_before = tl.load(m_ptr + at - H, mask=inside, other=0.0)
+                gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+            Ek, Ev = 1.0, 1.0
+            if KEYED:
+                gk = tl.maximum(gk, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+                Ek = exp2(sums(gk, 1.0, False, ONE_PATH) + decay_k[None, :])
+                decay_k += tl.sum(gk, 0)
+            if VALUED:
+                gv = tl.maximum(gv, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+                Ev = exp2(sums(gv, 1.0, False, ONE_PATH) + decay_v[None, :])
+                decay_v += tl.sum(gv, 0)
+            for i in range(G):
+                q = load_tile(q_ptr + i * K, t, valid, q_step, ki, K, empty).to(tl.float32)
+                do = load_tile(do_ptr + i * V, t, valid, H * G * V, vi, V, 0.0).to(tl.float32)
+                if SAFE_EXP:
+                    q = query_features(q)
+                    factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + i, mask=inside, other=0.0)
+                    do *= (factor * (scale * 2.0**24))[:, None]
+                else:
+                    do *= scale
+                qd, d = (q * Ek).to(dtype), (do * Ev).to(dtype)
+                state = tl.dot(tl.trans(qd), d, state, input_precision=PRECISION)
+        head = n * H + h
+        at = head.to(tl.int64) * K * V + (ki[:, None] * V + vi[None, :])
+        tl.store(states_ptr + at, state * 2.0 ** (-lift), mask=(ki < K)[:, None] & (vi < V)[None, :])
+        tl.store(decay_k_ptr + head * K + ki, decay_k, mask=ki < K)
+        tl.store(decay_v_ptr + head * V + vi, decay_v, mask=vi < V)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def chain_kernel(
+    initial_ptr, before_ptr, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr, chained_ptr, chained_m_ptr, parts, H,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr,
+    SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The state before every segment (REVERSE: the gradient of the one after it), R rows of it, from what segments
+    leave of nothing and let decay; with SAFE_EXP the stabiliser, too, in natural units."""
+    h, sequence = tl.program_id(0), tl.program_id(1)
+    ki, vi = tl.program_id(2) * R + tl.arange(0, R), tl.arange(0, BV)
+    at = ki[:, None] * V + vi[None, :]
+    mask = (ki < K)[:, None] & (vi < V)[None, :]
+    x = tl.zeros([R, BV], tl.float32)
+    m = tl.full([], NO_KEY, tl.float32)
+    if INITIAL:
+        head = sequence * H + h
+        x = tl.load(initial_ptr + head.to(tl.int64) * K * V + at, mask=mask, other=0.0)
+        if SAFE_EXP:
+            m = tl.load(before_ptr + head) * LOG2E
+    for j in range(parts):
+        s = parts - 1 - j if REVERSE else j
+        head = (sequence * parts + s) * H + h
+        here = head.to(tl.int64) * K * V + at
+        more = j + 1 < parts
+        left = tl.load(states_ptr + here, mask=mask & more, other=0.0)
+        decay = tl.load(decay_k_ptr + head * K + ki, mask=(ki < K) & more, other=0.0)[:, None]
+        decay += tl.load(decay_v_ptr + head * V + vi, mask=(vi < V) & more, other=0.0)[None, :]
+        tl.store(chained_ptr + here, x, mask=mask)
+        if SAFE_EXP:
+            if tl.program_id(2) == 0:
+                tl.store(chained_m_ptr + head, tl.where(m < -1e29, NO_KEY, m * LN2))
+            m_left = tl.load(m_ptr + head * 2 + 1, mask=more, other=0.0)
+            higher = tl.maximum(m + tl.load(m_ptr + head * 2, mask=more, other=0.0), m_left)
+            x = x * exp2(decay + (m - higher)) + left * exp2(m_left - higher)
+            m = higher
+        else:
+            x = x * exp2(decay) + left

@@ -1,0 +1,180 @@
+"""Long sequences of few heads, which the fused kernels take in segments side by side: on a GPU, or through Triton's
+interpreter on a CPU."""
+
+import pytest
+import torch
+
+from regla.ops import gated_linear_attention, regla_attention, safe_exp_attention
+from regla.ops.backends import MOST_SEQUENCES, why_not_triton
+
+from . import definition
+from .test_causality import change
+from .test_forms import AXES, FORWARD, GLA, GRADIENT, assert_equal_to_definition, make, normalised, some_state
+from .test_triton import FORMS, SMALL, fused
+
+pytestmark = [  # the interpreter's, where infinities are meant, and a loop's bound is a tensor
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def operation():
+    x = torch.ones(1, 1, 1, 16)
+    reason = why_not_triton(x, x)
+    if reason is not None:
+        pytest.skip(reason)
+    from regla.ops.triton import operation
+
+    return operation
+
+
+@pytest.fixture
+def cut(monkeypatch, operation):
+    """Makes segments of so many chunks, whatever the length; returns how often one was cut."""
+
+    def into(part):
+        calls = []
+
+        def segments(heads, chunks, *, packed):
+            assert not packed
+            calls.append(-(-chunks // part) > 1)
+            return -(-chunks // part), part
+
+        monkeypatch.setattr(operation, "_segments", segments)
+        return calls
+
+    return into
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("scenario", ["plain", "extreme", "outliers"])
+@pytest.mark.parametrize(("T", "part"), [(70, 1), pytest.param(257, 3, marks=pytest.mark.slow)])
+def test_equal_to_the_definition(cut, T, part, scenario, axis):
+    calls = cut(part)
+    _, H, K, V = SMALL
+    for state in ((None, None), some_state(1, H, K, V)):
+        assert_equal_to_definition(make(T, SMALL, axis, scenario), axis, *state, forms=FORMS)
+    assert len(calls) == 4 and all(calls)  # forward and backward of each
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_masks_anywhere(cut, axis):
+    """Segments of which nothing is real, too: the first of one sequence, the last of the other."""
+    cut(1)
+    mask = torch.rand(2, 100) < 0.7
+    mask[0, :40], mask[1, 60:] = False, False
+    _, H, K, V = SMALL
+    inputs = make(100, SMALL, axis, "outliers", B=2)
+    assert_equal_to_definition(inputs, axis, *some_state(2, H, K, V), mask, forms=FORMS)
+    h, (_S, m) = fused(*inputs, gate_axis=axis, mask=torch.zeros_like(mask))
+    assert (h == 0).all() and (m == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["noise", "outlier", "reset", "open"])
+@pytest.mark.parametrize("axis", AXES)
+def test_no_bit_of_the_past_changes(cut, axis, kind):
+    cut(1)
+    inputs = make(98, (1, 1, 16, 16), axis, "outliers")
+    before, _ = fused(*inputs, gate_axis=axis)
+    for at in (1, 31, 32, 63, 64, 97):
+        after, _ = fused(*change(inputs, at, kind), gate_axis=axis)
+        assert torch.equal(after[:, :at], before[:, :at]), f"token {at}"
+        assert not torch.equal(after[:, at:], before[:, at:])
+
+
+@pytest.mark.parametrize("decays", ["none", "key", "value", "both"])
+def test_gated_linear_attention(cut, decays):
+    cut(1)
+    T, (HQ, H, K, V) = 70, SMALL
+
+    def log_decay(channels):
+        g = -torch.exp(torch.empty(1, T, H, channels).uniform_(-16, 4))
+        return torch.where(torch.rand(1, T, H, 1) < 0.05, -torch.inf, g)
+
+    inputs = [torch.randn(1, T, n, d) for n, d in ((HQ, K), (H, K), (H, V))]
+    inputs += [
+        log_decay(K) if decays in ("key", "both") else None,
+        log_decay(V) if decays in ("value", "both") else None,
+    ]
+    inputs.append(torch.randn(1, H, K, V))
+    outcomes = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
+        if dtype == torch.float64:
+            o, S = definition.gla(*leaves[:5], K**-0.5, leaves[5])
+        else:
+            o, S = gated_linear_attention(
+                *leaves[:5], initial_state=leaves[5], output_final_state=True, backend="triton"
+            )
+        generator = torch.Generator(o.device).manual_seed(3)
+        functional = sum((x * torch.randn(x.shape, generator=generator).to(dtype)).sum() for x in (o, S))
+        outcomes.append([o, S, *torch.autograd.grad(functional, [x for x in leaves if x is not None])])
+    for i, (expected, value) in enumerate(zip(*outcomes, strict=True)):
+        assert value.isfinite().all()
+        assert definition.overall(value, expected) <= (GLA if i < 2 else GRADIENT)
+
+
+def test_no_gate_and_the_running_maximum(cut):
+    cut(1)
+    q, k, v, _, _ = make(70, SMALL, "value", "outliers")
+    for key_max in ("decay", "running"):
+        h, (S, m) = safe_exp_attention(q, k, v, key_max=key_max, backend="triton", output_final_state=True)
+        expected, (S_ref, m_ref) = safe_exp_attention(
+            q, k, v, key_max=key_max, backend="recurrent", output_final_state=True
+        )
+        assert definition.per_token(normalised(h), normalised(expected).double()) <= FORWARD
+        assert definition.overall(S, S_ref.double()) <= FORWARD and torch.allclose(m, m_ref)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_bfloat16(cut, axis):
+    """The same to rounding, cut or whole; the same bits every time."""
+    inputs = [x.bfloat16() for x in make(70, (1, 1, 64, 64), axis, "extreme")]
+    weights = torch.randn(1, 70, 1, 64)
+    results = []
+    for part in (3, 1, 1):
+        cut(part)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        h, (S, _) = fused(*leaves, gate_axis=axis)
+        unit = h.detach().float().abs().amax(-1, keepdim=True)
+        grads = torch.autograd.grad((h.float() / unit * weights).sum() + (S * 2.0**-48).sum(), leaves)
+        results.append([normalised(h), S, *grads])
+    for whole, value, again in zip(*results, strict=True):
+        assert torch.equal(value, again)
+        assert definition.overall(value, whole.double()) <= 1e-2
+
+
+def test_what_is_cut(operation):
+    for heads, chunks in ((1, 1), (1, 127), (33, 10_000), (96, 64)):
+        assert operation._segments(heads, chunks, packed=False) == (1, chunks)
+    assert operation._segments(1, 10_000, packed=True) == (1, 10_000)
+    for heads, chunks in ((1, 128), (12, 1024), (32, 1023), (7, 3333), (1, 10**7), (96, 10**6)):
+        parts, part = operation._segments(heads, chunks, packed=False)
+        assert parts > 1 and (parts - 1) * part < chunks <= parts * part and part <= 65_535
+
+
+def test_more_sequences_than_a_grid_has_programs():
+    x = torch.zeros(MOST_SEQUENCES + 1, 2, 1, 16)
+    with pytest.raises(ValueError, match=r"the batch has 65,536 sequences, and the kernels take at most 65,535"):
+        regla_attention(x, x, x, x, x, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", AXES)
+def test_a_long_sequence(axis, operation, monkeypatch, request):
+    """Cut as by default, and whole."""
+    if request.config.getoption("--device") != "cuda":
+        pytest.skip("run with --device cuda")
+    assert operation._segments(2, 256, packed=False)[0] > 1
+    inputs = [x.bfloat16() for x in make(8192, (2, 2, 64, 64), axis, "extreme")]
+    results = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        h, (S, _) = fused(*leaves, gate_axis=axis)
+        unit = h.detach().float().abs().amax(-1, keepdim=True)
+        grads = torch.autograd.grad((h.float() / unit).sum() + (S * 2.0**-48).sum(), leaves)
+        results.append([normalised(h), S, *grads])
+        monkeypatch.setattr(operation, "_segments", lambda heads, chunks, *, packed: (1, chunks))
+    for value, whole in zip(*results, strict=True):
+        assert definition.overall(value, whole.double()) <= 1e-2
