@@ -48,14 +48,14 @@ def cut(monkeypatch, operation):
 
 
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("scenario", ["plain", "extreme", "outliers"])
+@pytest.mark.parametrize("scenario", [pytest.param("plain", marks=pytest.mark.slow), "extreme", "outliers"])
 @pytest.mark.parametrize(("T", "part"), [(70, 1), pytest.param(257, 3, marks=pytest.mark.slow)])
 def test_equal_to_the_definition(cut, T, part, scenario, axis):
     calls = cut(part)
     _, H, K, V = SMALL
-    for state in ((None, None), some_state(1, H, K, V)):
-        assert_equal_to_definition(make(T, SMALL, axis, scenario), axis, *state, forms=FORMS)
-    assert len(calls) == 4 and all(calls)  # forward and backward of each
+    state = (None, None) if scenario == "extreme" else some_state(1, H, K, V)
+    assert_equal_to_definition(make(T, SMALL, axis, scenario), axis, *state, forms=FORMS)
+    assert calls == [True, True]  # forward and backward
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -71,13 +71,15 @@ def test_masks_anywhere(cut, axis):
     assert (h == 0).all() and (m == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["noise", "outlier", "reset", "open"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("noise", "open")), "outlier", "reset"]
+)
 @pytest.mark.parametrize("axis", AXES)
 def test_no_bit_of_the_past_changes(cut, axis, kind):
     cut(1)
-    inputs = make(98, (1, 1, 16, 16), axis, "outliers")
+    inputs = make(66, (1, 1, 16, 16), axis, "outliers")
     before, _ = fused(*inputs, gate_axis=axis)
-    for at in (1, 31, 32, 63, 64, 97):
+    for at in (1, 31, 32, 63, 64, 65):
         after, _ = fused(*change(inputs, at, kind), gate_axis=axis)
         assert torch.equal(after[:, :at], before[:, :at]), f"token {at}"
         assert not torch.equal(after[:, at:], before[:, at:])

@@ -11,12 +11,20 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from regla.cli import main
 from regla.report.documents import draw, fill
-from regla.report.studies import check_comparable, study_table, trials_table, variant_scores
+from regla.report.studies import (
+    check_comparable,
+    positions,
+    positions_table,
+    study_table,
+    trials_table,
+    variant_scores,
+)
 from regla.study.data import prepare
 from regla.study.grid import choose, read_study
 from regla.study.trials import make_trials
@@ -172,6 +180,38 @@ def test_a_row_has_the_loss_by_position(files: Path, tmp_path: Path) -> None:
     summary = json.loads((Path(trial.config.out) / "training.json").read_text())
     assert row["by_position"] == summary["by_position"]
     assert [(bin_["first"], bin_["last"]) for bin_ in row["by_position"]] == [(0, 63), (64, 79)]
+
+    report = ["--report", "--rows", str(tmp_path / "run" / "row.jsonl"), "--out", str(tmp_path / "page")]
+    assert main(["study", str(files / "tiny.yaml"), *report]) == 0
+    assert {file.name for file in (tmp_path / "page").iterdir()} == {"tiny.md", "tiny.png", "tiny-positions.png"}
+    page = (tmp_path / "page" / "tiny.md").read_text()
+    assert "| variant | 0-63 | 64-79 |" in page and "the training length was 32." in page
+    (tmp_path / "benchmarks/studies").mkdir(parents=True)
+    shutil.copy(tmp_path / "run" / "row.jsonl", tmp_path / "benchmarks/studies/tiny.jsonl")
+    assert fill(page, tmp_path) == page
+
+
+def test_the_table_by_position() -> None:
+    def scored(losses: list[float], *row: Any) -> dict:
+        bins = zip((0, 64), (63, 1099), losses, strict=True)
+        return made_up(*row) | {"by_position": [{"first": a, "last": b, "loss": loss} for a, b, loss in bins]}
+
+    rows = [
+        scored([3.0, 2.0], "worse", 1e-3, 0, 2.5),
+        scored([2.0, 1.0], "better", 1e-3, 0, 1.5),
+        scored([2.0, 3.0], "better", 1e-3, 1, 1.5),
+        scored([0.0, 0.0], "better", 2e-3, 0, 1.9),  # not at its best rate
+        made_up("not scored", 1e-3, 0, 1.0),
+    ]
+    assert positions_table(rows).splitlines() == [
+        "| variant | 0-63 | 64-1,099 |",
+        "| --- | ---: | ---: |",
+        "| better | 7.4 | 7.4 |",
+        "| worse | 20.1 | 7.4 |",
+        "",
+        "Measured on: D; torch 9; commit abc, today.",
+    ]
+    assert positions([made_up("not scored", 1e-3, 0, 1.0)]) == {}
 
 
 def test_the_plots_of_committed_studies(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

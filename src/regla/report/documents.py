@@ -16,7 +16,14 @@ from typing import Any
 
 from regla.report.benches import benches_table, plot_bench
 from regla.report.plots import plot_losses
-from regla.report.studies import plot_study, study_table, trials_table
+from regla.report.studies import (
+    plot_positions,
+    plot_study,
+    positions,
+    positions_table,
+    study_table,
+    trials_table,
+)
 from regla.report.tables import (
     calibration_table,
     decode_table,
@@ -52,8 +59,8 @@ TABLES: dict[str, tuple[str, _Table]] = {
 STUDIES = "benchmarks/studies"
 """Rows of studies: NAME.jsonl."""
 
-STUDY_TABLES: dict[str, _Table] = {"study": study_table, "trials": trials_table}
-"""By what the name of a table begins with: `study/NAME` and `trials/NAME` show rows of the study NAME."""
+STUDY_TABLES: dict[str, _Table] = {"study": study_table, "trials": trials_table, "positions": positions_table}
+"""By what the name of a table begins with: `study/NAME` and so on show rows of the study NAME."""
 
 BENCHES = "benchmarks/gpu"
 """Rows of `regla bench ops|decode|train`: NAME.jsonl."""
@@ -112,8 +119,8 @@ def update(root: Path) -> list[Path]:
 def draw(root: Path) -> list[Path]:
     """Draw the plots of the documentation from the committed logs and the rows of studies and benchmarks; their files.
 
-    NAME.jsonl of studies gives docs/results/NAME.png; of benchmarks NAME-ops.png, NAME-decode.png and NAME-train.png,
-    as far as it has their rows.
+    NAME.jsonl of studies gives docs/results/NAME.png, and NAME-positions.png where rows were scored by position; of
+    benchmarks NAME-ops.png, NAME-decode.png and NAME-train.png, as far as it has their rows.
     """
     for plot, logs in CURVES.items():
         curves = {}
@@ -122,9 +129,13 @@ def draw(root: Path) -> list[Path]:
             curves[name] = [(row["tokens"], row["loss"]) for row in map(json.loads, lines)]
         plot_losses(curves, root / plot, smoothing=1)
     plots = [root / plot for plot in CURVES]
-    for rows in sorted((root / STUDIES).glob("*.jsonl")):
-        plots.append(root / "docs/results" / f"{rows.stem}.png")
-        plot_study(read_rows(rows, "study"), plots[-1])
+    for file in sorted((root / STUDIES).glob("*.jsonl")):
+        rows = read_rows(file, "study")
+        plots.append(root / "docs/results" / f"{file.stem}.png")
+        plot_study(rows, plots[-1])
+        if positions(rows):
+            plots.append(root / "docs/results" / f"{file.stem}-positions.png")
+            plot_positions(rows, plots[-1])
     for file in sorted((root / BENCHES).glob("*.jsonl")):
         there = {json.loads(line)["benchmark"] for line in file.read_text(encoding="utf-8").splitlines()}
         for kind in BENCH_TABLES:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regla.report.plots import plot_trials
+from regla.report.plots import plot_lengths, plot_trials
 from regla.report.tables import markdown, ran_on
 
 Row = dict[str, Any]
@@ -109,6 +109,50 @@ def trials_table(rows: Sequence[Row]) -> str:
     table = markdown(["variant", *(f"lr {lr:g}" for lr in rates)], body, numbers_from=1)
     words = "Seed" if len(seeds) == 1 else "Seeds, in the order of the cells"
     return f"{table}\n\n{words}: {', '.join(map(str, seeds))}. A dash: not run."
+
+
+def positions_table(rows: Sequence[Row]) -> str:
+    """Perplexity by the position of the token in windows of `eval_context` tokens: a line per variant scored so, at
+    its best learning rate, in the order of `study_table`."""
+    scored = positions(rows)
+    header = list(dict.fromkeys(f"{first:,}-{last:,}" for bins in scored.values() for first, last, _ in bins))
+    body = []
+    for name, bins in scored.items():
+        cells = {f"{first:,}-{last:,}": f"{math.exp(loss):.1f}" for first, last, loss in bins}
+        body.append([name, *(cells.get(column, "-") for column in header)])
+    return f"{markdown(['variant', *header], body, numbers_from=1)}\n\n{ran_on(_without_threads(_of(rows, scored)))}"
+
+
+def positions(rows: Sequence[Row]) -> dict[str, list[tuple[int, int, float]]]:
+    """By variant, at its best learning rate: (first position, last, loss in nats, the mean over seeds) of every bin.
+
+    Empty where no row was scored by position (`eval_context` of `TrainConfig`).
+    """
+    found = {}
+    for score in variant_scores(rows):
+        own = [
+            row for row in rows if row_name(row) == score.name and row["lr"] == score.best_lr and not row["diverged"]
+        ]
+        seeds = [row["by_position"] for row in own if "by_position" in row]
+        if seeds:
+            bins = zip(*seeds, strict=True)
+            found[score.name] = [
+                (of_seeds[0]["first"], of_seeds[0]["last"], sum(one["loss"] for one in of_seeds) / len(of_seeds))
+                for of_seeds in bins
+            ]
+    return found
+
+
+def _of(rows: Sequence[Row], names: Iterable[str]) -> list[Row]:
+    return [row for row in rows if row_name(row) in set(names)]
+
+
+def plot_positions(rows: Sequence[Row], file: str | Path) -> None:
+    """Perplexity by position, a curve per variant; each bin at its last position, counted from 1."""
+    curves = {name: [(last + 1, math.exp(loss)) for _, last, loss in bins] for name, bins in positions(rows).items()}
+    plot_lengths(
+        {"validation": curves}, file, title=rows[0]["title"], along="position in the window", unit="perplexity"
+    )
 
 
 def plot_study(rows: Sequence[Row], file: str | Path) -> None:

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regla.report.studies import check_comparable, plot_study, row_name, study_table, trials_table
+from regla.report.studies import (
+    check_comparable,
+    plot_positions,
+    plot_study,
+    positions,
+    positions_table,
+    row_name,
+    study_table,
+    trials_table,
+)
 from regla.report.tables import markdown
 from regla.study.grid import Study
 
@@ -16,13 +25,18 @@ _SWEPT = ("lr", "seed")
 
 
 def write_page(study: Study, rows: Sequence[Row], out: Path) -> None:
-    """Write OUT/NAME.md and OUT/NAME.png. Raises ValueError for rows that are none or cannot be compared."""
+    """Write OUT/NAME.md, OUT/NAME.png and, of rows scored by position, OUT/NAME-positions.png.
+
+    Raises ValueError for rows that are none or cannot be compared.
+    """
     if not rows:
         raise ValueError(f"There are no rows of {study.name}; train it first, or name their file with --rows.")
     check_comparable(rows)
     out.mkdir(parents=True, exist_ok=True)
     plot = out / f"{study.name}.png"
     plot_study(rows, plot)
+    if positions(rows):
+        plot_positions(rows, out / f"{study.name}-positions.png")
     (out / f"{study.name}.md").write_text(page(study, rows, plot.name), encoding="utf-8")
 
 
@@ -53,7 +67,7 @@ def page(study: Study, rows: Sequence[Row], plot: str) -> str:
 {trials_table(rows)}
 
 <!-- end of table -->
-
+{_positions(study, rows)}
 ## Setup
 
 {_setup(rows)}
@@ -65,6 +79,25 @@ def page(study: Study, rows: Sequence[Row], plot: str) -> str:
 ```sh
 {_commands(study, rows)}
 ```
+"""
+
+
+def _positions(study: Study, rows: Sequence[Row]) -> str:
+    """The section on what context is worth, where rows were scored by position."""
+    if not positions(rows):
+        return ""
+    return f"""
+## By position
+
+Perplexity of the tokens at these positions of a window; the training length was {rows[0]["config"]["seq_len"]:,}.
+
+<!-- table: positions/{study.name} -->
+
+{positions_table(rows)}
+
+<!-- end of table -->
+
+![Perplexity by position]({study.name}-positions.png)
 """
 
 
