@@ -209,28 +209,22 @@ def test_packing_equals_separate_sequences(axis, backend):
         assert definition.overall(grad, reference_grad) <= GRADIENT
 
 
-@pytest.mark.parametrize("decays", ["none", "key", "value", "both", "scalar key", "scalar value", "scalar both"])
-@pytest.mark.parametrize("backend", ["chunked", "recurrent", "native"])
-@pytest.mark.parametrize("T", LENGTHS)
-def test_gated_linear_attention(T, backend, decays):
-    skip_without(backend)
-    HQ, H, K, V = SHAPES[LENGTHS.index(T) % len(SHAPES)]
+DECAYS = ["none", "key", "value", "both", "scalar key", "scalar value", "scalar both"]
+
+
+def assert_gated_linear_attention_is_the_definition(T, shape, decays, backend, closed=-1000.0):
+    """Outputs, state and gradients; one gate in twenty has the log-decay `closed`, the others 1e-7 to 55."""
+    HQ, H, K, V = shape
     widths = (1, 1) if "scalar" in decays else (K, V)
 
     def log_decay(channels):
-        g = -torch.exp(torch.empty(1, T, H, channels).uniform_(-16, 4))  # 1 - 1e-7 to e^-55
-        return torch.where(torch.rand(1, T, H, 1) < 0.05, -1000.0, g)
+        g = -torch.exp(torch.empty(1, T, H, channels).uniform_(-16, 4))
+        return torch.where(torch.rand(1, T, H, 1) < 0.05, closed, g)
 
     gk = log_decay(widths[0]) if "key" in decays or "both" in decays else None
     gv = log_decay(widths[1]) if "value" in decays or "both" in decays else None
-    inputs = [
-        torch.randn(1, T, HQ, K),
-        torch.randn(1, T, H, K),
-        torch.randn(1, T, H, V),
-        gk,
-        gv,
-        torch.randn(1, H, K, V),
-    ]
+    inputs = [torch.randn(1, T, n, d) for n, d in ((HQ, K), (H, K), (H, V))]
+    inputs += [gk, gv, torch.randn(1, H, K, V)]
     outcomes = []
     for dtype in (torch.float64, torch.float32):
         leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
@@ -246,6 +240,15 @@ def test_gated_linear_attention(T, backend, decays):
     for i, (expected, value) in enumerate(zip(*outcomes, strict=True)):
         assert value.isfinite().all()
         assert definition.overall(value, expected) <= (GLA if i < 2 else GRADIENT)
+
+
+@pytest.mark.parametrize("decays", DECAYS)
+@pytest.mark.parametrize("backend", ["chunked", "recurrent", "native"])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_gated_linear_attention(T, backend, decays):
+    skip_without(backend)
+    shape = SHAPES[LENGTHS.index(T) % len(SHAPES)]
+    assert_gated_linear_attention_is_the_definition(T, shape, decays, backend)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "native"])

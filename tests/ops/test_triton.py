@@ -5,18 +5,19 @@ import itertools
 import pytest
 import torch
 
-from regla.ops import gated_linear_attention, regla_attention, safe_exp_attention
+from regla.ops import regla_attention, safe_exp_attention
 from regla.ops.backends import why_not_triton
 
 from . import definition
 from .test_causality import change
 from .test_forms import (
     AXES,
+    DECAYS,
     FORWARD,
-    GLA,
     GRADIENT,
     SHAPES,
     assert_equal_to_definition,
+    assert_gated_linear_attention_is_the_definition,
     backward,
     gate_logits,
     make,
@@ -126,34 +127,9 @@ def test_packing_equals_separate_sequences(axis):
         assert definition.overall(x, expected.double()) <= GRADIENT
 
 
-@pytest.mark.parametrize("decays", ["none", "key", "value", "both", "scalar key", "scalar value", "scalar both"])
+@pytest.mark.parametrize("decays", DECAYS)
 def test_gated_linear_attention(decays):
-    T, (HQ, H, K, V) = 40, SMALL
-
-    def log_decay(channels):
-        g = -torch.exp(torch.empty(1, T, H, channels).uniform_(-16, 4))
-        return torch.where(torch.rand(1, T, H, 1) < 0.05, -torch.inf, g)
-
-    widths = (1, 1) if "scalar" in decays else (K, V)
-    gk = log_decay(widths[0]) if "key" in decays or "both" in decays else None
-    gv = log_decay(widths[1]) if "value" in decays or "both" in decays else None
-    inputs = [torch.randn(1, T, n, d) for n, d in ((HQ, K), (H, K), (H, V))]
-    inputs += [gk, gv, torch.randn(1, H, K, V)]
-    outcomes = []
-    for dtype in (torch.float64, torch.float32):
-        leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
-        if dtype == torch.float64:
-            o, S = definition.gla(*leaves[:5], K**-0.5, leaves[5])
-        else:
-            o, S = gated_linear_attention(
-                *leaves[:5], initial_state=leaves[5], output_final_state=True, backend="triton"
-            )
-        generator = torch.Generator(o.device).manual_seed(3)
-        functional = sum((x * torch.randn(x.shape, generator=generator).to(dtype)).sum() for x in (o, S))
-        outcomes.append([o, S, *torch.autograd.grad(functional, [x for x in leaves if x is not None])])
-    for i, (expected, value) in enumerate(zip(*outcomes, strict=True)):
-        assert value.isfinite().all()
-        assert definition.overall(value, expected) <= (GLA if i < 2 else GRADIENT)
+    assert_gated_linear_attention_is_the_definition(40, SMALL, decays, "triton", closed=-torch.inf)
 
 
 def test_no_gate_and_the_running_maximum():

@@ -37,6 +37,7 @@ from regla.ops.triton.tiles import (
     end_of_first,
     exp2,
     first_piece,
+    gate_at,
     in_pieces,
     load_gate,
     load_tile,
@@ -416,18 +417,10 @@ def backward_kernel(
         dq_ptr += begin * dq_step + h * G * K
         dk_ptr += begin * dk_step + h * K
         dv_ptr += begin * dv_step + h * V
-        if KEY != "none":
-            gk_ptr += begin * gk_step + h * K
-            dgk_ptr += begin * dgk_step + h * K
-        if KEY == "refined":
-            rk_ptr += begin * rk_step + h * K
-            drk_ptr += begin * drk_step + h * K
-        if VALUE != "none":
-            gv_ptr += begin * gv_step + h * V
-            dgv_ptr += begin * dgv_step + h * V
-        if VALUE == "refined":
-            rv_ptr += begin * rv_step + h * V
-            drv_ptr += begin * drv_step + h * V
+        gk_ptr, rk_ptr = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
+        gv_ptr, rv_ptr = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
+        dgk_ptr, drk_ptr = gate_at(dgk_ptr, drk_ptr, begin, h, dgk_step, drk_step, K, KEY)
+        dgv_ptr, drv_ptr = gate_at(dgv_ptr, drv_ptr, begin, h, dgv_step, drv_step, V, VALUE)
         t = tl.arange(0, C)
         inside = t < length - i * C
         valid = inside

@@ -25,6 +25,7 @@ from regla.ops.triton.tiles import (
     end_of_first,
     exp2,
     first_piece,
+    gate_at,
     in_pieces,
     load_gate,
     load_tile,
@@ -330,14 +331,8 @@ def forward_kernel(
         k_ptr += begin * k_step + h * K
         v_ptr += begin * v_step + h * V
         o_ptr += begin * (H * G * V) + h * G * V
-        if KEY != "none":
-            gk_ptr += begin * gk_step + h * K
-        if KEY == "refined":
-            rk_ptr += begin * rk_step + h * K
-        if VALUE != "none":
-            gv_ptr += begin * gv_step + h * V
-        if VALUE == "refined":
-            rv_ptr += begin * rv_step + h * V
+        gk_ptr, rk_ptr = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
+        gv_ptr, rv_ptr = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
         q, k, v, gk, gv = load_chunk(
             q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
             q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,

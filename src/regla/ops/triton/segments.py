@@ -28,6 +28,7 @@ from regla.ops.triton.tiles import (
     NO_KEY,
     decays,
     exp2,
+    gate_at,
     load_gate,
     load_tile,
     sums,
@@ -78,14 +79,8 @@ def state_kernel(
         begin = (n // parts).to(tl.int64) * T + past
         k_ptr += begin * k_step + h * K
         v_ptr += begin * v_step + h * V
-        if KEY != "none":
-            gk_ptr += begin * gk_step + h * K
-        if KEY == "refined":
-            rk_ptr += begin * rk_step + h * K
-        if VALUE != "none":
-            gv_ptr += begin * gv_step + h * V
-        if VALUE == "refined":
-            rv_ptr += begin * rv_step + h * V
+        gk_ptr, rk_ptr = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
+        gv_ptr, rv_ptr = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
         state = tl.zeros([BK, BV], tl.float32)
         decay_k = tl.zeros([BK], tl.float32)
         decay_v = tl.zeros([BV], tl.float32)  # beyond that of the slowest channel
@@ -164,14 +159,8 @@ def gradient_kernel(
         length = tl.minimum(L, T - past)
         q_ptr += begin * q_step + h * G * K
         do_ptr += begin * (H * G * V) + h * G * V
-        if KEY != "none":
-            gk_ptr += begin * gk_step + h * K
-        if KEY == "refined":
-            rk_ptr += begin * rk_step + h * K
-        if VALUE != "none":
-            gv_ptr += begin * gv_step + h * V
-        if VALUE == "refined":
-            rv_ptr += begin * rv_step + h * V
+        gk_ptr, rk_ptr = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
+        gv_ptr, rv_ptr = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
         state = tl.zeros([BK, BV], tl.float32)
         decay_k = tl.zeros([BK], tl.float32)
         decay_v = tl.zeros([BV], tl.float32)

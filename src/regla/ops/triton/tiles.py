@@ -128,6 +128,16 @@ def refined_gradient(a, c, d):
 
 
 @triton.jit
+def gate_at(g_ptr, r_ptr, begin, h, step, refine_step, width, GATE: tl.constexpr):
+    """Pointers to an axis' gate, of head h from token `begin` on; None of what there is not."""
+    if GATE != "none":
+        g_ptr += begin * step + h * width
+    if GATE == "refined":
+        r_ptr += begin * refine_step + h * width
+    return g_ptr, r_ptr
+
+
+@triton.jit
 def load_gate(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GATE: tl.constexpr):
     """What is in memory of an axis' gate, [C, D] each: decays or logits, and the refine logits; where there is nothing,
     those of a gate that is wholly open."""
