@@ -1,11 +1,13 @@
 """Long sequences of few heads, which the fused kernels take in segments side by side: on a GPU, or through Triton's
 interpreter on a CPU."""
 
+import numpy as np
 import pytest
 import torch
 
 from regla.ops import regla_attention, safe_exp_attention
-from regla.ops.backends import MOST_SEQUENCES, why_not_triton
+from regla.ops.backends import MOST_SEQUENCES, step_engine, why_not_triton
+from regla.ops.fused import fused_attention
 
 from . import definition
 from .test_causality import change
@@ -130,6 +132,36 @@ def test_bfloat16(cut, axis):
         assert definition.overall(value, whole.double()) <= 1e-2
 
 
+@pytest.mark.parametrize("at", [20, pytest.param(125, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("axis", AXES)
+def test_what_is_left_behind_an_outlier(cut, monkeypatch, axis, at):
+    """A state that decays by more than 2^-126 in a segment still outweighs the keys behind an outlier of e^100.
+
+    A GPU's exponential has no result below 2^-126, the interpreter's has.
+    """
+    if not torch.cuda.is_available():
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        exp2 = interpreter.InterpreterBuilder.create_exp2
+
+        def flushed(self, x):
+            result = exp2(self, x)
+            result.data = np.where(np.abs(result.data) < 2.0**-126, 0.0, result.data).astype(result.data.dtype)
+            return result
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_exp2", flushed)
+    cut(4)
+    T = 160 if at == 20 else 256
+    q, k, v = (torch.randn(1, T, 1, 16) for _ in range(3))
+    k[:, at] = 100.0
+    widths = 32 if axis == "both" else 16
+    # One channel of an axis stays open at each token, the others decay by 1.4 bits, with both axes by 0.7 on each.
+    gate = torch.full((1, T, 1, widths), -0.5 if axis == "both" else -1.5)
+    refine = torch.zeros_like(gate)
+    for half in gate.split(16, -1):
+        half.scatter_(-1, torch.randint(16, (1, T, 1, 1)), 16.0)
+    assert_equal_to_definition([q, k, v, gate, refine], axis, forms=FORMS)
+
+
 def test_what_is_cut(operation):
     for heads, chunks in ((1, 1), (1, 127), (33, 10_000), (96, 64)):
         assert operation._segments(heads, chunks, packed=False) == (1, chunks)
@@ -143,6 +175,15 @@ def test_more_sequences_than_a_grid_has_programs():
     x = torch.zeros(MOST_SEQUENCES + 1, 2, 1, 16)
     with pytest.raises(ValueError, match=r"the batch has 65,536 sequences, and the kernels take at most 65,535"):
         regla_attention(x, x, x, x, x, backend="triton")
+    assert step_engine("triton", "decay", x[:, :1], x[:, :1]) == "triton"  # one token each: another grid
+
+
+def test_no_stabiliser_without_the_safe_exponential(cut):
+    cut(1)
+    x = torch.randn(1, 70, 1, 16)
+    empty = dict.fromkeys(("gk", "rk", "gv", "rv", "mask", "cu_seqlens", "initial_state", "before"))
+    _o, _S, m = fused_attention(x, x, x, **empty, scale=1.0, safe_exp=False, engine="triton")
+    assert (m == 0).all()
 
 
 @pytest.mark.gpu

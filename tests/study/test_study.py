@@ -19,7 +19,6 @@ from regla.cli import main
 from regla.report.documents import draw, fill
 from regla.report.studies import (
     check_comparable,
-    positions,
     positions_table,
     study_table,
     trials_table,
@@ -211,7 +210,8 @@ def test_the_table_by_position() -> None:
         "",
         "Measured on: D; torch 9; commit abc, today.",
     ]
-    assert positions([made_up("not scored", 1e-3, 0, 1.0)]) == {}
+    with pytest.raises(ValueError, match=r"No row of s is scored by position; give its runs an `eval_context`\."):
+        positions_table([made_up("not scored", 1e-3, 0, 1.0)])
 
 
 def test_the_plots_of_committed_studies(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

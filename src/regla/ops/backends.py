@@ -97,7 +97,7 @@ def why_not_triton(
         return f"v is {v.dtype}, and the kernels take bfloat16 and float32"
     if not k.is_cuda and v.dtype not in _INTERPRETED:
         return "v is bfloat16, which Triton's interpreter multiplies as integers"
-    if k.shape[0] > MOST_SEQUENCES:
+    if k.shape[0] > MOST_SEQUENCES and most != WIDEST_STEP:
         return f"the batch has {k.shape[0]:,} sequences, and the kernels take at most {MOST_SEQUENCES:,}"
     widest = max(k.shape[-1], v.shape[-1])
     if widest > most:

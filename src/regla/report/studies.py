@@ -115,7 +115,9 @@ def positions_table(rows: Sequence[Row]) -> str:
     """Perplexity by the position of the token in windows of `eval_context` tokens: a line per variant scored so, at
     its best learning rate, in the order of `study_table`."""
     scored = positions(rows)
-    header = list(dict.fromkeys(f"{first:,}-{last:,}" for bins in scored.values() for first, last, _ in bins))
+    if not scored:
+        raise ValueError(f"No row of {rows[0]['study']} is scored by position; give its runs an `eval_context`.")
+    header = [f"{first:,}-{last:,}" for first, last in sorted({bin_[:2] for bins in scored.values() for bin_ in bins})]
     body = []
     for name, bins in scored.items():
         cells = {f"{first:,}-{last:,}": f"{math.exp(loss):.1f}" for first, last, loss in bins}
@@ -148,8 +150,9 @@ def _of(rows: Sequence[Row], names: Iterable[str]) -> list[Row]:
 
 
 def plot_positions(rows: Sequence[Row], file: str | Path) -> None:
-    """Perplexity by position, a curve per variant; each bin at its last position, counted from 1."""
-    curves = {name: [(last + 1, math.exp(loss)) for _, last, loss in bins] for name, bins in positions(rows).items()}
+    """Perplexity by position of the six best variants; each bin at its last position, counted from 1."""
+    best = list(positions(rows).items())[:6]
+    curves = {name: [(last + 1, math.exp(loss)) for _, last, loss in bins] for name, bins in best}
     plot_lengths(
         {"validation": curves}, file, title=rows[0]["title"], along="position in the window", unit="perplexity"
     )

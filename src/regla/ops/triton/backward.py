@@ -241,7 +241,11 @@ def finish(
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, D_FINAL: tl.constexpr,
     PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the chunk, and pass on that of the state before it."""
+    """All gradients of the chunk, and pass on that of the state before it.
+
+    D_FINAL: whether that of the state after the last chunk is "none", "given", or 2^lift times as large
+    ("lifted").
+    """
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
     lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
@@ -279,8 +283,9 @@ def finish(
     if i + 1 < count:
         wait_until(flag_ptr, count - 1 - i)
         U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
-    elif D_FINAL:
-        U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0) * 2.0 ** (centre + lift)
+    elif D_FINAL != "none":
+        U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0)
+        U *= 2.0 ** (centre + (0.0 if D_FINAL == "lifted" else lift))
     if VALUED and not PIECES:
         U *= exp2(total_v)[None, :]
     kept = U

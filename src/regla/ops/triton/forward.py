@@ -345,7 +345,9 @@ def forward_kernel(
                 wait_until(flag_ptr + 1, i)
                 before = tl.load(passed_m_ptr + head * 2 + i % 2, cache_modifier=".cg")
             elif INITIAL:
-                before = tl.load(before_ptr + head) * LOG2E
+                before = tl.load(before_ptr + head)
+                if not SPLIT:  # from outside
+                    before *= LOG2E
             m = tl.maximum(before + sums, tops)
             m_before = tl.maximum(before + sums_before, tops_before)
             after = tl.sum(tl.where(t == C - 1, m, 0.0), 0)

@@ -55,7 +55,8 @@ def forward(
         )  # fmt: skip
     if parts > 1:
         filled[1].copy_(final[parts - 1 :: parts])
-        filled[2].copy_(last[parts - 1 :: parts])
+        if safe_exp:
+            filled[2].copy_(last[parts - 1 :: parts])
     return filled
 
 
@@ -112,7 +113,8 @@ def backward(
             m, lower, states, d_o, d_final,
             *grads, d_initials, passed, flags,
             scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
-            SAFE_EXP=safe_exp, D_FINAL=d_final is not None, **_common(q, k, v, gk, rk, gv, rv),
+            SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
+            **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, backward=True),
         )  # fmt: skip
@@ -164,7 +166,7 @@ def _states_before(inputs: Inputs, parts: int, part: int, safe_exp: bool, decayi
             T, part * _chunk(k, v), parts, H, *map(_step, (k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, backward=True),
         )  # fmt: skip
-    return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts, reverse=False)
+    return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts)
 
 
 def _gradients_behind(
@@ -178,7 +180,7 @@ def _gradients_behind(
     scale: float,
     safe_exp: bool,
 ) -> Tensor:
-    """The gradient of the state after each of the `parts` segments of every sequence, [N parts, H, K, V]."""
+    """The gradient of the state after each of the `parts` segments of every sequence, [N parts, H, K, V], lifted."""
     q, k, v, gk, rk, gv, rv, mask, *_ = _in_order(inputs)
     (N, T, H, K), V = k.shape, v.shape[-1]
     states, decay_k, decay_v = (k.new_empty(N * parts, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
@@ -189,7 +191,7 @@ def _gradients_behind(
             SAFE_EXP=safe_exp, **_common(q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
             **_warps(k, v, backward=True),
         )  # fmt: skip
-    return _chain(d_final, None, states, decay_k, decay_v, None, parts, reverse=True)[0]
+    return _chain(d_final, None, states, decay_k, decay_v, None, parts, reverse=True, lift=24 if safe_exp else 0)[0]
 
 
 def _chain(
@@ -201,9 +203,11 @@ def _chain(
     m: Tensor | None,
     parts: int,
     *,
-    reverse: bool,
+    reverse: bool = False,
+    lift: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(the state before every segment, m before it), or of the gradient of the state the one after it (`reverse`)."""
+    """(the state before every segment, m before it to the base 2), or of the gradient of the state the one after it
+    (`reverse`). `start`, which `states` are 2^lift times as large as, is the first."""
     segments, H, K, V = states.shape
     chained, chained_m = torch.empty_like(states), states.new_empty(segments, H)
     rows = 8
@@ -211,7 +215,7 @@ def _chain(
         chain_kernel[H, segments // parts, triton.cdiv(K, rows)](
             start, before, states, decay_k, decay_v, m, chained, chained_m, parts, H,
             K=K, V=V, R=rows, BV=triton.next_power_of_2(V),
-            SAFE_EXP=m is not None, INITIAL=start is not None, REVERSE=reverse, num_warps=2,
+            MOVING=m is not None, INITIAL=start is not None, REVERSE=reverse, LIFT=lift, num_warps=2,
         )  # fmt: skip
     return chained, chained_m
 

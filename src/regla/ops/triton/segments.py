@@ -10,8 +10,13 @@ slowest value channel, f_t) and m the stabiliser at the segment's end,
 
     S_kv = sum_t 2^(k_t + R^k_t + f_t - m) v_t 2^(R^v_t)
 
-and its gradient, with B_t the log-decay from the segment's beginning on, sum_t (q_t 2^(B^k_t)) (d_t 2^(B^v_t)). No
-exponent is above 0, so there is nothing to cut in pieces; sums run from the end where R is wanted.
+and its gradient, with B_t the log-decay from the segment's beginning on (B^k measured from that of the slowest key
+channel, b_t), sum_t (q_t 2^(B^k_t)) (d_t 2^(b_t + B^v_t)). No exponent is above 0, so there is nothing to cut in
+pieces; sums run from the end where R is wanted.
+
+Behind an outlier of e^100 what follows is 2^-144 of the unit, and what is left of it matters until it, too, has
+decayed so far, beyond what float32 has below 1. So both factors of a product are lifted, and what decays further than
+that is multiplied in two steps (`fade`).
 """
 
 from __future__ import annotations
@@ -22,7 +27,6 @@ import triton.language as tl
 from regla.ops.triton.forward import load_tokens, query_features, relative_decays
 from regla.ops.triton.tiles import (
     LIFT_BITS,
-    LN2,
     LOG2E,
     LOWEST,
     NO_KEY,
@@ -33,6 +37,8 @@ from regla.ops.triton.tiles import (
     load_tile,
     sums,
 )
+
+LIFT = tl.constexpr(44.0)  # of the factor that has none: with 2^-126, float32's least, 2^-170 of what is left
 
 
 @triton.jit
@@ -56,9 +62,16 @@ def later_steps(step):
 
 @triton.jit
 def slowest(g, width):
-    """(g [C, D], none lower than LOWEST; its largest among the first `width` channels, [C])."""
-    g = tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    return g, tl.max(tl.where((tl.arange(0, g.shape[1]) < width)[None, :], g, LOWEST), 1)
+    """(g [C, D], none lower than LOWEST; the largest of each token's first `width` channels, [C])."""
+    largest = tl.max(tl.where((tl.arange(0, g.shape[1]) < width)[None, :], g, float("-inf")), 1)
+    return tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL), largest
+
+
+@triton.jit
+def fade(x, exponent):
+    """x 2^exponent, also where 2^exponent by itself would be 0."""
+    half = exp2(0.5 * exponent)
+    return x * half * half
 
 
 @triton.jit(do_not_specialize=["T", "L", "parts"])
@@ -74,27 +87,28 @@ def state_kernel(
     h, n = tl.program_id(0), tl.program_id(1)
     past = (n % parts) * L
     if past + L < T:
+        lift: tl.constexpr = LIFT if SAFE_EXP and VALUE != "none" else 0.0  # of the values; keys have theirs
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
         dtype = v_ptr.dtype.element_ty
         begin = (n // parts).to(tl.int64) * T + past
-        k_ptr += begin * k_step + h * K
-        v_ptr += begin * v_step + h * V
-        gk_ptr, rk_ptr = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
-        gv_ptr, rv_ptr = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
+        k_ptr += h * K
+        v_ptr += h * V
         state = tl.zeros([BK, BV], tl.float32)
         decay_k = tl.zeros([BK], tl.float32)
         decay_v = tl.zeros([BV], tl.float32)  # beyond that of the slowest channel
         fall = tl.full([], 0.0, tl.float32)  # of the slowest value channel
         steps = tl.full([], 0.0, tl.float32)
         m = tl.full([], NO_KEY, tl.float32)
-        blocks = (L + C - 1) // C
-        for j in range(blocks):
-            t = (blocks - 1 - j) * C + tl.arange(0, C)
-            valid = t < L
+        t = tl.arange(0, C)
+        for j in range(L // C):
+            start = begin + (L - (j + 1) * C)
+            valid = t >= 0
             if MASKED:
-                valid = valid & (tl.load(mask_ptr + begin + t, mask=valid, other=0) != 0)
+                valid = tl.load(mask_ptr + start + t) != 0
+            gk_at, rk_at = gate_at(gk_ptr, rk_ptr, start, h, gk_step, rk_step, K, KEY)
+            gv_at, rv_at = gate_at(gv_ptr, rv_ptr, start, h, gv_step, rv_step, V, VALUE)
             k, v, gk, rk, gv, rv = load_tokens(
-                k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
+                k_ptr + start * k_step, v_ptr + start * v_step, gk_at, rk_at, gv_at, rv_at, t, valid,
                 k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
             )  # fmt: skip
             k, v = k.to(tl.float32), v.to(tl.float32)
@@ -109,10 +123,11 @@ def state_kernel(
             if VALUE != "none":
                 gv, slow = slowest(decays(gv, rv, C, BV, VALUE), V)
                 step += slow
+                slow = tl.maximum(slow, LOWEST)
                 to_end = later_steps(slow) + fall
                 fall += tl.sum(slow, 0)
                 gv = tl.minimum(gv - slow[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-                v *= exp2(later(gv, PRECISION, ONE_PATH) + decay_v[None, :])
+                v *= exp2(later(gv, PRECISION, ONE_PATH) + (decay_v + lift)[None, :])
                 decay_v += tl.sum(gv, 0)
             exponent += to_end[:, None]
             if SAFE_EXP:
@@ -121,7 +136,7 @@ def state_kernel(
                     top += later_steps(step) + steps
                     steps += tl.sum(step, 0)
                 higher = tl.maximum(m, tl.max(top, 0))
-                state *= exp2(m - higher)
+                state = fade(state, m - higher)
                 m = higher
                 k = exp2(k * LOG2E + (exponent - (m - LIFT_BITS)))
             else:
@@ -129,7 +144,7 @@ def state_kernel(
             state = tl.dot(tl.trans(k.to(dtype)), v.to(dtype), state, input_precision=PRECISION)
         head = n * H + h
         at = head.to(tl.int64) * K * V + (ki[:, None] * V + vi[None, :])
-        tl.store(states_ptr + at, state, mask=(ki < K)[:, None] & (vi < V)[None, :])
+        tl.store(states_ptr + at, state * 2.0 ** (-lift), mask=(ki < K)[:, None] & (vi < V)[None, :])
         tl.store(decay_k_ptr + head * K + ki, decay_k, mask=ki < K)
         tl.store(decay_v_ptr + head * V + vi, decay_v + fall, mask=vi < V)
         tl.store(m_ptr + head * 2, steps)
@@ -144,64 +159,71 @@ def gradient_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
-    """What a segment's outputs give to the state before it, [K, V], and the log2-decay of every channel, in units of
-    the stabiliser. Not of a sequence's first segment, whose gradients the backward kernel passes on."""
+    """What a segment's outputs give to the state before it, [K, V], with SAFE_EXP 2^24 times as large, and the
+    log2-decay of every channel, in units of the stabiliser. Not of a sequence's first segment, whose gradients the
+    backward kernel passes on."""
     h, n = tl.program_id(0), tl.program_id(1)
     past = (n % parts) * L
     if past > 0:
         KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
         VALUED: tl.constexpr = VALUE != "none"
-        lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+        lift: tl.constexpr = LIFT if SAFE_EXP else 0.0  # of the queries, and d_o 2^-20: their product is lifted 2^24
         empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
         dtype = do_ptr.dtype.element_ty
         begin = (n // parts).to(tl.int64) * T + past
         length = tl.minimum(L, T - past)
-        q_ptr += begin * q_step + h * G * K
-        do_ptr += begin * (H * G * V) + h * G * V
-        gk_ptr, rk_ptr = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
-        gv_ptr, rv_ptr = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
+        q_ptr += h * G * K
+        do_ptr += h * G * V
         state = tl.zeros([BK, BV], tl.float32)
         decay_k = tl.zeros([BK], tl.float32)
         decay_v = tl.zeros([BV], tl.float32)
+        t = tl.arange(0, C)
         for j in range((length + C - 1) // C):
-            t = j * C + tl.arange(0, C)
-            inside = t < length
+            start = begin + j * C
+            inside = t < length - j * C
             valid = inside
             if MASKED:
-                valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-            gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-            gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+                valid = inside & (tl.load(mask_ptr + start + t, mask=inside, other=0) != 0)
+            gk_at, rk_at = gate_at(gk_ptr, rk_ptr, start, h, gk_step, rk_step, K, KEY)
+            gv_at, rv_at = gate_at(gv_ptr, rv_ptr, start, h, gv_step, rv_step, V, VALUE)
+            gk, rk = load_gate(gk_at, rk_at, t, valid, gk_step, rk_step, ki, K, KEY)
+            gv, rv = load_gate(gv_at, rv_at, t, valid, gv_step, rv_step, vi, V, VALUE)
             gk = decays(gk, rk, C, BK, KEY)
             gv = decays(gv, rv, C, BV, VALUE)
             if SAFE_EXP:
-                at = (begin + t) * H + h
+                at = (start + t) * H + h
                 m = tl.load(m_ptr + at, mask=inside, other=0.0)
                 m_before = tl.load(m_ptr + at - H, mask=inside, other=0.0)
                 gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-            Ek, Ev = 1.0, 1.0
+            Ek = 2.0**lift
+            Bv = tl.zeros([C, BV], tl.float32)
             if KEYED:
                 gk = tl.maximum(gk, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-                Ek = exp2(sums(gk, 1.0, False, ONE_PATH) + decay_k[None, :])
+                Bk = sums(gk, 1.0, False, ONE_PATH) + decay_k[None, :]
+                b = tl.max(tl.where((ki < K)[None, :], Bk, float("-inf")), 1)
+                Ek = exp2(tl.minimum(Bk - b[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL) + lift)
+                Bv += b[:, None]
                 decay_k += tl.sum(gk, 0)
             if VALUED:
                 gv = tl.maximum(gv, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-                Ev = exp2(sums(gv, 1.0, False, ONE_PATH) + decay_v[None, :])
+                Bv += sums(gv, 1.0, False, ONE_PATH) + decay_v[None, :]
                 decay_v += tl.sum(gv, 0)
             for i in range(G):
-                q = load_tile(q_ptr + i * K, t, valid, q_step, ki, K, empty).to(tl.float32)
-                do = load_tile(do_ptr + i * V, t, valid, H * G * V, vi, V, 0.0).to(tl.float32)
+                q = load_tile(q_ptr + start * q_step + i * K, t, valid, q_step, ki, K, empty).to(tl.float32)
+                do_step = H * G * V
+                do = load_tile(do_ptr + start * do_step + i * V, t, valid, do_step, vi, V, 0.0).to(tl.float32)
                 if SAFE_EXP:
                     q = query_features(q)
-                    factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + i, mask=inside, other=0.0)
-                    do *= (factor * (scale * 2.0**24))[:, None]
+                    factor = tl.load(lower_ptr + (start + t) * (H * G) + h * G + i, mask=inside, other=0.0)
+                    do *= (factor * (scale * 2.0**-20))[:, None]
                 else:
                     do *= scale
-                qd, d = (q * Ek).to(dtype), (do * Ev).to(dtype)
+                qd, d = (q * Ek).to(dtype), fade(do, Bv).to(dtype)
                 state = tl.dot(tl.trans(qd), d, state, input_precision=PRECISION)
         head = n * H + h
         at = head.to(tl.int64) * K * V + (ki[:, None] * V + vi[None, :])
-        tl.store(states_ptr + at, state * 2.0 ** (-lift), mask=(ki < K)[:, None] & (vi < V)[None, :])
+        tl.store(states_ptr + at, state, mask=(ki < K)[:, None] & (vi < V)[None, :])
         tl.store(decay_k_ptr + head * K + ki, decay_k, mask=ki < K)
         tl.store(decay_v_ptr + head * V + vi, decay_v, mask=vi < V)
 
@@ -210,10 +232,10 @@ def gradient_kernel(
 def chain_kernel(
     initial_ptr, before_ptr, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr, chained_ptr, chained_m_ptr, parts, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr,
-    SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr, REVERSE: tl.constexpr,
+    MOVING: tl.constexpr, INITIAL: tl.constexpr, REVERSE: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     """The state before every segment (REVERSE: the gradient of the one after it), R rows of it, from what segments
-    leave of nothing and let decay; with SAFE_EXP the stabiliser, too, in natural units."""
+    leave of nothing and let decay; MOVING: and the stabiliser, to the base 2. The first is read times 2^LIFT."""
     h, sequence = tl.program_id(0), tl.program_id(1)
     ki, vi = tl.program_id(2) * R + tl.arange(0, R), tl.arange(0, BV)
     at = ki[:, None] * V + vi[None, :]
@@ -222,8 +244,8 @@ def chain_kernel(
     m = tl.full([], NO_KEY, tl.float32)
     if INITIAL:
         head = sequence * H + h
-        x = tl.load(initial_ptr + head.to(tl.int64) * K * V + at, mask=mask, other=0.0)
-        if SAFE_EXP:
+        x = tl.load(initial_ptr + head.to(tl.int64) * K * V + at, mask=mask, other=0.0) * 2.0**LIFT
+        if MOVING:
             m = tl.load(before_ptr + head) * LOG2E
     for j in range(parts):
         s = parts - 1 - j if REVERSE else j
@@ -234,12 +256,12 @@ def chain_kernel(
         decay = tl.load(decay_k_ptr + head * K + ki, mask=(ki < K) & more, other=0.0)[:, None]
         decay += tl.load(decay_v_ptr + head * V + vi, mask=(vi < V) & more, other=0.0)[None, :]
         tl.store(chained_ptr + here, x, mask=mask)
-        if SAFE_EXP:
+        if MOVING:
             if tl.program_id(2) == 0:
-                tl.store(chained_m_ptr + head, tl.where(m < -1e29, NO_KEY, m * LN2))
+                tl.store(chained_m_ptr + head, m)
             m_left = tl.load(m_ptr + head * 2 + 1, mask=more, other=0.0)
             higher = tl.maximum(m + tl.load(m_ptr + head * 2, mask=more, other=0.0), m_left)
-            x = x * exp2(decay + (m - higher)) + left * exp2(m_left - higher)
+            x = fade(x, decay + (m - higher)) + fade(left, m_left - higher)
             m = higher
         else:
-            x = x * exp2(decay) + left
+            x = fade(x, decay) + left
