@@ -21,7 +21,7 @@ from .test_forms import (
     normalised,
     some_state,
 )
-from .test_triton import FORMS, SMALL, fused
+from .test_triton import FORMS, SMALL, fused, slowly_forgotten_outlier
 
 pytestmark = [  # the interpreter's, where infinities are meant, and a loop's bound is a tensor
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -150,16 +150,7 @@ def test_what_is_left_behind_an_outlier(cut, monkeypatch, axis, at):
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_exp2", flushed)
     cut(4)
-    T = 160 if at == 20 else 256
-    q, k, v = (torch.randn(1, T, 1, 16) for _ in range(3))
-    k[:, at] = 100.0
-    widths = 32 if axis == "both" else 16
-    # One channel of an axis stays open at each token, the others decay by 1.4 bits, with both axes by 0.7 on each.
-    gate = torch.full((1, T, 1, widths), -0.5 if axis == "both" else -1.5)
-    refine = torch.zeros_like(gate)
-    for half in gate.split(16, -1):
-        half.scatter_(-1, torch.randint(16, (1, T, 1, 1)), 16.0)
-    assert_equal_to_definition([q, k, v, gate, refine], axis, forms=FORMS)
+    assert_equal_to_definition(slowly_forgotten_outlier(160 if at == 20 else 256, 16, axis, at), axis, forms=FORMS)
 
 
 def test_what_is_cut(operation):

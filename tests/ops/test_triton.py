@@ -75,6 +75,24 @@ def test_gradients_behind_outliers(axis):
         assert_equal_to_definition(make(200, (2, 2, 48, 48), axis, "outliers"), axis, forms=FORMS)
 
 
+def slowly_forgotten_outlier(T, K, axis, at):
+    """Keys of 100 and more at token `at`. One channel of an axis, another at each token, stays open; the others decay
+    by 1.4 bits, with both axes by 0.7 on each: the outlier decays to what follows, while its unit stays."""
+    q, k, v = (torch.randn(1, T, 1, K) for _ in range(3))
+    k[:, at] += 100.0
+    gate = torch.full((1, T, 1, 2 * K if axis == "both" else K), -0.5 if axis == "both" else -1.5)
+    for half in gate.split(K, -1):
+        half.scatter_(-1, torch.randint(K, (1, T, 1, 1)), 16.0)
+    return [q, k, v, gate, torch.zeros_like(gate)]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_slowly_forgotten_outlier(axis):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        assert_equal_to_definition(slowly_forgotten_outlier(160, 32, axis, 5), axis, forms=FORMS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("shape", [(2, 2, 64, 64), (1, 1, 128, 128), (2, 1, 64, 128), (2, 1, 128, 64)])

@@ -17,7 +17,8 @@ An axis' log-decays take, summed from each token to the chunk's end, what every 
 (q d_q - k d_k, or out d - x d_x), and at the last token what the state after it is worth (the sums of S d_S and
 k_end d_k_end). Both sides of each difference come from the same rounded factors, so that what must cancel does.
 Gradients are kept 2^24 times what they are: so many powers of two lie between the small ones of a long batch, which
-must not vanish where E is small, and those behind an outlier of e^100, which must not overflow.
+must not vanish where E is small, and those behind an outlier of e^100, which must not overflow. With both axes, each of
+which has a factor E, it is 2^16.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ from regla.ops.triton.tiles import (
     wait_until,
 )
 
+LIFT_ONE, LIFT_BOTH = tl.constexpr(24.0), tl.constexpr(16.0)  # of gradients, with decay on one axis and on both
+
 
 @triton.jit
 def queries(
@@ -61,7 +64,7 @@ def queries(
     do = do.to(tl.float32)
     if SAFE_EXP:
         q = query_features(q)
-        do *= (factor * (scale * 2.0**24))[:, None]
+        do *= (factor * (scale * 2.0 ** (LIFT_BOTH if KEYED and VALUED else LIFT_ONE)))[:, None]
     else:
         do *= scale
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
@@ -152,7 +155,7 @@ def key_side(
     ki = tl.arange(0, BK)
     causal = rows[:, None] >= rows[None, :]
     dtype = S.dtype
-    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+    lift: tl.constexpr = (LIFT_BOTH if KEYED and VALUED else LIFT_ONE) if SAFE_EXP else 0.0
     dkd = tl.zeros([C, BK], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
     if PIECES:  # of all but the first
@@ -248,7 +251,7 @@ def finish(
     """
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
-    lift: tl.constexpr = 24.0 if SAFE_EXP else 0.0
+    lift: tl.constexpr = (LIFT_BOTH if KEYED and VALUED else LIFT_ONE) if SAFE_EXP else 0.0
     unit: tl.constexpr = 2.0 ** (-lift)
     centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     rows = tl.arange(0, C)

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from regla.ops.fused import Inputs, gate_kind
-from regla.ops.triton.backward import backward_kernel
+from regla.ops.triton.backward import LIFT_BOTH, LIFT_ONE, backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
 from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
@@ -191,7 +191,8 @@ def _gradients_behind(
             SAFE_EXP=safe_exp, **_common(q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
             **_warps(k, v, backward=True),
         )  # fmt: skip
-    return _chain(d_final, None, states, decay_k, decay_v, None, parts, reverse=True, lift=24 if safe_exp else 0)[0]
+    lift = (LIFT_ONE if gk is None or gv is None else LIFT_BOTH).value if safe_exp else 0.0
+    return _chain(d_final, None, states, decay_k, decay_v, None, parts, reverse=True, lift=lift)[0]
 
 
 def _chain(
@@ -204,7 +205,7 @@ def _chain(
     parts: int,
     *,
     reverse: bool = False,
-    lift: int = 0,
+    lift: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(the state before every segment, m before it to the base 2), or of the gradient of the state the one after it
     (`reverse`). `start`, which `states` are 2^lift times as large as, is the first."""

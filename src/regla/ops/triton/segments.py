@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from regla.ops.triton.backward import LIFT_BOTH, LIFT_ONE
 from regla.ops.triton.forward import load_tokens, query_features, relative_decays
 from regla.ops.triton.tiles import (
     LIFT_BITS,
@@ -159,7 +160,7 @@ def gradient_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
-    """What a segment's outputs give to the state before it, [K, V], with SAFE_EXP 2^24 times as large, and the
+    """What a segment's outputs give to the state before it, [K, V], with SAFE_EXP lifted as backward has it, and the
     log2-decay of every channel, in units of the stabiliser. Not of a sequence's first segment, whose gradients the
     backward kernel passes on."""
     h, n = tl.program_id(0), tl.program_id(1)
@@ -167,7 +168,8 @@ def gradient_kernel(
     if past > 0:
         KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
         VALUED: tl.constexpr = VALUE != "none"
-        lift: tl.constexpr = LIFT if SAFE_EXP else 0.0  # of the queries, and d_o 2^-20: their product is lifted 2^24
+        lift: tl.constexpr = LIFT if SAFE_EXP else 0.0  # of the queries; d_o the less, for a product as backward has it
+        rest: tl.constexpr = (LIFT_BOTH if KEYED and VALUED else LIFT_ONE) - LIFT
         empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
         dtype = do_ptr.dtype.element_ty
@@ -216,7 +218,7 @@ def gradient_kernel(
                 if SAFE_EXP:
                     q = query_features(q)
                     factor = tl.load(lower_ptr + (start + t) * (H * G) + h * G + i, mask=inside, other=0.0)
-                    do *= (factor * (scale * 2.0**-20))[:, None]
+                    do *= (factor * (scale * 2.0**rest))[:, None]
                 else:
                     do *= scale
                 qd, d = (q * Ek).to(dtype), fade(do, Bv).to(dtype)
