@@ -5,23 +5,28 @@ import numpy as np
 import pytest
 import torch
 
-from regla.ops import regla_attention, safe_exp_attention
+from regla.ops import regla_attention
 from regla.ops.backends import MOST_SEQUENCES, step_engine, why_not_triton
 from regla.ops.fused import fused_attention
 
 from . import definition
-from .test_causality import change
 from .test_forms import (
     AXES,
     DECAYS,
-    FORWARD,
     assert_equal_to_definition,
     assert_gated_linear_attention_is_the_definition,
     make,
     normalised,
     some_state,
 )
-from .test_triton import FORMS, SMALL, fused, slowly_forgotten_outlier
+from .test_triton import (
+    FORMS,
+    SMALL,
+    assert_no_bit_of_the_past_changes,
+    assert_no_gate_is_the_recurrence,
+    fused,
+    slowly_forgotten_outlier,
+)
 
 pytestmark = [  # the interpreter's, where infinities are meant, and a loop's bound is a tensor
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -88,12 +93,7 @@ def test_masks_anywhere(cut, axis):
 @pytest.mark.parametrize("axis", AXES)
 def test_no_bit_of_the_past_changes(cut, axis, kind):
     cut(1)
-    inputs = make(66, (1, 1, 16, 16), axis, "outliers")
-    before, _ = fused(*inputs, gate_axis=axis)
-    for at in (1, 31, 32, 63, 64, 65):
-        after, _ = fused(*change(inputs, at, kind), gate_axis=axis)
-        assert torch.equal(after[:, :at], before[:, :at]), f"token {at}"
-        assert not torch.equal(after[:, at:], before[:, at:])
+    assert_no_bit_of_the_past_changes(axis, kind)
 
 
 @pytest.mark.parametrize("decays", DECAYS[:4])
@@ -104,14 +104,7 @@ def test_gated_linear_attention(cut, decays):
 
 def test_no_gate_and_the_running_maximum(cut):
     cut(1)
-    q, k, v, _, _ = make(70, SMALL, "value", "outliers")
-    for key_max in ("decay", "running"):
-        h, (S, m) = safe_exp_attention(q, k, v, key_max=key_max, backend="triton", output_final_state=True)
-        expected, (S_ref, m_ref) = safe_exp_attention(
-            q, k, v, key_max=key_max, backend="recurrent", output_final_state=True
-        )
-        assert definition.per_token(normalised(h), normalised(expected).double()) <= FORWARD
-        assert definition.overall(S, S_ref.double()) <= FORWARD and torch.allclose(m, m_ref)
+    assert_no_gate_is_the_recurrence(70)
 
 
 @pytest.mark.parametrize("axis", AXES)
