@@ -37,6 +37,7 @@ from regla.ops.triton.tiles import (
     decays,
     end_of_first,
     exp2,
+    finite,
     first_piece,
     gate_at,
     in_pieces,
@@ -176,6 +177,8 @@ def key_side(
         dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
         dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
         dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
+        if PIECES:
+            dq = finite(dq)
         read = qd.to(tl.float32) * dq  # with one piece the gradient of q's logits, too: neither q nor E is kept for it
         if KEYED:
             dBk += read
@@ -186,7 +189,7 @@ def key_side(
                     _Bk, E2, W2, start = next_piece(gk, rows, start)
                     q2 = (q * E2).to(dtype)
                     k2 = (k * W2).to(dtype)
-                    dq2 = tl.dot(dPd, k2, input_precision=PRECISION)
+                    dq2 = finite(tl.dot(dPd, k2, input_precision=PRECISION))
                     dk2 = tl.dot(tl.trans(dPd), q2, input_precision=PRECISION)
                     dq += dq2 * E2
                     dk += dk2 * W2
@@ -425,10 +428,10 @@ def backward_kernel(
         dq_ptr += begin * dq_step + h * G * K
         dk_ptr += begin * dk_step + h * K
         dv_ptr += begin * dv_step + h * V
-        gk_ptr, rk_ptr = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
-        gv_ptr, rv_ptr = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
-        dgk_ptr, drk_ptr = gate_at(dgk_ptr, drk_ptr, begin, h, dgk_step, drk_step, K, KEY)
-        dgv_ptr, drv_ptr = gate_at(dgv_ptr, drv_ptr, begin, h, dgv_step, drv_step, V, VALUE)
+        gk_at, rk_at = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
+        gv_at, rv_at = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
+        dgk_at, drk_at = gate_at(dgk_ptr, drk_ptr, begin, h, dgk_step, drk_step, K, KEY)
+        dgv_at, drv_at = gate_at(dgv_ptr, drv_ptr, begin, h, dgv_step, drv_step, V, VALUE)
         t = tl.arange(0, C)
         inside = t < length - i * C
         valid = inside
@@ -436,14 +439,14 @@ def backward_kernel(
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
         at = (slot * H + h) * K * V
         q, do, factor, S, k, v, gk, gv = load_chunk(
-            q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
+            q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, m_ptr, lower_ptr, states_ptr, do_ptr, before,
             t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
             G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
         if in_pieces(gk, gv) and not ONE_PATH:
             finish_in_pieces(
-                q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
-                d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
+                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
+                d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
                 flags_ptr + head, before, begin, length, past, head, h, i, count, at, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
@@ -451,8 +454,8 @@ def backward_kernel(
             )  # fmt: skip
         else:
             finish(
-                q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
-                dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
+                q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, d_final_ptr,
+                dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
                 flags_ptr + head,
                 q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,

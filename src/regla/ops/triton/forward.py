@@ -331,10 +331,10 @@ def forward_kernel(
         k_ptr += begin * k_step + h * K
         v_ptr += begin * v_step + h * V
         o_ptr += begin * (H * G * V) + h * G * V
-        gk_ptr, rk_ptr = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
-        gv_ptr, rv_ptr = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
+        gk_at, rk_at = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
+        gv_at, rv_at = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
         q, k, v, gk, gv = load_chunk(
-            q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
+            q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, t, valid,
             q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
         flag_ptr = flags_ptr + head * 2
@@ -363,7 +363,7 @@ def forward_kernel(
         at = (slot * H + h) * K * V
         if in_pieces(gk, gv) and not ONE_PATH:
             finish_in_pieces(
-                q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, initial_ptr,
+                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, initial_ptr,
                 o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
                 before, begin, length, head, h, i, count, at, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,

@@ -65,6 +65,13 @@ def exp2(x):
 
 
 @triton.jit
+def finite(x):
+    """x within float32. What left it is for a row whose channel was reset, where a factor 0 meets it: infinity times 0
+    would be nan."""
+    return tl.minimum(tl.maximum(x, -3e38), 3e38)
+
+
+@triton.jit
 def log2(x):
     """log2 x in one instruction, to 2^-22 absolute within [1/2, 2] and relative elsewhere."""
     if INTERPRETED:
@@ -129,12 +136,14 @@ def refined_gradient(a, c, d):
 
 @triton.jit
 def gate_at(g_ptr, r_ptr, begin, h, step, refine_step, width, GATE: tl.constexpr):
-    """Pointers to an axis' gate, of head h from token `begin` on; None of what there is not."""
+    """Pointers to an axis' gate, of head h from token `begin` on; 0 for what there is not (a call can't return None)."""
+    g_at = 0
+    r_at = 0
     if GATE != "none":
-        g_ptr += begin * step + h * width
+        g_at = g_ptr + begin * step + h * width
     if GATE == "refined":
-        r_ptr += begin * refine_step + h * width
-    return g_ptr, r_ptr
+        r_at = r_ptr + begin * refine_step + h * width
+    return g_at, r_at
 
 
 @triton.jit
