@@ -95,8 +95,8 @@ def test_a_slowly_forgotten_outlier(axis):
 
 @pytest.mark.parametrize("axis", AXES)
 def test_gradients_where_almost_nothing_is_left(axis):
-    """Behind an outlier that a reset took out of the state but not out of the running maximum, keys of -20 leave outputs
-    of 2^-90 and gradients of 2^90, which meet what was before the reset: times a factor 0, not infinity times 0."""
+    """Behind an outlier that a reset took out of the state but not out of the running maximum, keys of -20 leave
+    outputs of 2^-90 and gradients of 2^90, which meet what was before the reset times 0: not infinity times 0."""
     q, k, v, gate, refine = make(24, (1, 1, 16, 16), axis, "plain")
     with torch.no_grad():
         k[:, 0], k[:, 8:] = 80.0, k[:, 8:] - 20

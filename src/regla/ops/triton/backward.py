@@ -133,7 +133,7 @@ def value_side(
                     _Bv, E2, W2, start = next_piece(gv, rows, start)
                     x2 = (v * W2).to(dtype)
                     d2 = (do * E2).to(dtype)
-                    dx2 = tl.dot(tl.trans(Pd), d2, input_precision=PRECISION)
+                    dx2 = finite(tl.dot(tl.trans(Pd), d2, input_precision=PRECISION))
                     dv += dx2 * W2
                     read = tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32)
                     dBv += read - x2.to(tl.float32) * dx2

@@ -136,7 +136,7 @@ def refined_gradient(a, c, d):
 
 @triton.jit
 def gate_at(g_ptr, r_ptr, begin, h, step, refine_step, width, GATE: tl.constexpr):
-    """Pointers to an axis' gate, of head h from token `begin` on; 0 for what there is not (a call can't return None)."""
+    """Pointers to an axis' gate, of head h from token `begin` on; 0 for what is not there (calls can't return None)."""
     g_at = 0
     r_at = 0
     if GATE != "none":
