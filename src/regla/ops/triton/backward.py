@@ -53,7 +53,7 @@ from regla.ops.triton.tiles import (
     wait_until,
 )
 
-LIFT_ONE, LIFT_BOTH = tl.constexpr(24.0), tl.constexpr(16.0)  # of gradients, with decay on one axis and on both
+GRADIENT_LIFT = tl.constexpr(16.0)  # bits
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def queries(
     do = do.to(tl.float32)
     if SAFE_EXP:
         q = query_features(q)
-        do *= (factor * (scale * 2.0 ** (LIFT_BOTH if KEYED and VALUED else LIFT_ONE)))[:, None]
+        do *= (factor * (scale * 2.0**GRADIENT_LIFT))[:, None]
     else:
         do *= scale
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
@@ -156,7 +156,7 @@ def key_side(
     ki = tl.arange(0, BK)
     causal = rows[:, None] >= rows[None, :]
     dtype = S.dtype
-    lift: tl.constexpr = (LIFT_BOTH if KEYED and VALUED else LIFT_ONE) if SAFE_EXP else 0.0
+    lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
     dkd = tl.zeros([C, BK], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
     if PIECES:  # of all but the first
@@ -254,7 +254,7 @@ def finish(
     """
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
-    lift: tl.constexpr = (LIFT_BOTH if KEYED and VALUED else LIFT_ONE) if SAFE_EXP else 0.0
+    lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
     unit: tl.constexpr = 2.0 ** (-lift)
     centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     rows = tl.arange(0, C)

@@ -31,10 +31,12 @@ from regla.ops.triton.tiles import (
     load_tile,
     next_piece,
     publish,
+    publish_number,
     scores,
     stabiliser_scan,
     store_tile,
     to_the_end,
+    wait_for_number,
     wait_until,
 )
 
@@ -225,8 +227,6 @@ def finish(
         v_end = (v * to_the_end(gv, rows, Bv, total_v)).to(dtype) if PIECES else x
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
     written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), passed_at, count < 0)
-    if G == 1:  # while the state before the chunk is on its way
-        qd, Pd, out = inside_chunk(q, k, gk, Bk, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
     # The state before the chunk, and at once the one after it for the next.
     S = tl.zeros([BK, BV], tl.float32)
     if i > 0:
@@ -253,8 +253,8 @@ def finish(
     if STORE:
         tl.store(states_ptr + at + state_at, Sd, mask=state_mask)
     for j in range(G):
+        qd, Pd, out = inside_chunk(q, k, gk, Bk, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
         if G > 1:
-            qd, Pd, out = inside_chunk(q, k, gk, Bk, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
             empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
             q = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
         write_outputs(
@@ -337,25 +337,26 @@ def forward_kernel(
             q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, t, valid,
             q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
-        flag_ptr = flags_ptr + head * 2
+        flag_ptr = flags_ptr + head
         before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP:
             sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING)
+            is_last = t == C - 1
+            step, top = tl.sum(tl.where(is_last, sums, 0.0), 0), tl.sum(tl.where(is_last, tops, 0.0), 0)
+            passed_m_ptr += slot * H + h
             if i > 0:
-                wait_until(flag_ptr + 1, i)
-                before = tl.load(passed_m_ptr + head * 2 + i % 2, cache_modifier=".cg")
+                before = wait_for_number(passed_m_ptr)
             elif INITIAL:
                 before = tl.load(before_ptr + head)
                 if not SPLIT:  # from outside
                     before *= LOG2E
-            m = tl.maximum(before + sums, tops)
-            m_before = tl.maximum(before + sums_before, tops_before)
-            after = tl.sum(tl.where(t == C - 1, m, 0.0), 0)
+            after = tl.maximum(before + step, top)
             if i + 1 < count:
-                tl.store(passed_m_ptr + head * 2 + (i + 1) % 2, after)
-                publish(flag_ptr + 1, i + 1)
+                publish_number(passed_m_ptr + H, after)
             else:
                 tl.store(last_ptr + head, tl.where(after < -1e29, NO_KEY, after * LN2))
+            m = tl.maximum(before + sums, tops)
+            m_before = tl.maximum(before + sums_before, tops_before)
             k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
             if STORE:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from regla.ops.fused import Inputs, gate_kind
-from regla.ops.triton.backward import LIFT_BOTH, LIFT_ONE, backward_kernel
+from regla.ops.triton.backward import GRADIENT_LIFT, backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
 from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
@@ -34,7 +34,7 @@ def forward(
     if cu_seqlens is not None:  # a sequence without tokens has no program that would write these
         final.zero_() if initial_state is None else final.copy_(initial_state)
         last.zero_() if before is None else last.copy_(before)
-    N, chunks, _ = _layout(k, v, cu_seqlens)
+    N, chunks, all_chunks = _layout(k, v, cu_seqlens)
     T, H, K = k.shape[1:]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
     parts, part = _segments(N * H, chunks, packed=cu_seqlens is not None)
@@ -42,8 +42,8 @@ def forward(
         initial_state, before = _states_before(inputs, parts, part, safe_exp, decaying)
         final, last = final.new_empty(N * parts, *final.shape[1:]), last.new_empty(N * parts, H)
     passed = k.new_empty(N * parts * H, 2, K, v.shape[-1], dtype=torch.float32)
-    passed_m = k.new_empty(N * parts * H, 2, dtype=torch.float32)
-    flags = k.new_zeros(N * parts * H, 2, dtype=torch.int32)
+    passed_m = k.new_zeros(all_chunks, H, dtype=torch.int64)
+    flags = k.new_zeros(N * parts * H, dtype=torch.int32)
     with torch.cuda.device_of(k):
         forward_kernel[_grid(H, N * parts, part, slots)](
             q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, initial_state, before,
@@ -191,7 +191,7 @@ def _gradients_behind(
             SAFE_EXP=safe_exp, **_common(q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
             **_warps(k, v, backward=True),
         )  # fmt: skip
-    lift = (LIFT_ONE if gk is None or gv is None else LIFT_BOTH).value if safe_exp else 0.0
+    lift = GRADIENT_LIFT.value if safe_exp else 0.0
     return _chain(d_final, None, states, decay_k, decay_v, None, parts, reverse=True, lift=lift)[0]
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.backward import LIFT_BOTH, LIFT_ONE
+from regla.ops.triton.backward import GRADIENT_LIFT
 from regla.ops.triton.forward import load_tokens, query_features, relative_decays
 from regla.ops.triton.tiles import (
     LIFT_BITS,
@@ -169,7 +169,7 @@ def gradient_kernel(
         KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
         VALUED: tl.constexpr = VALUE != "none"
         lift: tl.constexpr = LIFT if SAFE_EXP else 0.0  # of the queries; d_o the less, for a product as backward has it
-        rest: tl.constexpr = (LIFT_BOTH if KEYED and VALUED else LIFT_ONE) - LIFT
+        rest: tl.constexpr = GRADIENT_LIFT - LIFT
         empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
         dtype = do_ptr.dtype.element_ty

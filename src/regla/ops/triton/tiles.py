@@ -297,6 +297,38 @@ def wait_until(flag_ptr, count):
 
 
 @triton.jit
+def wait_for_number(ptr):
+    """Spin until a number of `publish_number` is there, and return it."""
+    if INTERPRETED:
+        word = tl.atomic_add(ptr, 0, sem="relaxed", scope="gpu")
+        while word == 0:
+            word = tl.atomic_add(ptr, 0, sem="relaxed", scope="gpu")
+    else:
+        word = tl.inline_asm_elementwise(
+            """{
+            .reg .pred there;
+            spin:
+            ld.relaxed.gpu.global.s64 $0, [$1];
+            setp.ne.s64 there, $0, 0;
+            @!there bra spin;
+            }""",
+            "=&l,l",
+            [ptr],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def publish_number(ptr, x):
+    """Write x such that who sees it needs to see nothing else: into 64 bits that were 0, with a bit above its own."""
+    word = (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | 0x100000000
+    tl.atomic_xchg(ptr, word, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def publish(flag_ptr, count):
     """Set the flag, after everything that this program has stored."""
     tl.debug_barrier()
