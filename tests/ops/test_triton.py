@@ -180,8 +180,8 @@ def test_no_gate_and_the_running_maximum():
     assert_no_gate_is_the_recurrence(40)
 
 
-def assert_no_bit_of_the_past_changes(axis, kind):
-    inputs = make(66, (1, 1, 16, 16), axis, "outliers")
+def assert_no_bit_of_the_past_changes(axis, kind, dtype=torch.float32):
+    inputs = [x.to(dtype) for x in make(66, (1, 1, 16, 16), axis, "outliers")]
     before, _ = fused(*inputs, gate_axis=axis)
     for at in (1, 31, 32, 33, 63, 64, 65):
         after, _ = fused(*change(inputs, at, kind), gate_axis=axis)
@@ -193,6 +193,46 @@ def assert_no_bit_of_the_past_changes(axis, kind):
 @pytest.mark.parametrize("axis", AXES)
 def test_no_bit_of_the_past_changes(axis, kind):
     assert_no_bit_of_the_past_changes(axis, kind)
+
+
+@pytest.mark.parametrize("kind", ["noise", "outlier", "reset", "open"])
+@pytest.mark.parametrize("axis", AXES)
+def test_no_bit_of_the_past_changes_in_bfloat16(axis, kind):
+    assert_no_bit_of_the_past_changes(axis, kind, torch.bfloat16)
+
+
+def fast_gates(T, K, axis):
+    """Logits of channels that decay by 1 to 4.5 bits a token, by 32 to 144 in a chunk; with both axes by half of it."""
+    bits = torch.linspace(1.0, 4.5, K).repeat(1 + (axis == "both")) / (1 + (axis == "both"))
+    decay = torch.exp2(-bits) + torch.zeros(1, T, 1, 1)
+    return [torch.log(decay / (1 - decay)) + 0.1 * torch.randn(1, T, 1, len(bits)), torch.zeros(1, T, 1, len(bits))]
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("outlier", [None, 25.0, 100.0])
+def test_fast_gates_in_bfloat16(axis, outlier):
+    """Within 1 % of float32, and no bit of the past changes, where chunks decay by far more than 2^-60."""
+    q, k, v = (torch.randn(1, 80, 1, 32) for _ in range(3))
+    if outlier is not None:
+        k[:, 40, :, 5] = outlier
+    gate, refine = fast_gates(80, 32, axis)
+    gate[..., 0] = 9.0  # a channel that hardly forgets keeps the unit up
+    inputs = [x.bfloat16() for x in (q, k, v, gate, refine)]
+    weights = torch.randn(1, 80, 1, 32)
+    results = []
+    for backend, dtype in (("triton", torch.bfloat16), ("chunked", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        h, (S, _) = regla_attention(*leaves, gate_axis=axis, output_final_state=True, backend=backend)
+        unit = h.detach().float().abs().amax(-1, keepdim=True)
+        grads = torch.autograd.grad((h.float() / unit * weights).sum() + (S * 2.0**-48).sum(), leaves)
+        results.append([normalised(h), S, *grads])
+    for value, expected in zip(*results, strict=True):
+        assert definition.overall(value, expected.double()) <= 1e-2
+    before, _ = fused(*inputs, gate_axis=axis)
+    for at in (33, 50, 60, 63):
+        for kind in ("outlier", "reset", "open"):
+            after, _ = fused(*change(inputs, at, kind), gate_axis=axis)
+            assert torch.equal(after[:, :at], before[:, :at]), f"{kind} at token {at}"
 
 
 @pytest.mark.parametrize("axis", AXES)

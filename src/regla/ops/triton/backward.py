@@ -28,7 +28,6 @@ import triton.language as tl
 
 from regla.ops.triton.forward import load_tokens, place, query_features, relative_decays
 from regla.ops.triton.tiles import (
-    CENTRE,
     LIFT_BITS,
     LOG2E,
     NO_KEY,
@@ -37,10 +36,12 @@ from regla.ops.triton.tiles import (
     decays,
     end_of_first,
     exp2,
+    faint,
     finite,
     first_piece,
     gate_at,
     in_pieces,
+    limits,
     load_gate,
     load_tile,
     next_piece,
@@ -103,7 +104,7 @@ def load_queries(
 
 @triton.jit
 def value_side(
-    q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wv, kd, x, S,
+    q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
@@ -121,14 +122,14 @@ def value_side(
                 q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
             )  # fmt: skip
-        Pd = scores(q, k, gk, Bk, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
+        Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
         dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
             out = tl.dot(Pd, x, out, input_precision=PRECISION)
             dBv += out * d.to(tl.float32)
             if PIECES:
-                start = end_of_first(Bv)
+                start = end_of_first(Bv, limit)
                 while tl.min(start, 0) < C:
                     _Bv, E2, W2, start = next_piece(gv, rows, start)
                     x2 = (v * W2).to(dtype)
@@ -146,7 +147,8 @@ def value_side(
 
 @triton.jit
 def key_side(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, kd, x, S,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wk, kd, x,
+    S,
     begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
@@ -169,7 +171,7 @@ def key_side(
             )  # fmt: skip
         dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         if VALUED and PIECES:
-            start = end_of_first(Bv)
+            start = end_of_first(Bv, limit)
             while tl.min(start, 0) < C:
                 _Bv, E2, W2, start = next_piece(gv, rows, start)
                 dP += tl.dot((do * E2).to(dtype), tl.trans((v * W2).to(dtype)), input_precision=PRECISION)
@@ -184,7 +186,7 @@ def key_side(
             dBk += read
             dq *= Ek
             if PIECES:
-                start = end_of_first(Bk)
+                start = end_of_first(Bk, limit)
                 while tl.min(start, 0) < C:
                     _Bk, E2, W2, start = next_piece(gk, rows, start)
                     q2 = (q * E2).to(dtype)
@@ -237,10 +239,21 @@ def load_chunk(
 
 
 @triton.jit
+def strained(lower_ptr, k, t, inside, valid, begin, h, H, G: tl.constexpr, SAFE_EXP: tl.constexpr):
+    """[C]: tokens that are `faint`, or whose outputs were, so that their gradients are large."""
+    weak = faint(k, valid, SAFE_EXP)
+    if SAFE_EXP:
+        for j in range(G):
+            factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
+            weak |= factor > 2.0**-24
+    return weak
+
+
+@triton.jit
 def finish(
     q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-    q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+    q, do, factor, S, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, scale, H,
     q_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -256,22 +269,22 @@ def finish(
     VALUED: tl.constexpr = VALUE != "none"
     lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
     unit: tl.constexpr = 2.0 ** (-lift)
-    centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     dtype = S.dtype
     state_at = ki[:, None] * V + vi[None, :]
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
     here = head.to(tl.int64) * K * V + state_at
+    EXACT: tl.constexpr = dtype == tl.float32
     Bk, Bv, Ek, Ev, Wk, Wv = gk, gv, 0.0, 0.0, 0.0, 0.0
     kd, x = k.to(dtype), v.to(dtype)
     if KEYED:
-        Bk, total_k = cumulative(gk, PIECES)
-        Ek, Wk = first_piece(Bk, PIECES)
+        Bk, total_k = cumulative(gk, EXACT)
+        Ek, Wk, ck = first_piece(Bk, total_k, limit, EXACT, PIECES)
         kd = (k * Wk).to(dtype)
     if VALUED:
-        Bv, total_v = cumulative(gv, PIECES)
-        Ev, Wv = first_piece(Bv, PIECES)
+        Bv, total_v = cumulative(gv, EXACT)
+        Ev, Wv, cv = first_piece(Bv, total_v, limit, EXACT, PIECES)
         x = (v * Wv).to(dtype)
     # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
     q, do, qd, d = queries(q, do, factor, Ek, Ev, scale, dtype, KEYED, VALUED, SAFE_EXP)
@@ -282,6 +295,10 @@ def finish(
             dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
         )  # fmt: skip
         dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
+    if KEYED:  # q E and d_o E are 2^c too large
+        dS *= exp2(-ck)[:, None]
+    if VALUED:
+        dS *= exp2(-cv)[None, :]
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
     if not (KEYED and VALUED):  # with both that costs registers which there are not
         dS = as_read(dS, passed_at, count < 0)
@@ -291,39 +308,43 @@ def finish(
         U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
     elif D_FINAL != "none":
         U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0)
-        U *= 2.0 ** (centre + (0.0 if D_FINAL == "lifted" else lift))
-    if VALUED and not PIECES:
-        U *= exp2(total_v)[None, :]
+        U *= 2.0 ** (0.0 if D_FINAL == "lifted" else lift)
     kept = U
     if KEYED:
         kept *= exp2(total_k)[:, None]
-    if VALUED and PIECES:
+    if VALUED:
         kept *= exp2(total_v)[None, :]
+        if not PIECES:
+            U *= exp2(total_v + cv)[None, :]
     dS += kept
     if i > 0:
         tl.store(passed_at + (i + 1) % 2 * K * V, dS, mask=state_mask)
         publish(flag_ptr, count - i)
     else:
-        tl.store(d_initial_ptr + here, dS * 2.0 ** (-centre - lift), mask=state_mask)
-    kept *= S.to(tl.float32)  # what the state's decay is worth
+        tl.store(d_initial_ptr + here, dS * unit, mask=state_mask)
+    S = S.to(tl.float32)
+    kept *= S  # what the state's decay is worth
     if KEYED:
         worth_k = tl.sum(kept, 1)
+        S *= exp2(-ck)[:, None]
     if VALUED:
         worth_v = tl.sum(kept, 0)
-    # The forward kernel's k_end and v_end; U already holds the factor 2^total_v that v_end lacks without pieces.
+        S *= exp2(-cv)[None, :]
+    Sd = S.to(dtype)
+    # The forward kernel's k_end and v_end; U already holds the factor that v_end lacks without pieces.
     k_end, v_end = kd, x
     if KEYED:
         if PIECES:
-            to_end_k = to_the_end(gk, rows, Bk, total_k)
+            to_end_k = to_the_end(gk, rows, Bk, total_k, limit)
             k_end = (k * to_end_k).to(dtype)
         else:
-            k_end = (kd.to(tl.float32) * exp2(total_k)[None, :]).to(dtype)
+            k_end = (kd.to(tl.float32) * exp2(total_k + ck)[None, :]).to(dtype)
     if VALUED and PIECES:
-        to_end_v = to_the_end(gv, rows, Bv, total_v)
+        to_end_v = to_the_end(gv, rows, Bv, total_v, limit)
         v_end = (v * to_end_v).to(dtype)
     Ud = U.to(dtype)
     dv, dBv = value_side(
-        q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wv, kd, x, S,
+        q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, Sd,
         begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
     )  # fmt: skip
     gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
@@ -341,7 +362,8 @@ def finish(
             dv *= Wv
     store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
-        q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, Ek, Ev, Wk, kd, x, S,
+        q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wk, kd,
+        x, Sd,
         begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
     )  # fmt: skip
     gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
@@ -351,7 +373,7 @@ def finish(
             written = k_end.to(tl.float32) * dk_end
             dk_end *= to_end_k
         else:
-            dk_end *= exp2(total_k)[None, :]
+            dk_end *= exp2(total_k + ck)[None, :]
             written = kd.to(tl.float32) * dk_end
         after = (worth_k + tl.sum(written, 0)) * unit
         dgk = sums(dBk - written, unit, True, PIECES) + after[None, :]
@@ -375,7 +397,7 @@ def finish_in_pieces(
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
-    MASKED: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk in which a channel has several pieces; see the one of the forward kernel."""
     t = tl.arange(0, C)
@@ -388,10 +410,11 @@ def finish_in_pieces(
         t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
         G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
     )  # fmt: skip
+    limit = limits(strained(lower_ptr, k, t, inside, valid, begin, h, H, G, SAFE_EXP), REACH)
     finish(
         q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
         dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-        q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+        q, do, factor, S, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, scale, H,
         q_step, gk_step, rk_step, gv_step, rv_step,
         dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
         G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, True,
@@ -409,7 +432,7 @@ def backward_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
-    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     n, h, i, count, begin, length, past, slot = place(
         cu_ptr, slot_ptr, T, chunks, part, parts, H, C, VARLEN, SPLIT, True
@@ -443,21 +466,23 @@ def backward_kernel(
             t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
             G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
-        if in_pieces(gk, gv) and not ONE_PATH:
+        weak = strained(lower_ptr, k, t, inside, valid, begin, h, H, G, SAFE_EXP)
+        if in_pieces(gk, gv, weak, REACH) and not ONE_PATH:
             finish_in_pieces(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
                 d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
                 flags_ptr + head, before, begin, length, past, head, h, i, count, at, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, D_FINAL, PRECISION,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, D_FINAL, PRECISION, REACH,
             )  # fmt: skip
         else:
             finish(
                 q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, d_final_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
                 flags_ptr + head,
-                q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+                q, do, factor, S, k, v, gk, gv, limits(weak, REACH), t, inside, valid, begin, head, h, i, count,
+                scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, ONE_PATH,

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from regla.ops.triton.tiles import (
-    CENTRE,
     LIFT_BITS,
     LN2,
     LOG2E,
@@ -24,9 +23,11 @@ from regla.ops.triton.tiles import (
     decays,
     end_of_first,
     exp2,
+    faint,
     first_piece,
     gate_at,
     in_pieces,
+    limits,
     load_gate,
     load_tile,
     next_piece,
@@ -105,7 +106,7 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
 
 @triton.jit
 def inside_chunk(
-    q, k, gk, Bk, Ek, kd, x,
+    q, k, gk, Bk, limit, Ek, kd, x,
     KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """(q E, scores, what they read of the first piece x = v W), from q as it is in memory: all without the state."""
@@ -114,13 +115,13 @@ def inside_chunk(
     if SAFE_EXP:
         q = query_features(q)
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-    Pd = scores(q, k, gk, Bk, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
+    Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
     return qd, Pd, tl.dot(Pd, x, input_precision=PRECISION)
 
 
 @triton.jit
 def write_outputs(
-    o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, Ev, S, begin, h, j, scale, H,
+    o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, S, begin, h, j, scale, H,
     G: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +131,7 @@ def write_outputs(
     if VALUED:
         out *= Ev
         if PIECES:
-            start = end_of_first(Bv)
+            start = end_of_first(Bv, limit)
             while tl.min(start, 0) < C:
                 _Bv, E2, W2, start = next_piece(gv, rows, start)
                 out += E2 * tl.dot(Pd, (v * W2).to(Pd.dtype), input_precision=PRECISION)
@@ -196,35 +197,36 @@ def stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.cons
 @triton.jit
 def finish(
     q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-    q, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+    q, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
     PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Add the chunk to the state, pass that on, and write its outputs."""
-    # States are kept times 2^-CENTRE for each axis that decays.
-    centre: tl.constexpr = CENTRE * ((1 if KEYED else 0) + (1 if VALUED else 0))
     rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     dtype = o_ptr.dtype.element_ty
     state_at = ki[:, None] * V + vi[None, :]
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
     # E, k W and v W of the first piece. Where it is the only one, the state after the chunk is
-    # 2^total_v (2^total_k S + (2^total_k k W)^T (v W)): v W, which the outputs take too, can do without the second
-    # factor until after the product; k W as well could leave float32.
+    # 2^total_v (2^total_k S + 2^c (2^(total_k + c) k W)^T (v W)), c of each axis its own: v W, which the outputs take
+    # too, can do without its factor until after the product; k W as well could leave float32.
+    EXACT: tl.constexpr = dtype == tl.float32
     Bk, Bv, Ek, Ev = gk, gv, 0.0, 0.0
     kd, x = k.to(dtype), v.to(dtype)
     k_end, v_end = kd, x
     if KEYED:
-        Bk, total_k = cumulative(gk, PIECES)
-        Ek, Wk = first_piece(Bk, PIECES)
+        Bk, total_k = cumulative(gk, EXACT)
+        Ek, Wk, ck = first_piece(Bk, total_k, limit, EXACT, PIECES)
         kd = (k * Wk).to(dtype)
-        k_end = (k * (to_the_end(gk, rows, Bk, total_k) if PIECES else Wk * exp2(total_k)[None, :])).to(dtype)
+        k_end = (k * (to_the_end(gk, rows, Bk, total_k, limit) if PIECES else Wk * exp2(total_k + ck)[None, :])).to(
+            dtype
+        )
     if VALUED:
-        Bv, total_v = cumulative(gv, PIECES)
-        Ev, Wv = first_piece(Bv, PIECES)
+        Bv, total_v = cumulative(gv, EXACT)
+        Ev, Wv, cv = first_piece(Bv, total_v, limit, EXACT, PIECES)
         x = (v * Wv).to(dtype)
-        v_end = (v * to_the_end(gv, rows, Bv, total_v)).to(dtype) if PIECES else x
+        v_end = (v * to_the_end(gv, rows, Bv, total_v, limit)).to(dtype) if PIECES else x
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
     written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), passed_at, count < 0)
     # The state before the chunk, and at once the one after it for the next.
@@ -234,31 +236,34 @@ def finish(
         S = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
     elif INITIAL:
         S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
-        S = S * tl.exp2(-centre)
     kept = S
     if KEYED:
         kept *= exp2(total_k)[:, None]
-    if VALUED and PIECES:
+    if VALUED:
         kept *= exp2(total_v)[None, :]
+        if not PIECES:
+            written *= exp2(total_v + cv)[None, :]
     written += kept
-    if VALUED and not PIECES:
-        written *= exp2(total_v)[None, :]
     if i + 1 < count:
         tl.store(passed_at + (i + 1) % 2 * K * V, written, mask=state_mask)
         publish(flag_ptr, i + 1)
     else:
         final_at = final_ptr + head.to(tl.int64) * K * V + state_at
-        tl.store(final_at, written * tl.exp2(centre), mask=state_mask)
-    Sd = S.to(dtype)
+        tl.store(final_at, written, mask=state_mask)
     if STORE:
-        tl.store(states_ptr + at + state_at, Sd, mask=state_mask)
+        tl.store(states_ptr + at + state_at, S.to(dtype), mask=state_mask)
+    if KEYED:  # in the units of q E, and of v W
+        S *= exp2(-ck)[:, None]
+    if VALUED:
+        S *= exp2(-cv)[None, :]
+    Sd = S.to(dtype)
     for j in range(G):
-        qd, Pd, out = inside_chunk(q, k, gk, Bk, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
+        qd, Pd, out = inside_chunk(q, k, gk, Bk, limit, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
         if G > 1:
             empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
             q = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
         write_outputs(
-            o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, Ev, Sd, begin, h, j, scale, H,
+            o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, Sd, begin, h, j, scale, H,
             G, V, BV, C, VALUED, SAFE_EXP, STORE, PRECISION, PIECES,
         )  # fmt: skip
 
@@ -271,7 +276,7 @@ def finish_in_pieces(
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
-    MASKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk in which a channel has several pieces.
 
@@ -294,9 +299,10 @@ def finish_in_pieces(
         m_before = tl.maximum(before + sums_before, tops_before)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+    limit = limits(faint(k, valid, SAFE_EXP), REACH)
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-        q, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+        q, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
         G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, INITIAL, STORE, PRECISION, True,
     )  # fmt: skip
 
@@ -310,7 +316,7 @@ def forward_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
-    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     # The stabiliser's change of unit is a decay too, of the key axis where the value axis has none.
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
@@ -362,17 +368,18 @@ def forward_kernel(
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
         at = (slot * H + h) * K * V
-        if in_pieces(gk, gv) and not ONE_PATH:
+        weak = faint(k, valid, SAFE_EXP)
+        if in_pieces(gk, gv, weak, REACH) and not ONE_PATH:
             finish_in_pieces(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, initial_ptr,
                 o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
                 before, begin, length, head, h, i, count, at, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, DECAYING, MASKED, INITIAL, STORE, PRECISION,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, DECAYING, MASKED, INITIAL, STORE, PRECISION, REACH,
             )  # fmt: skip
         else:
             finish(
                 q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-                q, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+                q, k, v, gk, gv, limits(weak, REACH), t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
                 G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, INITIAL, STORE, PRECISION, ONE_PATH,
             )  # fmt: skip

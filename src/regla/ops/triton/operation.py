@@ -14,6 +14,7 @@ from regla.ops.triton.backward import GRADIENT_LIFT, backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
 from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
+from regla.ops.triton.tiles import RANGE
 
 # Of segments: heads of all sequences up to which there are several, how many to aim for, chunks of the shortest. By
 # measurement, see docs/kernels.md.
@@ -49,7 +50,8 @@ def forward(
             q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, initial_state, before,
             o, final, m, lower, states, last, passed, passed_m, flags,
             scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
-            SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep, **_common(q, k, v, gk, rk, gv, rv),
+            SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
+            **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, backward=False),
         )  # fmt: skip
@@ -114,7 +116,7 @@ def backward(
             *grads, d_initials, passed, flags,
             scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
             SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
-            **_common(q, k, v, gk, rk, gv, rv),
+            **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, backward=True),
         )  # fmt: skip
@@ -277,6 +279,13 @@ def _warps(k: Tensor, v: Tensor, *, backward: bool) -> dict[str, int | None]:
     if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64:
         return {"num_warps": 8}
     return {"num_warps": 4, "maxnreg": None if backward else 168}
+
+
+def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None) -> float:
+    """How many powers of two a channel may decay by in a chunk before the chunk takes several pieces."""
+    if v.dtype == torch.float32:
+        return RANGE.value
+    return 150.0 if gk is None or gv is None else 110.0
 
 
 def _common(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 CENTRE = tl.constexpr(4.0)
 RANGE = tl.constexpr(60.0)
+ROUND = tl.constexpr(768.0)  # less and more this, a number of at most 256 is a multiple of 2^-14
 LIFT_BITS = tl.constexpr(48.0)  # regla.ops.features.LIFT
 LOWEST = tl.constexpr(-2000.0)  # a log-decay below this is nothing left, in any float32
 NO_KEY = tl.constexpr(-1e30)  # regla.ops.features.NO_KEY
@@ -204,10 +205,23 @@ def stabiliser_scan(top, step):
 
 
 @triton.jit
-def in_pieces(gk, gv):
+def faint(k, valid, SAFE_EXP: tl.constexpr):
+    """[C]: tokens whose features k [C, K] all lie 2^60 and more below the unit's 2^48, as behind an outlier: with the
+    smallest factors W they would leave float32."""
+    return valid & (tl.max(k, 1) < 2.0**-12) & SAFE_EXP
+
+
+@triton.jit
+def limits(weak, REACH: tl.constexpr):
+    """[C]: how far down B may go in the first piece, up to each token. Of no token after it."""
+    return tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -REACH)
+
+
+@triton.jit
+def in_pieces(gk, gv, weak, REACH: tl.constexpr):
     """Whether some channel decays beyond the first piece."""
     lowest = tl.minimum(tl.min(tl.sum(gk, 0), 0), tl.min(tl.sum(gv, 0), 0))
-    return lowest < 1 - RANGE  # summed in another order than B
+    return lowest < tl.where(tl.max(weak.to(tl.int32), 0) > 0, 1 - RANGE, 1 - REACH)  # summed in another order than B
 
 
 @triton.jit
@@ -232,30 +246,43 @@ def cumulative(g, EXACT: tl.constexpr):
 
 
 @triton.jit
-def first_piece(B, PIECES: tl.constexpr):
-    """(E, W) of the piece that starts with the chunk; without PIECES it is the whole chunk."""
-    E = exp2(B + CENTRE)
+def first_piece(B, total, limit, EXACT: tl.constexpr, PIECES: tl.constexpr):
+    """(E, W, c) of the piece that starts with the chunk; without PIECES it is the whole chunk.
+
+    c [D] is an integer, and B + c exact, so that all products have the same digits whatever c is: of another c, because
+    of a later token, no earlier row sees a bit.
+    """
+    lowest = total
+    if PIECES:
+        inside = limit[:, None] <= B
+        lowest = tl.min(tl.where(inside, B, 0.0), 0)
+    if EXACT:
+        c = tl.zeros_like(total) + CENTRE
+        E = exp2(B + CENTRE)
+    else:
+        c = tl.maximum(tl.ceil(CENTRE - RANGE - lowest), CENTRE)
+        E = exp2((B - ROUND) + (c + ROUND)[None, :])
     W = reciprocal(E)
     if PIECES:
-        W = tl.where(B >= -RANGE, W, 0.0)
-    return E, W
+        W = tl.where(inside, W, 0.0)
+    return E, W, c
 
 
 @triton.jit
-def end_of_first(B):
+def end_of_first(B, limit):
     """The first token left out of the first piece, [D]."""
-    return tl.sum((B >= -RANGE).to(tl.int32), 0)
+    return tl.sum((limit[:, None] <= B).to(tl.int32), 0)
 
 
 @triton.jit
-def to_the_end(g, rows, B, total):
-    """The decay over (s, end of the chunk] times 2^-CENTRE, [C, D], of all pieces; with one it would be W 2^total."""
-    factor = tl.where(B >= -RANGE, exp2(-B - CENTRE), 0.0) * exp2(total)[None, :]
-    start = end_of_first(B)
+def to_the_end(g, rows, B, total, limit):
+    """The decay over (s, end of the chunk], [C, D], of all pieces."""
+    factor = tl.where(limit[:, None] <= B, exp2(tl.minimum(total[None, :] - B, 0.0)), 0.0)
+    start = end_of_first(B, limit)
     while tl.min(start, 0) < rows.shape[0]:
         B2, _E2, W2, begun = next_piece(g, rows, start)
         last = tl.sum(tl.where((rows == rows.shape[0] - 1)[:, None], B2, 0.0), 0)
-        factor += W2 * exp2(last)[None, :]
+        factor += W2 * exp2(last + CENTRE)[None, :]
         start = begun
     return factor
 
@@ -336,13 +363,13 @@ def publish(flag_ptr, count):
 
 
 @triton.jit
-def scores(q, k, gk, Bk, qd, kd, KEYED: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr):
+def scores(q, k, gk, Bk, limit, qd, kd, KEYED: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr):
     """tril(q k^T) [C, C] under the decay of the keys, from the operands qd = q E and kd = k W of the first piece."""
     rows = tl.arange(0, q.shape[0])
     causal = rows[:, None] >= rows[None, :]
     P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
     if KEYED and PIECES:
-        start = end_of_first(Bk)
+        start = end_of_first(Bk, limit)
         while tl.min(start, 0) < rows.shape[0]:
             _Bk, E2, W2, start = next_piece(gk, rows, start)
             P2 = tl.dot((q * E2).to(qd.dtype), tl.trans((k * W2).to(qd.dtype)), input_precision=PRECISION)
