@@ -16,9 +16,8 @@ and through the state after it, with U its gradient and both operands decayed to
 An axis' log-decays take, summed from each token to the chunk's end, what every row read minus what every token wrote
 (q d_q - k d_k, or out d - x d_x), and at the last token what the state after it is worth (the sums of S d_S and
 k_end d_k_end). Both sides of each difference come from the same rounded factors, so that what must cancel does.
-Gradients are kept 2^24 times what they are: so many powers of two lie between the small ones of a long batch, which
-must not vanish where E is small, and those behind an outlier of e^100, which must not overflow. With both axes, each of
-which has a factor E, it is 2^16.
+Gradients are kept 2^16 times what they are: so many powers of two lie between the small ones of a long batch, which
+must not vanish where E is small, and those behind an outlier of e^100, which must not overflow.
 """
 
 from __future__ import annotations

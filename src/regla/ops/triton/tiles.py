@@ -4,14 +4,18 @@ Shape legend: C tokens of a chunk, K key channels, V value channels, D = K or V,
 
 Factors. Inside a chunk the decay over (s, t] is E_t * W_s with B the cumulative log-decay of a channel,
 
-    E_t = 2^(B_t + CENTRE)      W_s = 2^(-B_s - CENTRE)
+    E_t = 2^(B_t + c)      W_s = 2^(-B_s - c)
 
-so that scores, weighted values and their gradients are plain products of matrices. Both stay inside float32 as long as
-B >= -RANGE: with keys held 2^48 above their unit, what W multiplies stays below 2^104 and sums of its products below
-2^120; and behind an outlier of e^100, whose followers' features are 2^-96, products keep all their digits. Where a
-channel decays further, the tokens after the first one left out make another *piece*, with sums that start anew there;
-nothing is ever a difference of long sums. A token's weight is zero outside of its own piece, so later tokens add exact
-zeros to what an earlier row reads: causal to the last bit.
+so that scores, weighted values and their gradients are plain products of matrices. Both stay inside float32 as long
+as W <= 2^56: with keys held 2^48 above their unit, what W multiplies stays below 2^104 and sums of its products below
+2^120. While B >= -RANGE, c is CENTRE; behind an outlier of e^100, whose followers' features are 2^-96, products then
+keep all their digits. A chunk of bfloat16 without such features may decay further: c is then as large as W wants it
+(`limits`).
+
+Where a channel decays beyond that, the tokens after the first one left out make another *piece*, with sums that start
+anew there; nothing is ever a difference of long sums. A token's weight is zero outside of its own piece, so later
+tokens add exact zeros to what an earlier row reads, and c is an integer, so that another c changes E and W by powers of
+two, which their products cancel: causal to the last bit.
 """
 
 from __future__ import annotations
