@@ -165,5 +165,5 @@ def test_shipped_studies_fit_at_equal_parameters(name: str) -> None:
     parameters = [size.parameters for size in sizes.values()]
     assert max(parameters) < 1.01 * min(parameters)
     if name != "demo":
-        assert min(size.tokens for size in sizes.values()) == 26_214_400
-        assert {4e-3, 8e-3} <= set(study.lrs)
+        assert min(size.tokens for size in sizes.values()) in (26_214_400, 100_007_936)
+        assert 4e-3 in study.lrs and len(study.lrs) > 1
