@@ -8,18 +8,14 @@ The recurrence runs over chunks, from state to state; `regla.ops.tree` does the 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
-from regla.ops.slab import UNIT, Scratch, Slab
+from regla.ops.tree import Slab, blocks, put
 
-CHUNK = 32
-#: The backward pass scales gradients to at most 2^36: small ones, decayed, would become denormal numbers, which are
-#: slow and hold few digits. More would overflow in products with keys that exp(-b) made large (`regla.ops.slab`).
-_TOP = 36
+CHUNK = 64
 
 
 class Segments(NamedTuple):
@@ -46,8 +42,6 @@ def chunked_gated_linear_attention(
     acc = torch.promote_types(torch.float32, k.dtype)
     C = min(CHUNK, 1 << max(T - 1, 0).bit_length())
     segments, slot_of_token = None, None
-    # A decay that all channels share is that of each: its gradient is then the sum of theirs.
-    gk, gv = (g if g is None else g.expand(*g.shape[:3], D) for g, D in ((gk, K), (gv, V)))
     tensors = [q, k, v, gk, gv]
     if cu_seqlens is None:
         sequences = B
@@ -65,7 +59,7 @@ def chunked_gated_linear_attention(
     inputs = [*tensors, initial_state]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, state, _ = _forward(*inputs, scale, C, *(segments or (None, None, None)), keep)
-    return (o[:, :T] if slot_of_token is None else o[:, slot_of_token]).to(v.dtype), state
+    return (o[:, :T] if slot_of_token is None else o[:, slot_of_token]), state
 
 
 def _pack(cu_seqlens: Tensor, T: int, C: int) -> tuple[Segments, Tensor, Tensor]:
@@ -112,57 +106,54 @@ def _forward(
     last_chunk: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, final state, and if `keep` the states [slabs, B, H, K, V] before each slab)."""
+    """(o, final state, the states [B, H, N, K, V] before each chunk, or none of them unless `keep`)."""
     B, T, H, K = k.shape
-    V, acc = v.shape[-1], initial_state.dtype
-    o = torch.empty(B, T, q.shape[2], V, dtype=acc, device=v.device)
-    slabs = _slabs(B * H * C * max(K, V), T // C, v.device)
-    states = initial_state.new_empty(len(slabs) if keep else 0, B, H, K, V)
-    initial_state = initial_state / _unit(gk, gv)
-    finals = torch.empty_like(initial_state)
+    V, N = v.shape[-1], T // C
+    o = torch.empty(B, T, q.shape[2], V, dtype=v.dtype, device=v.device)
+    states = initial_state.new_empty(B, H, N if keep else 0, K, V)
     state = initial_state if first is None else torch.zeros_like(initial_state[:1])
-    scratch = Scratch(initial_state)
+    finals = torch.empty_like(initial_state)
     with torch.autocast(v.device.type, enabled=False):
-        for i, (lo, hi) in enumerate(slabs):
-            if keep:
-                states[i] = state
-            x = Slab(q, k, v, gk, gv, C, lo, hi, scratch)
-            before, after = _scan(x, state, initial_state, first, sequence)
-            state = after[-1]
-            if last_chunk is not None and sequence is not None:
-                for n in range(lo, hi):
+        for lo, hi in _slabs(B * H * C * max(K, V), N, v.device):
+            x = Slab(q, k, v, gk, gv, C, lo, hi, initial_state.dtype)
+            out = x.intra(x.scores())
+            written = x.written()
+            before = states[:, :, lo:hi] if keep else torch.empty_like(written)
+            for n in range(lo, hi):
+                if first is not None and sequence is not None:
+                    state = torch.where(first[n], initial_state[sequence[n : n + 1]], state)
+                before[:, :, n - lo] = state
+                state = x.decay(state, n - lo) + written[:, :, n - lo]
+                if last_chunk is not None and sequence is not None:
                     at = sequence[n : n + 1]  # an index of one: a number would make a GPU wait
-                    finals[at] = torch.where(last_chunk[at] == n, after[n - lo], finals[at])
-            x.output(before, scale, o)
-    return o, (state if first is None else finals) * _unit(gk, gv), states
+                    finals[at] = torch.where(last_chunk[at] == n, state, finals[at])
+            x.add_from_state(out, before)
+            put(o, out.mul_(scale), lo, hi, C)
+    return o, state if first is None else finals, states
 
 
 @_forward.register_fake
 def _(q, k, v, gk, gv, initial_state, scale, C, first, sequence, last_chunk, keep):  # type: ignore[no-untyped-def]
     B, T, H, K = k.shape
-    o = initial_state.new_empty(B, T, q.shape[2], v.shape[-1])
-    slabs = len(_slabs(B * H * C * max(K, v.shape[-1]), T // C, v.device)) if keep else 0
-    states = initial_state.new_empty(slabs, B, H, K, v.shape[-1])
+    o = v.new_empty(B, T, q.shape[2], v.shape[-1])
+    states = initial_state.new_empty(B, H, T // C if keep else 0, K, v.shape[-1])
     return o, torch.empty_like(initial_state), states
 
 
 @library.custom_op(
     "regla::chunked_backward",
     mutates_args=(),
-    schema="(Tensor d_o, Tensor d_final, Tensor o, Tensor states, "
-    f"{_INPUTS.format('initial_state')}{_SEGMENTS}) -> Tensor[]",
+    schema=f"(Tensor d_o, Tensor d_final, {_INPUTS.format('states')}{_SEGMENTS}) -> Tensor[]",
 )
 def _backward(
     d_o: Tensor,
     d_final: Tensor,
-    o: Tensor,
-    states: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gk: Tensor | None,
     gv: Tensor | None,
-    initial_state: Tensor,
+    states: Tensor,
     scale: float,
     C: int,
     first: Tensor | None,
@@ -171,87 +162,59 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of those of q, k, v, gk, gv that exist, and of the initial state."""
     B, T, H, K = k.shape
-    V = v.shape[-1]
-    grads = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, gk, gv)]
-    largest = max(max(-lo.item(), hi.item()) for lo, hi in (torch.aminmax(d_o), torch.aminmax(d_final)))
-    unit = 2.0 ** min(max(_TOP - math.frexp(largest)[1], -100), 100)
-    d_final, initial_state = d_final * _unit(gk, gv) * unit, initial_state / _unit(gk, gv)
+    V, N = v.shape[-1], T // C
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gk, gv) if x is not None]
+    # In units in which d_o is about 1: small gradients, decayed, would become denormal numbers, which are slow.
+    unit = torch.ldexp(torch.ones_like(d_final[0, 0, 0, 0]), -torch.frexp(d_o.abs().amax()).exponent.clamp(-90, 90))
+    d_final = d_final * unit
     d_initial = torch.zeros_like(d_final)
     d_state = d_final if first is None else torch.zeros_like(d_final[:1])
-    slabs = _slabs(B * H * C * max(K, V), T // C, v.device)
-    scratch = Scratch(states)
     with torch.autocast(v.device.type, enabled=False):
-        D = scratch("D", slabs[0][1] + 1, *d_state.shape)
-        D[0] = d_state
-        for (lo, hi), state in zip(reversed(slabs), reversed(states.unbind(0)), strict=True):
-            x = Slab(q, k, v, gk, gv, C, lo, hi, scratch)
-            before, after = _scan(x, state, initial_state, first, sequence)
-            d_read = x.read_backward(d_o, scale * unit)
-            D[hi - lo] = D[0]
+        for lo, hi in reversed(_slabs(B * H * C * max(K, V), N, v.device)):
+            x = Slab(q, k, v, gk, gv, C, lo, hi, states.dtype)
+            d_out = blocks(d_o, lo, hi, C, H, states.dtype) * (scale * unit)
+            x.local_backward(d_out)
+            d_read = x.read_backward(d_out)
+            after = torch.empty_like(d_read)
             for n in reversed(range(lo, hi)):
-                d_before, d_after = D[n - lo], D[n - lo + 1]
                 if last_chunk is not None and sequence is not None:
                     at = sequence[n : n + 1]
-                    d_after += torch.where(last_chunk[at] == n, d_final[at], 0.0)
-                torch.addcmul(d_read[n - lo], d_after, x.total[n - lo], out=d_before)
+                    d_state = torch.where(last_chunk[at] == n, d_state + d_final[at], d_state)
+                after[:, :, n - lo] = d_state
+                d_state = x.decay(d_state, n - lo) + d_read[:, :, n - lo]
                 if first is not None and sequence is not None:
-                    d_initial[sequence[n : n + 1]] += torch.where(first[n], d_before, 0.0)
-                    d_before.masked_fill_(first[n], 0.0)
-            x.backward(before, after, D[1 : hi - lo + 1], o, unit, grads)
-    d_initial = D[0] if first is None else d_initial
-    return [*(x for x in grads if x is not None), d_initial / unit / _unit(gk, gv)]
+                    d_initial[sequence[n : n + 1]] += torch.where(first[n], d_state, 0.0)
+                    d_state = torch.where(first[n], 0.0, d_state)
+            values = x.state_backward(states[:, :, lo:hi], after)
+            for grad, value in zip(grads, [y for y in values if y is not None], strict=True):
+                put(grad, value / unit, lo, hi, C)
+    return [*grads, (d_state if first is None else d_initial) / unit]
 
 
 @_backward.register_fake
-def _(d_o, d_final, o, states, q, k, v, gk, gv, initial_state, *options):  # type: ignore[no-untyped-def]
+def _(d_o, d_final, q, k, v, gk, gv, states, *options):  # type: ignore[no-untyped-def]
     inputs = [x for x in (q, k, v, gk, gv) if x is not None]
     return [x.new_empty(x.shape) for x in inputs] + [torch.empty_like(d_final)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # that of the states would be zeros, larger than any input
-    *tensors, scale, C, first, sequence, last_chunk, _ = inputs
-    ctx.options = scale, C
-    ctx.save_for_backward(output[0], output[2], *tensors, first, sequence, last_chunk)
+    q, k, v, gk, gv, _, *ctx.options, _ = inputs
+    ctx.options, segments = ctx.options[:2], ctx.options[2:]
+    ctx.save_for_backward(q, k, v, gk, gv, output[2], *segments)
 
 
-def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    o, states, *inputs, first, sequence, last_chunk = ctx.saved_tensors
-    d_o = torch.zeros_like(o) if d_o is None else d_o
-    d_final = torch.zeros_like(inputs[-1]) if d_final is None else d_final
-    found = iter(_backward(d_o, d_final, o, states, *inputs, *ctx.options, first, sequence, last_chunk))
-    return *(None if x is None else next(found) for x in inputs), *(None,) * 6
+def _gradients(ctx: Any, d_o: Tensor, d_final: Tensor, d_states: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, gk, gv, states, *segments = ctx.saved_tensors
+    found = iter(_backward(d_o, d_final, q, k, v, gk, gv, states, *ctx.options, *segments))
+    grads = [None if x is None else next(found) for x in (q, k, v, gk, gv, states)]
+    return *grads, *(None,) * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-def _scan(
-    x: Slab, state: Tensor, initial_state: Tensor, first: Tensor | None, sequence: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The states [n, B, H, K, V] before and after each chunk of a slab, from the one before the first of them."""
-    written = x.written()
-    n = len(written)
-    states = x.scratch("states", n + 1, *state.shape)
-    states[0] = state
-    before, after = states[:-1], states[1:]
-    if first is not None and sequence is not None:  # where a sequence opens, what is before isn't what was after
-        before = x.scratch("before", *before.shape)
-    for i in range(n):
-        if first is not None and sequence is not None:
-            at = x.place[0] + i
-            before[i] = torch.where(first[at], initial_state[sequence[at : at + 1]], states[i])
-        torch.addcmul(written[i], before[i], x.total[i], out=after[i])
-    return before, after
-
-
-def _unit(gk: Tensor | None, gv: Tensor | None) -> float:
-    """States are held this much below their values."""
-    return UNIT ** sum(g is not None for g in (gk, gv))
-
-
 def _slabs(chunk_numel: int, N: int, device: torch.device) -> list[tuple[int, int]]:
     """Ranges of chunks to work on at once: what fits a CPU's cache; on other devices enough to fill them."""
-    budget = 1 << (19 if device.type == "cpu" else 25)
+    budget = 1 << (18 if device.type == "cpu" else 25)
     n = max(1, budget // chunk_numel)
     return [(lo, min(lo + n, N)) for lo in range(0, N, n)]
