@@ -61,6 +61,7 @@ def test_the_kernels_run_where_they_can() -> None:
     assert [row["subject"] for row in rows] == [
         "regla_attention/key/triton",
         "gated_linear_attention/key/triton",
+        "regla_attention_fast_gates/key/triton",
         "regla_step/value/triton",
     ]
 

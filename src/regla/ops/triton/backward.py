@@ -313,8 +313,6 @@ def finish(
         kept *= exp2(total_k)[:, None]
     if VALUED:
         kept *= exp2(total_v)[None, :]
-        if not PIECES:
-            U *= exp2(total_v + cv)[None, :]
     dS += kept
     if i > 0:
         tl.store(passed_at + (i + 1) % 2 * K * V, dS, mask=state_mask)
@@ -330,7 +328,7 @@ def finish(
         worth_v = tl.sum(kept, 0)
         S *= exp2(-cv)[None, :]
     Sd = S.to(dtype)
-    # The forward kernel's k_end and v_end; U already holds the factor that v_end lacks without pieces.
+    # The forward kernel's k_end and v_end, and of U the factor that v_end lacks without pieces.
     k_end, v_end = kd, x
     if KEYED:
         if PIECES:
@@ -341,6 +339,8 @@ def finish(
     if VALUED and PIECES:
         to_end_v = to_the_end(gv, rows, Bv, total_v, limit)
         v_end = (v * to_end_v).to(dtype)
+    if VALUED and not PIECES:
+        U *= exp2(total_v + cv)[None, :]
     Ud = U.to(dtype)
     dv, dBv = value_side(
         q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, Sd,

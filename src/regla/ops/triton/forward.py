@@ -229,6 +229,8 @@ def finish(
         v_end = (v * to_the_end(gv, rows, Bv, total_v, limit)).to(dtype) if PIECES else x
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
     written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), passed_at, count < 0)
+    if VALUED and not PIECES:
+        written *= exp2(total_v + cv)[None, :]
     # The state before the chunk, and at once the one after it for the next.
     S = tl.zeros([BK, BV], tl.float32)
     if i > 0:
@@ -241,8 +243,6 @@ def finish(
         kept *= exp2(total_k)[:, None]
     if VALUED:
         kept *= exp2(total_v)[None, :]
-        if not PIECES:
-            written *= exp2(total_v + cv)[None, :]
     written += kept
     if i + 1 < count:
         tl.store(passed_at + (i + 1) % 2 * K * V, written, mask=state_mask)

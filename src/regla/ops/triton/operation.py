@@ -278,7 +278,7 @@ def _warps(k: Tensor, v: Tensor, *, backward: bool) -> dict[str, int | None]:
     """
     if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64:
         return {"num_warps": 8}
-    return {"num_warps": 4, "maxnreg": None if backward else 128}
+    return {"num_warps": 4, "maxnreg": None if backward else 168}
 
 
 def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None) -> float:
