@@ -12,8 +12,8 @@ so at B8 T2048 H12 K=V=64 in bfloat16, from raw logits (q, k, v, gate, refine), 
 Everything is computed from the same standard normal tensors: `regla_attention` from raw logits; gated_linear_attention
 and fla's `chunk_gla` from features and log-decays made of them beforehand; softmax attention from q, k and v.
 `regla_step` is one token behind a state: with the kernel in place, with the recurrence to a new state.
-`regla_attention_fast_gates` is `regla_attention` with gate logits of mean -0.7 and deviation 1.2: in every chunk of 32
-tokens some channel then decays by more than 2^-60.
+`regla_attention_fast_gates` is `regla_attention` with gate logits of mean -2 that differ by 2 from channel to channel
+and by 1 from token to token: some channels keep for tens of tokens, most hardly for one, as models learn it.
 
 Shape legend: B batch, T tokens, H heads, K and V channels of keys and values.
 """
@@ -203,7 +203,10 @@ def _operation(
     q, k, v, *gates = logits.values()
     half = len(gates) // 2
     if operation == FAST_GATES:
-        gates[:half] = [1.2 * gate - 0.7 for gate in gates[:half]]
+        gates[:half] = [
+            gate + 2 * normal(*gate.shape[2:], seed=8, device=gate.device, dtype=gate.dtype) - 2
+            for gate in gates[:half]
+        ]
         operation = "regla_attention"
     if operation == "softmax_attention":
         return _softmax_attention, [x.transpose(1, 2).contiguous() for x in (q, k, v)]
