@@ -236,6 +236,29 @@ def test_fast_gates_in_bfloat16(axis, outlier):
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_channels_far_below_the_unit_in_bfloat16(axis):
+    """One channel of the keys holds the unit, the queries read the others, 2^-144 of it: gates that later forget fast
+    take nothing from earlier rows."""
+    q, k, v = torch.zeros(1, 64, 1, 16), torch.randn(1, 64, 1, 16) - 100, torch.randn(1, 64, 1, 16)
+    q[..., 0], k[..., 0] = -160.0, 0.0
+    outputs = []
+    for later in (0.05, 3.8 if axis == "both" else 5.0):
+        gate = torch.full((1, 64, 1, 16), -0.05)
+        gate[:, 48:] = -later
+        gate[..., 0] = -0.01
+        gates = {"key": {"gk": gate}, "value": {"gv": gate}, "both": {"gk": gate, "gv": gate}}[axis]
+        h, _ = safe_exp_attention(
+            *(x.bfloat16() for x in (q, k, v)),
+            **{name: x.bfloat16() for name, x in gates.items()},
+            backend="triton",
+            key_max="running",
+        )
+        outputs.append(h[:, :48])
+    assert torch.equal(*outputs)
+    assert outputs[0].abs().amax(-1).min() > 0
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_any_split_into_calls_on_any_backend(axis):
     """States pass from one backend to the other."""
     inputs = make(80, SMALL, axis, "outliers")

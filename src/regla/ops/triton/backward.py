@@ -238,13 +238,13 @@ def load_chunk(
 
 
 @triton.jit
-def strained(lower_ptr, k, t, inside, valid, begin, h, H, G: tl.constexpr, SAFE_EXP: tl.constexpr):
+def strained(lower_ptr, k, t, inside, valid, begin, h, H, G: tl.constexpr, K: tl.constexpr, SAFE_EXP: tl.constexpr):
     """[C]: tokens that are `faint`, or whose outputs were, so that their gradients are large."""
-    weak = faint(k, valid, SAFE_EXP)
+    weak = faint(k, valid, K)
     if SAFE_EXP:
         for j in range(G):
             factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-            weak |= factor > 2.0**-24
+            weak |= valid & (factor > 2.0**-24)
     return weak
 
 
@@ -348,6 +348,8 @@ def finish(
     )  # fmt: skip
     gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
     dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
+    if PIECES:
+        dv_end = finite(dv_end)
     if VALUED:
         written = v_end.to(tl.float32) * dv_end
         after = (worth_v + tl.sum(written, 0)) * unit
@@ -367,6 +369,8 @@ def finish(
     )  # fmt: skip
     gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
     dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
+    if PIECES:
+        dk_end = finite(dk_end)
     if KEYED:
         if PIECES:
             written = k_end.to(tl.float32) * dk_end
@@ -409,7 +413,7 @@ def finish_in_pieces(
         t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
         G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
     )  # fmt: skip
-    limit = limits(strained(lower_ptr, k, t, inside, valid, begin, h, H, G, SAFE_EXP), REACH)
+    limit = limits(strained(lower_ptr, k, t, inside, valid, begin, h, H, G, K, SAFE_EXP), REACH)
     finish(
         q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
         dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
@@ -465,7 +469,7 @@ def backward_kernel(
             t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
             G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
-        weak = strained(lower_ptr, k, t, inside, valid, begin, h, H, G, SAFE_EXP)
+        weak = strained(lower_ptr, k, t, inside, valid, begin, h, H, G, K, SAFE_EXP)
         if in_pieces(gk, gv, weak, REACH) and not ONE_PATH:
             finish_in_pieces(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,

@@ -299,7 +299,7 @@ def finish_in_pieces(
         m_before = tl.maximum(before + sums_before, tops_before)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
-    limit = limits(faint(k, valid, SAFE_EXP), REACH)
+    limit = limits(faint(k, valid, K), REACH)
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
         q, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
@@ -368,7 +368,7 @@ def forward_kernel(
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
         at = (slot * H + h) * K * V
-        weak = faint(k, valid, SAFE_EXP)
+        weak = faint(k, valid, K)
         if in_pieces(gk, gv, weak, REACH) and not ONE_PATH:
             finish_in_pieces(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, initial_ptr,

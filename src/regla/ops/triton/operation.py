@@ -51,7 +51,7 @@ def forward(
             o, final, m, lower, states, last, passed, passed_m, flags,
             scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
-            **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv),
+            **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, backward=False),
         )  # fmt: skip
@@ -116,7 +116,7 @@ def backward(
             *grads, d_initials, passed, flags,
             scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
             SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
-            **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv),
+            **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, backward=True),
         )  # fmt: skip
@@ -281,9 +281,10 @@ def _warps(k: Tensor, v: Tensor, *, backward: bool) -> dict[str, int | None]:
     return {"num_warps": 4, "maxnreg": None if backward else 168}
 
 
-def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None) -> float:
-    """How many powers of two a channel may decay by in a chunk before the chunk takes several pieces."""
-    if v.dtype == torch.float32:
+def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:
+    """How many powers of two a channel may decay by in a chunk before the chunk takes several pieces: more than RANGE
+    where the size of features is known."""
+    if v.dtype == torch.float32 or not safe_exp:
         return RANGE.value
     return 150.0 if gk is None or gv is None else 110.0
 

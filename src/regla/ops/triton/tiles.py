@@ -71,9 +71,9 @@ def exp2(x):
 
 @triton.jit
 def finite(x):
-    """x within float32. What left it is for a row whose channel was reset, where a factor 0 meets it: infinity times 0
-    would be nan."""
-    return tl.minimum(tl.maximum(x, -3e38), 3e38)
+    """x within float32, 0 for what is no number. What left float32 is for a row whose channel was reset, where a factor
+    0 meets it: infinity times 0 would be nan, and so is infinity less infinity."""
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -1e37), 1e37), 0.0)
 
 
 @triton.jit
@@ -209,10 +209,11 @@ def stabiliser_scan(top, step):
 
 
 @triton.jit
-def faint(k, valid, SAFE_EXP: tl.constexpr):
-    """[C]: tokens whose features k [C, K] all lie 2^60 and more below the unit's 2^48, as behind an outlier: with the
-    smallest factors W they would leave float32."""
-    return valid & (tl.max(k, 1) < 2.0**-12) & SAFE_EXP
+def faint(k, valid, K: tl.constexpr):
+    """[C]: tokens of whose features k [C, BK] one lies 2^60 and more below the unit's 2^48, as behind an outlier: with
+    the smallest factors W it would leave float32."""
+    real = (tl.arange(0, k.shape[1]) < K)[None, :]
+    return valid & (tl.min(tl.where(real, k, 1.0), 1) < 2.0**-12)
 
 
 @triton.jit
