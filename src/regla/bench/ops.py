@@ -13,7 +13,7 @@ Everything is computed from the same standard normal tensors: `regla_attention` 
 and fla's `chunk_gla` from features and log-decays made of them beforehand; softmax attention from q, k and v.
 `regla_step` is one token behind a state: with the kernel in place, with the recurrence to a new state.
 `regla_attention_fast_gates` is `regla_attention` with gate logits of mean -2 that differ by 2 from channel to channel
-and by 1 from token to token: some channels keep for tens of tokens, most hardly for one, as models learn it.
+and by 1 from token to token: some channels keep for tens of tokens, most hardly for one.
 
 Shape legend: B batch, T tokens, H heads, K and V channels of keys and values.
 """

@@ -15,7 +15,7 @@ keep all their digits. A chunk of bfloat16 without such features may decay furth
 Where a channel decays beyond that, the tokens after the first one left out make another *piece*, with sums that start
 anew there; nothing is ever a difference of long sums. A token's weight is zero outside of its own piece, so later
 tokens add exact zeros to what an earlier row reads, and c is an integer, so that another c changes E and W by powers of
-two, which their products cancel: causal to the last bit.
+two, which their products cancel: causal to the last bit (docs/kernels.md says what of the state is not).
 """
 
 from __future__ import annotations
