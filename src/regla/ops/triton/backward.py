@@ -33,23 +33,23 @@ from regla.ops.triton.tiles import (
     as_read,
     cumulative,
     decays,
-    end_of_first,
     exp2,
+    factors,
     faint,
     finite,
-    first_piece,
     gate_at,
-    in_pieces,
+    goes_far,
+    levels_of,
     limits,
     load_gate,
     load_tile,
-    next_piece,
     publish,
     scores,
     store_gate_gradient,
     store_tile,
     sums,
     to_the_end,
+    tree_level,
     wait_until,
 )
 
@@ -106,14 +106,13 @@ def value_side(
     q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to x (with PIECES to v) and to Bv."""
-    rows = tl.arange(0, C)
+    """What the outputs of a chunk give to x (with FAR to v) and to Bv."""
     dtype = S.dtype
     dx = tl.zeros([C, BV], tl.float32)
     dBv = tl.zeros([C, BV], tl.float32)
-    if PIECES:  # of all but the first
+    if FAR:  # over the tree
         dv = tl.zeros([C, BV], tl.float32)
     for j in range(G):
         if G > 1:
@@ -121,25 +120,26 @@ def value_side(
                 q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
             )  # fmt: skip
-        Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
+        Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, FAR, PRECISION).to(dtype)
         dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
             out = tl.dot(Pd, x, out, input_precision=PRECISION)
             dBv += out * d.to(tl.float32)
-            if PIECES:
-                start = end_of_first(Bv, limit)
-                while tl.min(start, 0) < C:
-                    _Bv, E2, W2, start = next_piece(gv, rows, start)
-                    x2 = (v * W2).to(dtype)
-                    d2 = (do * E2).to(dtype)
-                    dx2 = finite(tl.dot(tl.trans(Pd), d2, input_precision=PRECISION))
-                    dv += dx2 * W2
-                    read = tl.dot(Pd, x2, input_precision=PRECISION) * d2.to(tl.float32)
+            if FAR:
+                far = limit[:, None] > Bv
+                for level in range(levels_of(far)):
+                    joined, X = tree_level(level, gv, PRECISION)
+                    P2 = tl.where(joined, Pd, 0.0).to(dtype)
+                    x2 = tl.where(far, v * X, 0.0).to(dtype)
+                    d2 = (do * X).to(dtype)
+                    dx2 = finite(tl.dot(tl.trans(P2), d2, input_precision=PRECISION))
+                    dv += tl.where(far, dx2 * X, 0.0)
+                    read = tl.dot(P2, x2, input_precision=PRECISION) * d2.to(tl.float32)
                     dBv += read - x2.to(tl.float32) * dx2
     if VALUED:
         dBv -= x.to(tl.float32) * dx
-    if PIECES:
+    if FAR:
         dx = dv + (dx * Wv if VALUED else dx)
     return dx, dBv
 
@@ -150,9 +150,9 @@ def key_side(
     S,
     begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to kd (with PIECES to k) and to Bk, and dq, written."""
+    """What the outputs of a chunk give to kd (with FAR to k) and to Bk, and dq, written."""
     rows = tl.arange(0, C)
     ki = tl.arange(0, BK)
     causal = rows[:, None] >= rows[None, :]
@@ -160,7 +160,7 @@ def key_side(
     lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
     dkd = tl.zeros([C, BK], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
-    if PIECES:  # of all but the first
+    if FAR:
         dk = tl.zeros([C, BK], tl.float32)
     for j in range(G):
         if G > 1:
@@ -169,38 +169,43 @@ def key_side(
                 dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
             )  # fmt: skip
         dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
-        if VALUED and PIECES:
-            start = end_of_first(Bv, limit)
-            while tl.min(start, 0) < C:
-                _Bv, E2, W2, start = next_piece(gv, rows, start)
-                dP += tl.dot((do * E2).to(dtype), tl.trans((v * W2).to(dtype)), input_precision=PRECISION)
+        if VALUED and FAR:
+            far_v = limit[:, None] > Bv
+            for level in range(levels_of(far_v)):
+                joined, X = tree_level(level, gv, PRECISION)
+                x2 = tl.where(far_v, v * X, 0.0).to(dtype)
+                dP2 = tl.dot((do * X).to(dtype), tl.trans(x2), input_precision=PRECISION)
+                dP += tl.where(joined, dP2, 0.0)
         dPd = tl.where(causal, dP, 0.0).to(dtype)
         dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
         dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
         dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
-        if PIECES:
+        if FAR:
             dq = finite(dq)
-        read = qd.to(tl.float32) * dq  # with one piece the gradient of q's logits, too: neither q nor E is kept for it
+        read = (
+            qd.to(tl.float32) * dq
+        )  # with no far token the gradient of q's logits, too: neither q nor E is kept for it
         if KEYED:
             dBk += read
             dq *= Ek
-            if PIECES:
-                start = end_of_first(Bk, limit)
-                while tl.min(start, 0) < C:
-                    _Bk, E2, W2, start = next_piece(gk, rows, start)
-                    q2 = (q * E2).to(dtype)
-                    k2 = (k * W2).to(dtype)
-                    dq2 = finite(tl.dot(dPd, k2, input_precision=PRECISION))
-                    dk2 = tl.dot(tl.trans(dPd), q2, input_precision=PRECISION)
-                    dq += dq2 * E2
-                    dk += dk2 * W2
+            if FAR:
+                far = limit[:, None] > Bk
+                for level in range(levels_of(far)):
+                    joined, X = tree_level(level, gk, PRECISION)
+                    dP2 = tl.where(joined, dPd, 0.0).to(dtype)
+                    q2 = (q * X).to(dtype)
+                    k2 = tl.where(far, k * X, 0.0).to(dtype)
+                    dq2 = finite(tl.dot(dP2, k2, input_precision=PRECISION))
+                    dk2 = tl.dot(tl.trans(dP2), q2, input_precision=PRECISION)
+                    dq += dq2 * X
+                    dk += tl.where(far, dk2 * X, 0.0)
                     dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
         if SAFE_EXP:
-            dq = dq * q if PIECES else read
+            dq = dq * q if FAR else read
         store_tile(dq_ptr + j * K, t, inside, dq_step, ki, K, dq * (2.0 ** (-lift)))
     if KEYED:
         dBk -= kd.to(tl.float32) * dkd
-    if PIECES:
+    if FAR:
         dkd = dk + (dkd * Wk if KEYED else dkd)
     return dkd, dBk
 
@@ -257,7 +262,7 @@ def finish(
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, D_FINAL: tl.constexpr,
-    PRECISION: tl.constexpr, PIECES: tl.constexpr,
+    PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunk, and pass on that of the state before it.
 
@@ -268,7 +273,6 @@ def finish(
     VALUED: tl.constexpr = VALUE != "none"
     lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
     unit: tl.constexpr = 2.0 ** (-lift)
-    rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     dtype = S.dtype
     state_at = ki[:, None] * V + vi[None, :]
@@ -279,11 +283,11 @@ def finish(
     kd, x = k.to(dtype), v.to(dtype)
     if KEYED:
         Bk, total_k = cumulative(gk, EXACT)
-        Ek, Wk, ck = first_piece(Bk, total_k, limit, EXACT, PIECES)
+        Ek, Wk, ck = factors(Bk, total_k, limit, EXACT, FAR)
         kd = (k * Wk).to(dtype)
     if VALUED:
         Bv, total_v = cumulative(gv, EXACT)
-        Ev, Wv, cv = first_piece(Bv, total_v, limit, EXACT, PIECES)
+        Ev, Wv, cv = factors(Bv, total_v, limit, EXACT, FAR)
         x = (v * Wv).to(dtype)
     # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
     q, do, qd, d = queries(q, do, factor, Ek, Ev, scale, dtype, KEYED, VALUED, SAFE_EXP)
@@ -328,34 +332,34 @@ def finish(
         worth_v = tl.sum(kept, 0)
         S *= exp2(-cv)[None, :]
     Sd = S.to(dtype)
-    # The forward kernel's k_end and v_end, and of U the factor that v_end lacks without pieces.
+    # The forward kernel's k_end and v_end, and of U the factor that v_end lacks where no token is far.
     k_end, v_end = kd, x
     if KEYED:
-        if PIECES:
-            to_end_k = to_the_end(gk, rows, Bk, total_k, limit)
+        if FAR:
+            to_end_k = to_the_end(gk, PRECISION)
             k_end = (k * to_end_k).to(dtype)
         else:
             k_end = (kd.to(tl.float32) * exp2(total_k + ck)[None, :]).to(dtype)
-    if VALUED and PIECES:
-        to_end_v = to_the_end(gv, rows, Bv, total_v, limit)
+    if VALUED and FAR:
+        to_end_v = to_the_end(gv, PRECISION)
         v_end = (v * to_end_v).to(dtype)
-    if VALUED and not PIECES:
+    if VALUED and not FAR:
         U *= exp2(total_v + cv)[None, :]
     Ud = U.to(dtype)
     dv, dBv = value_side(
         q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, Sd,
-        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
+        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, FAR,
     )  # fmt: skip
     gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
     dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
-    if PIECES:
+    if FAR:
         dv_end = finite(dv_end)
     if VALUED:
         written = v_end.to(tl.float32) * dv_end
         after = (worth_v + tl.sum(written, 0)) * unit
-        dgv = sums(dBv - written, unit, True, PIECES) + after[None, :]
+        dgv = sums(dBv - written, unit, True, EXACT) + after[None, :]
         store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, dgv_step, drv_step, vi, V, gate, refine, dgv, VALUE)
-    if VALUED and PIECES:
+    if VALUED and FAR:
         dv += dv_end * to_end_v
     else:
         dv += dv_end
@@ -365,24 +369,24 @@ def finish(
     dk, dBk = key_side(
         q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wk, kd,
         x, Sd,
-        begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, PIECES,
+        begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, FAR,
     )  # fmt: skip
     gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
     dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
-    if PIECES:
+    if FAR:
         dk_end = finite(dk_end)
     if KEYED:
-        if PIECES:
+        if FAR:
             written = k_end.to(tl.float32) * dk_end
             dk_end *= to_end_k
         else:
             dk_end *= exp2(total_k + ck)[None, :]
             written = kd.to(tl.float32) * dk_end
         after = (worth_k + tl.sum(written, 0)) * unit
-        dgk = sums(dBk - written, unit, True, PIECES) + after[None, :]
+        dgk = sums(dBk - written, unit, True, EXACT) + after[None, :]
         store_gate_gradient(dgk_ptr, drk_ptr, t, inside, valid, dgk_step, drk_step, ki, K, gate, refine, dgk, KEY)
     dk += dk_end
-    if not PIECES:  # of kd so far
+    if not FAR:  # of kd so far
         if KEYED and not SAFE_EXP:
             dk *= Wk
         k = kd.to(tl.float32)
@@ -392,7 +396,7 @@ def finish(
 
 
 @triton.jit(noinline=True)
-def finish_in_pieces(
+def finish_with_tree(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
     before, begin, length, past, head, h, i, count, at, scale, H,
@@ -402,7 +406,7 @@ def finish_in_pieces(
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
     MASKED: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
-    """`finish` of a chunk in which a channel has several pieces; see the one of the forward kernel."""
+    """`finish` of a chunk with far tokens; see the one of the forward kernel."""
     t = tl.arange(0, C)
     inside = t < length - i * C
     valid = inside
@@ -470,8 +474,8 @@ def backward_kernel(
             G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
         weak = strained(lower_ptr, k, t, inside, valid, begin, h, H, G, K, SAFE_EXP)
-        if in_pieces(gk, gv, weak, REACH) and not ONE_PATH:
-            finish_in_pieces(
+        if goes_far(gk, gv, weak, REACH) and not ONE_PATH:
+            finish_with_tree(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
                 d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
                 flags_ptr + head, before, begin, length, past, head, h, i, count, at, scale, H,

@@ -21,22 +21,22 @@ from regla.ops.triton.tiles import (
     as_read,
     cumulative,
     decays,
-    end_of_first,
     exp2,
+    factors,
     faint,
-    first_piece,
     gate_at,
-    in_pieces,
+    goes_far,
+    levels_of,
     limits,
     load_gate,
     load_tile,
-    next_piece,
     publish,
     publish_number,
     scores,
     stabiliser_scan,
     store_tile,
     to_the_end,
+    tree_level,
     wait_for_number,
     wait_until,
 )
@@ -107,15 +107,15 @@ def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE:
 @triton.jit
 def inside_chunk(
     q, k, gk, Bk, limit, Ek, kd, x,
-    KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+    KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """(q E, scores, what they read of the first piece x = v W), from q as it is in memory: all without the state."""
+    """(q E, scores, what they read of x = v W), from q as it is in memory: all without the state."""
     dtype = kd.dtype
     q = q.to(tl.float32)
     if SAFE_EXP:
         q = query_features(q)
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-    Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, PIECES, PRECISION).to(dtype)
+    Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, FAR, PRECISION).to(dtype)
     return qd, Pd, tl.dot(Pd, x, input_precision=PRECISION)
 
 
@@ -123,18 +123,18 @@ def inside_chunk(
 def write_outputs(
     o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, S, begin, h, j, scale, H,
     G: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
+    VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """The outputs of the j-th head of the group, from what `inside_chunk` gave and the state S before the chunk."""
-    rows = tl.arange(0, C)
     out = tl.dot(qd, S, out, input_precision=PRECISION)
     if VALUED:
         out *= Ev
-        if PIECES:
-            start = end_of_first(Bv, limit)
-            while tl.min(start, 0) < C:
-                _Bv, E2, W2, start = next_piece(gv, rows, start)
-                out += E2 * tl.dot(Pd, (v * W2).to(Pd.dtype), input_precision=PRECISION)
+        if FAR:
+            far = limit[:, None] > Bv
+            for level in range(levels_of(far)):
+                joined, X = tree_level(level, gv, PRECISION)
+                x = tl.where(far, v * X, 0.0).to(Pd.dtype)
+                out += X * tl.dot(tl.where(joined, Pd, 0.0).to(Pd.dtype), x, input_precision=PRECISION)
     if SAFE_EXP:
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
         largest = tl.maximum(tl.max(tl.abs(out), 1) * tl.abs(scale), 7.888609052210118e-31)
@@ -200,15 +200,14 @@ def finish(
     q, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
-    PRECISION: tl.constexpr, PIECES: tl.constexpr,
+    PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Add the chunk to the state, pass that on, and write its outputs."""
-    rows = tl.arange(0, C)
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     dtype = o_ptr.dtype.element_ty
     state_at = ki[:, None] * V + vi[None, :]
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    # E, k W and v W of the first piece. Where it is the only one, the state after the chunk is
+    # Where no token is far, the state after the chunk is
     # 2^total_v (2^total_k S + 2^c (2^(total_k + c) k W)^T (v W)), c of each axis its own: v W, which the outputs take
     # too, can do without its factor until after the product; k W as well could leave float32.
     EXACT: tl.constexpr = dtype == tl.float32
@@ -217,19 +216,17 @@ def finish(
     k_end, v_end = kd, x
     if KEYED:
         Bk, total_k = cumulative(gk, EXACT)
-        Ek, Wk, ck = first_piece(Bk, total_k, limit, EXACT, PIECES)
+        Ek, Wk, ck = factors(Bk, total_k, limit, EXACT, FAR)
         kd = (k * Wk).to(dtype)
-        k_end = (k * (to_the_end(gk, rows, Bk, total_k, limit) if PIECES else Wk * exp2(total_k + ck)[None, :])).to(
-            dtype
-        )
+        k_end = (k * (to_the_end(gk, PRECISION) if FAR else Wk * exp2(total_k + ck)[None, :])).to(dtype)
     if VALUED:
         Bv, total_v = cumulative(gv, EXACT)
-        Ev, Wv, cv = first_piece(Bv, total_v, limit, EXACT, PIECES)
+        Ev, Wv, cv = factors(Bv, total_v, limit, EXACT, FAR)
         x = (v * Wv).to(dtype)
-        v_end = (v * to_the_end(gv, rows, Bv, total_v, limit)).to(dtype) if PIECES else x
+        v_end = (v * to_the_end(gv, PRECISION)).to(dtype) if FAR else x
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
     written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), passed_at, count < 0)
-    if VALUED and not PIECES:
+    if VALUED and not FAR:
         written *= exp2(total_v + cv)[None, :]
     # The state before the chunk, and at once the one after it for the next.
     S = tl.zeros([BK, BV], tl.float32)
@@ -258,18 +255,18 @@ def finish(
         S *= exp2(-cv)[None, :]
     Sd = S.to(dtype)
     for j in range(G):
-        qd, Pd, out = inside_chunk(q, k, gk, Bk, limit, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, PIECES)
+        qd, Pd, out = inside_chunk(q, k, gk, Bk, limit, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, FAR)
         if G > 1:
             empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
             q = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
         write_outputs(
             o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, Sd, begin, h, j, scale, H,
-            G, V, BV, C, VALUED, SAFE_EXP, STORE, PRECISION, PIECES,
+            G, V, BV, C, VALUED, SAFE_EXP, STORE, PRECISION, FAR,
         )  # fmt: skip
 
 
 @triton.jit(noinline=True)
-def finish_in_pieces(
+def finish_with_tree(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, initial_ptr,
     o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
     before, begin, length, head, h, i, count, at, scale, H,
@@ -278,7 +275,7 @@ def finish_in_pieces(
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
-    """`finish` of a chunk in which a channel has several pieces.
+    """`finish` of a chunk with far tokens.
 
     A function that is called, and loads the chunk again: what it needs costs other chunks no registers.
     """
@@ -369,8 +366,8 @@ def forward_kernel(
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
         at = (slot * H + h) * K * V
         weak = faint(k, valid, K)
-        if in_pieces(gk, gv, weak, REACH) and not ONE_PATH:
-            finish_in_pieces(
+        if goes_far(gk, gv, weak, REACH) and not ONE_PATH:
+            finish_with_tree(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, initial_ptr,
                 o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
                 before, begin, length, head, h, i, count, at, scale, H,

@@ -34,24 +34,13 @@ from regla.ops.triton.tiles import (
     decays,
     exp2,
     gate_at,
+    later,
     load_gate,
     load_tile,
     sums,
 )
 
 LIFT = tl.constexpr(44.0)  # of the factor that has none: with 2^-126, float32's least, 2^-170 of what is left
-
-
-@triton.jit
-def later(x, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of x [C, D] over the tokens behind each."""
-    rows = tl.arange(0, x.shape[0])
-    ones = tl.where(rows[:, None] < rows[None, :], 1.0, 0.0)
-    if EXACT:
-        return tl.dot(ones, x, input_precision=PRECISION)
-    high = x.to(tl.bfloat16)
-    low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    return tl.dot(ones.to(tl.bfloat16), low, tl.dot(ones.to(tl.bfloat16), high))
 
 
 @triton.jit
@@ -119,7 +108,7 @@ def state_kernel(
             if KEY != "none":
                 gk, slow = slowest(decays(gk, rk, C, BK, KEY), K)
                 step += slow
-                exponent = later(gk, PRECISION, ONE_PATH) + decay_k[None, :]
+                exponent = later(gk, PRECISION) + decay_k[None, :]
                 decay_k += tl.sum(gk, 0)
             if VALUE != "none":
                 gv, slow = slowest(decays(gv, rv, C, BV, VALUE), V)
@@ -128,7 +117,7 @@ def state_kernel(
                 to_end = later_steps(slow) + fall
                 fall += tl.sum(slow, 0)
                 gv = tl.minimum(gv - slow[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-                v *= exp2(later(gv, PRECISION, ONE_PATH) + (decay_v + lift)[None, :])
+                v *= exp2(later(gv, PRECISION) + (decay_v + lift)[None, :])
                 decay_v += tl.sum(gv, 0)
             exponent += to_end[:, None]
             if SAFE_EXP:

@@ -12,10 +12,15 @@ as W <= 2^56: with keys held 2^48 above their unit, what W multiplies stays belo
 keep all their digits. A chunk of bfloat16 without such features may decay further: c is then as large as W wants it
 (`limits`).
 
-Where a channel decays beyond that, the tokens after the first one left out make another *piece*, with sums that start
-anew there; nothing is ever a difference of long sums. A token's weight is zero outside of its own piece, so later
-tokens add exact zeros to what an earlier row reads, and c is an integer, so that another c changes E and W by powers of
-two, which their products cancel: causal to the last bit (docs/kernels.md says what of the state is not).
+Tokens from the first one on at which a channel has decayed further are *far*: W is zero there, and what they write
+is read over a tree of halves instead. Its level of halves of h tokens joins every token t of a second half to every s
+of the first half beside it: with `mid` where the second begins, the decay over (s, t] is that over (s, mid) times that
+over [mid, t], neither above 1, summed from its own tokens alone. The last level joins a token to itself. Every pair is
+in one level, nothing overflows or cancels, however fast a gate closes.
+
+Whether a token is far, no later one has a say in, so later tokens add exact zeros to what an earlier row reads, and c
+is an integer, so that another c changes E and W by powers of two, which their products cancel: causal to the last bit
+(docs/kernels.md says what of the state is not).
 """
 
 from __future__ import annotations
@@ -218,25 +223,23 @@ def faint(k, valid, K: tl.constexpr):
 
 @triton.jit
 def limits(weak, REACH: tl.constexpr):
-    """[C]: how far down B may go in the first piece, up to each token. Of no token after it."""
+    """[C]: how far down B may go before a token is far, up to each token. Of no token after it."""
     return tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -REACH)
 
 
 @triton.jit
-def in_pieces(gk, gv, weak, REACH: tl.constexpr):
-    """Whether some channel decays beyond the first piece."""
+def goes_far(gk, gv, weak, REACH: tl.constexpr):
+    """Whether a token of some channel may be far."""
     lowest = tl.minimum(tl.min(tl.sum(gk, 0), 0), tl.min(tl.sum(gv, 0), 0))
     return lowest < tl.where(tl.max(weak.to(tl.int32), 0) > 0, 1 - RANGE, 1 - REACH)  # summed in another order than B
 
 
 @triton.jit
-def sums(x, unit: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of x [C, D] over the tokens up to each (REVERSE: from each on), times unit, a power of two: in float32, or,
-    unless EXACT, as a product with units of the two upper halves of x' digits, to 2^-17 of each term."""
-    if EXACT:
-        return tl.cumsum(x, 0, reverse=REVERSE) * unit
-    rows = tl.arange(0, x.shape[0])
-    counted = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+def counted_sums(counted, x, unit: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of x [C, D] over the tokens that `counted` [C, C] says, times unit, a power of two: a product, of float32
+    where PRECISION is "tf32x3", else of the two upper halves of x' digits, to 2^-17 of each term."""
+    if PRECISION == "tf32x3":
+        return tl.dot(tl.where(counted, unit, 0.0), x, input_precision=PRECISION)
     units = tl.where(counted, unit, 0.0).to(tl.bfloat16)
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)
@@ -244,23 +247,46 @@ def sums(x, unit: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def cumulative(g, EXACT: tl.constexpr):
-    """(B, decay of the whole chunk [D])."""
-    floor = tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # -inf times zero would be nan in a product
-    return sums(floor, 1.0, False, EXACT), tl.sum(g, 0)
+def sums(x, unit: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """Sums of x [C, D] over the tokens up to each (REVERSE: from each on), times unit, a power of two: in float32, or,
+    unless EXACT, as a product with the upper digits of x."""
+    if EXACT:
+        return tl.cumsum(x, 0, reverse=REVERSE) * unit
+    rows = tl.arange(0, x.shape[0])
+    counted = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+    return counted_sums(counted, x, unit, "tf32")
 
 
 @triton.jit
-def first_piece(B, total, limit, EXACT: tl.constexpr, PIECES: tl.constexpr):
-    """(E, W, c) of the piece that starts with the chunk; without PIECES it is the whole chunk.
+def later(x, PRECISION: tl.constexpr):
+    """Sums of x [C, D] over the tokens behind each."""
+    rows = tl.arange(0, x.shape[0])
+    return counted_sums(rows[:, None] < rows[None, :], x, 1.0, PRECISION)
+
+
+@triton.jit
+def floored(g):
+    """g, not below LOWEST: -inf times zero would be nan in a product."""
+    return tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def cumulative(g, EXACT: tl.constexpr):
+    """(B, decay of the whole chunk [D])."""
+    return sums(floored(g), 1.0, False, EXACT), tl.sum(g, 0)
+
+
+@triton.jit
+def factors(B, total, limit, EXACT: tl.constexpr, FAR: tl.constexpr):
+    """(E, W, c), W zero for far tokens; without FAR there are none.
 
     c [D] is an integer, and B + c exact, so that all products have the same digits whatever c is: of another c, because
     of a later token, no earlier row sees a bit.
     """
     lowest = total
-    if PIECES:
-        inside = limit[:, None] <= B
-        lowest = tl.min(tl.where(inside, B, 0.0), 0)
+    if FAR:
+        near = limit[:, None] <= B
+        lowest = tl.min(tl.where(near, B, 0.0), 0)
     if EXACT:
         c = tl.zeros_like(total) + CENTRE
         E = exp2(B + CENTRE)
@@ -268,40 +294,48 @@ def first_piece(B, total, limit, EXACT: tl.constexpr, PIECES: tl.constexpr):
         c = tl.maximum(tl.ceil(CENTRE - RANGE - lowest), CENTRE)
         E = exp2((B - ROUND) + (c + ROUND)[None, :])
     W = reciprocal(E)
-    if PIECES:
-        W = tl.where(inside, W, 0.0)
+    if FAR:
+        W = tl.where(near, W, 0.0)
     return E, W, c
 
 
 @triton.jit
-def end_of_first(B, limit):
-    """The first token left out of the first piece, [D]."""
-    return tl.sum((limit[:, None] <= B).to(tl.int32), 0)
+def levels_of(far):
+    """Levels of the tree of C tokens, log2 C + 1 of them; none where no token of any channel is far."""
+    C: tl.constexpr = far.shape[0]
+    depth: tl.constexpr = 6 if C == 32 else 5
+    tl.static_assert(C == 32 or C == 16)
+    return tl.max(tl.max(far.to(tl.int32), 1), 0) * depth
 
 
 @triton.jit
-def to_the_end(g, rows, B, total, limit):
-    """The decay over (s, end of the chunk], [C, D], of all pieces."""
-    factor = tl.where(limit[:, None] <= B, exp2(tl.minimum(total[None, :] - B, 0.0)), 0.0)
-    start = end_of_first(B, limit)
-    while tl.min(start, 0) < rows.shape[0]:
-        B2, _E2, W2, begun = next_piece(g, rows, start)
-        last = tl.sum(tl.where((rows == rows.shape[0] - 1)[:, None], B2, 0.0), 0)
-        factor += W2 * exp2(last + CENTRE)[None, :]
-        start = begun
-    return factor
+def halves(level, C: tl.constexpr):
+    """([C, C]: pairs (t, s) that this level joins; [C, C]: tokens between each and the middle of its block).
+
+    Halves have h = C / 2, C / 4, ..., 1 tokens, whose bits are those of h and below it; h = 0 is the token itself.
+    """
+    rows = tl.arange(0, C)
+    t, s = rows[:, None], rows[None, :]
+    h = C >> (level + 1)
+    below = tl.maximum(h, 1) - 1
+    second = (t & h) == h
+    joined = ((t ^ s) <= h + below) & second & ((s & h) == 0)
+    between = tl.where((t & h) != 0, (s <= t) & (s >= t - (t & below)), (s > t) & (s <= (t | below)))
+    return joined, between & (h > 0)
 
 
 @triton.jit
-def next_piece(g, rows, start):
-    """(B, E, W, end) of the piece from token `start` [D] on, whose own decay is left out; empty where start is C."""
-    after = rows[:, None] > start[None, :]
-    B = tl.cumsum(tl.where(after, g, 0.0), 0)
-    from_start = rows[:, None] >= start[None, :]
-    inside = B >= -RANGE
-    E = tl.where(from_start, exp2(B + CENTRE), 0.0)
-    W = tl.where(from_start & inside, exp2(-B - CENTRE), 0.0)
-    return B, E, W, tl.sum((inside | (rows[:, None] < start[None, :])).to(tl.int32), 0)
+def tree_level(level, g, PRECISION: tl.constexpr):
+    """(`halves`' pairs; [C, D]: the decay between each token and the middle of its block, of what a token of a second
+    half reads and of what one of a first half writes)."""
+    joined, between = halves(level, g.shape[0])
+    return joined, exp2(counted_sums(between, floored(g), 1.0, PRECISION))
+
+
+@triton.jit
+def to_the_end(g, PRECISION: tl.constexpr):
+    """The decay over (s, end of the chunk], [C, D]."""
+    return exp2(later(floored(g), PRECISION))
 
 
 @triton.jit
@@ -368,15 +402,16 @@ def publish(flag_ptr, count):
 
 
 @triton.jit
-def scores(q, k, gk, Bk, limit, qd, kd, KEYED: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """tril(q k^T) [C, C] under the decay of the keys, from the operands qd = q E and kd = k W of the first piece."""
+def scores(q, k, gk, Bk, limit, qd, kd, KEYED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr):
+    """tril(q k^T) [C, C] under the decay of the keys, from the operands qd = q E and kd = k W."""
     rows = tl.arange(0, q.shape[0])
     causal = rows[:, None] >= rows[None, :]
     P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-    if KEYED and PIECES:
-        start = end_of_first(Bk, limit)
-        while tl.min(start, 0) < rows.shape[0]:
-            _Bk, E2, W2, start = next_piece(gk, rows, start)
-            P2 = tl.dot((q * E2).to(qd.dtype), tl.trans((k * W2).to(qd.dtype)), input_precision=PRECISION)
-            P += tl.where(causal, P2, 0.0)
+    if KEYED and FAR:
+        far = limit[:, None] > Bk
+        for level in range(levels_of(far)):
+            joined, X = tree_level(level, gk, PRECISION)
+            k2 = tl.where(far, k * X, 0.0).to(qd.dtype)
+            P2 = tl.dot((q * X).to(qd.dtype), tl.trans(k2), input_precision=PRECISION)
+            P += tl.where(joined, P2, 0.0)
     return P
