@@ -215,7 +215,7 @@ def load_chunk(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before, t, inside, valid,
     begin, h, past, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
     """(q, d_o and factor of the first head and the state before the chunk as they are in memory, k, v, log2-decays of
     both axes in units of the stabiliser), all asked for at once. past: chunks of the sequence before this one."""
@@ -238,7 +238,7 @@ def load_chunk(
     if SAFE_EXP:
         m_before = tl.where(inside, tl.where(t + past > 0, earlier, before), 0.0)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
-        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
     return q, do, factor, S, k, v, gk, gv
 
 
@@ -404,7 +404,7 @@ def finish_with_tree(
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
-    MASKED: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    MASKED: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk with far tokens; see the one of the forward kernel."""
     t = tl.arange(0, C)
@@ -415,7 +415,7 @@ def finish_with_tree(
     q, do, factor, S, k, v, gk, gv = load_chunk(
         q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
         t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-        G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL,
     )  # fmt: skip
     limit = limits(strained(lower_ptr, k, t, inside, valid, begin, h, H, G, K, SAFE_EXP), REACH)
     finish(
@@ -471,7 +471,7 @@ def backward_kernel(
         q, do, factor, S, k, v, gk, gv = load_chunk(
             q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, m_ptr, lower_ptr, states_ptr, do_ptr, before,
             t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-            G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+            G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL,
         )  # fmt: skip
         weak = strained(lower_ptr, k, t, inside, valid, begin, h, H, G, K, SAFE_EXP)
         if goes_far(gk, gv, weak, REACH) and not ONE_PATH:
@@ -481,7 +481,7 @@ def backward_kernel(
                 flags_ptr + head, before, begin, length, past, head, h, i, count, at, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, D_FINAL, PRECISION, REACH,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, INITIAL, D_FINAL, PRECISION, REACH,
             )  # fmt: skip
         else:
             finish(

@@ -87,10 +87,14 @@ def query_features(q):
 
 
 @triton.jit
-def relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr):
+def relative_decays(
+    gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr, INITIAL: tl.constexpr
+):  # fmt: skip
     """The decays of both axes in units of the stabiliser: each at most 0 by itself, their sum as it was plus
     m_{t-1} - m_t. With both axes the key axis' are relative to its slowest channel."""
     unit = (m_before - m)[:, None]
+    if not INITIAL:  # what comes before the first key is nothing, which need not decay by 2^-1e30
+        unit = tl.where(m_before[:, None] > 0.5 * NO_KEY, unit, 0.0)
     if KEY and VALUE:
         slowest = tl.maximum(tl.max(tl.where((ki < K)[None, :], gk, LOWEST), 1), LOWEST)[:, None]
         gk = gk - slowest
@@ -295,7 +299,7 @@ def finish_with_tree(
         m = tl.maximum(before + sums, tops)
         m_before = tl.maximum(before + sums_before, tops_before)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
-        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
     limit = limits(faint(k, valid, K), REACH)
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
@@ -361,7 +365,7 @@ def forward_kernel(
             m = tl.maximum(before + sums, tops)
             m_before = tl.maximum(before + sums_before, tops_before)
             k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
-            gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+            gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
         at = (slot * H + h) * K * V

@@ -186,7 +186,7 @@ def gradient_kernel(
                 at = (start + t) * H + h
                 m = tl.load(m_ptr + at, mask=inside, other=0.0)
                 m_before = tl.load(m_ptr + at - H, mask=inside, other=0.0)
-                gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none")
+                gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", True)
             Ek = 2.0**lift
             Bv = tl.zeros([C, BV], tl.float32)
             if KEYED:
