@@ -282,8 +282,8 @@ def _warps(k: Tensor, v: Tensor, *, backward: bool) -> dict[str, int | None]:
 
 
 def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:
-    """How many powers of two a channel may decay by in a chunk before the chunk takes several pieces: more than RANGE
-    where the size of features is known."""
+    """How many powers of two a channel may decay by in a chunk before its tokens are far: more than RANGE where the
+    size of features is known."""
     if v.dtype == torch.float32 or not safe_exp:
         return RANGE.value
     return 150.0 if gk is None or gv is None else 110.0

@@ -11,8 +11,8 @@ slowest value channel, f_t) and m the stabiliser at the segment's end,
     S_kv = sum_t 2^(k_t + R^k_t + f_t - m) v_t 2^(R^v_t)
 
 and its gradient, with B_t the log-decay from the segment's beginning on (B^k measured from that of the slowest key
-channel, b_t), sum_t (q_t 2^(B^k_t)) (d_t 2^(b_t + B^v_t)). No exponent is above 0, so there is nothing to cut in
-pieces; sums run from the end where R is wanted.
+channel, b_t), sum_t (q_t 2^(B^k_t)) (d_t 2^(b_t + B^v_t)). No exponent is above 0; sums run from the end where
+R is wanted.
 
 Behind an outlier of e^100 what follows is 2^-144 of the unit, and what is left of it matters until it, too, has
 decayed so far, beyond what float32 has below 1. So both factors of a product are lifted, and what decays further than
