@@ -35,7 +35,6 @@ from regla.ops.triton.tiles import (
     decays,
     exp2,
     factors,
-    faint,
     finite,
     gate_at,
     goes_far,
@@ -47,6 +46,7 @@ from regla.ops.triton.tiles import (
     scores,
     store_gate_gradient,
     store_tile,
+    strained,
     sums,
     to_the_end,
     tree_level,
@@ -102,18 +102,54 @@ def load_queries(
 
 
 @triton.jit
+def read_over_tree(Pd, do, v, gv, far, dv, dBv, PRECISION: tl.constexpr):
+    """dv and dBv, with what the far values v [C, V] and their decays get of d_o under the scores Pd [C, C]; and what
+    the scores get."""
+    dtype = Pd.dtype
+    dP = tl.zeros(Pd.shape, tl.float32)
+    for level in range(levels_of(far)):
+        joined, X = tree_level(level, gv, PRECISION)
+        P2 = tl.where(joined, Pd, 0.0).to(dtype)
+        x2 = tl.where(far, v * X, 0.0).to(dtype)
+        d2 = (do * X).to(dtype)
+        dP += tl.where(joined, tl.dot(d2, tl.trans(x2), input_precision=PRECISION), 0.0)
+        dx2 = finite(tl.dot(tl.trans(P2), d2, input_precision=PRECISION))
+        dv += tl.where(far, dx2 * X, 0.0)
+        read = tl.dot(P2, x2, input_precision=PRECISION) * d2.to(tl.float32)
+        dBv += read - x2.to(tl.float32) * dx2
+    return dv, dBv, dP
+
+
+@triton.jit
+def score_over_tree(dPd, q, k, gk, far, dq, dk, dBk, PRECISION: tl.constexpr):
+    """dq, dk and dBk, with what the queries q, the far keys k [C, K] and their decays get of the scores' gradient."""
+    dtype = dPd.dtype
+    for level in range(levels_of(far)):
+        joined, X = tree_level(level, gk, PRECISION)
+        dP2 = tl.where(joined, dPd, 0.0).to(dtype)
+        q2 = (q * X).to(dtype)
+        k2 = tl.where(far, k * X, 0.0).to(dtype)
+        dq2 = finite(tl.dot(dP2, k2, input_precision=PRECISION))
+        dk2 = tl.dot(tl.trans(dP2), q2, input_precision=PRECISION)
+        dq += dq2 * X
+        dk += tl.where(far, dk2 * X, 0.0)
+        dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
+    return dq, dk, dBk
+
+
+@triton.jit
 def value_side(
     q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to x (with FAR to v) and to Bv."""
+    """What the outputs of a chunk give to x (with FAR to v), to Bv, and, with FAR, to the last head's scores over the
+    tree."""
     dtype = S.dtype
     dx = tl.zeros([C, BV], tl.float32)
     dBv = tl.zeros([C, BV], tl.float32)
-    if FAR:  # over the tree
-        dv = tl.zeros([C, BV], tl.float32)
+    dP = tl.zeros([C, C], tl.float32)
     for j in range(G):
         if G > 1:
             q, do, qd, d = load_queries(
@@ -121,34 +157,26 @@ def value_side(
                 dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
             )  # fmt: skip
         Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, FAR, PRECISION).to(dtype)
-        dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
             out = tl.dot(Pd, x, out, input_precision=PRECISION)
             dBv += out * d.to(tl.float32)
-            if FAR:
-                far = limit[:, None] > Bv
-                for level in range(levels_of(far)):
-                    joined, X = tree_level(level, gv, PRECISION)
-                    P2 = tl.where(joined, Pd, 0.0).to(dtype)
-                    x2 = tl.where(far, v * X, 0.0).to(dtype)
-                    d2 = (do * X).to(dtype)
-                    dx2 = finite(tl.dot(tl.trans(P2), d2, input_precision=PRECISION))
-                    dv += tl.where(far, dx2 * X, 0.0)
-                    read = tl.dot(P2, x2, input_precision=PRECISION) * d2.to(tl.float32)
-                    dBv += read - x2.to(tl.float32) * dx2
-    if VALUED:
+        if VALUED and FAR:
+            near = tl.dot(tl.trans(Pd), d, input_precision=PRECISION)
+            dBv -= x.to(tl.float32) * near
+            dx += near * Wv
+            dx, dBv, dP = read_over_tree(Pd, do, v, gv, limit[:, None] > Bv, dx, dBv, PRECISION)
+        else:
+            dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
+    if VALUED and not FAR:
         dBv -= x.to(tl.float32) * dx
-    if FAR:
-        dx = dv + (dx * Wv if VALUED else dx)
-    return dx, dBv
+    return dx, dBv, dP
 
 
 @triton.jit
 def key_side(
     q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wk, kd, x,
-    S,
-    begin, h, scale, H, q_step, dq_step,
+    S, dP_tree, begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -160,8 +188,6 @@ def key_side(
     lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
     dkd = tl.zeros([C, BK], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
-    if FAR:
-        dk = tl.zeros([C, BK], tl.float32)
     for j in range(G):
         if G > 1:
             q, do, qd, d = load_queries(
@@ -170,43 +196,30 @@ def key_side(
             )  # fmt: skip
         dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         if VALUED and FAR:
-            far_v = limit[:, None] > Bv
-            for level in range(levels_of(far_v)):
-                joined, X = tree_level(level, gv, PRECISION)
-                x2 = tl.where(far_v, v * X, 0.0).to(dtype)
-                dP2 = tl.dot((do * X).to(dtype), tl.trans(x2), input_precision=PRECISION)
-                dP += tl.where(joined, dP2, 0.0)
+            if G > 1:  # of this head; the other results are not used
+                _dv, _dBv, dP_tree = read_over_tree(dP.to(dtype), do, v, gv, limit[:, None] > Bv, v, v, PRECISION)
+            dP += dP_tree
         dPd = tl.where(causal, dP, 0.0).to(dtype)
         dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
         dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
-        dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
         if FAR:
             dq = finite(dq)
-        read = (
-            qd.to(tl.float32) * dq
-        )  # with no far token the gradient of q's logits, too: neither q nor E is kept for it
+        read = qd.to(tl.float32) * dq  # without FAR the gradient of q's logits, too: neither q nor E is kept for it
         if KEYED:
             dBk += read
             dq *= Ek
-            if FAR:
-                far = limit[:, None] > Bk
-                for level in range(levels_of(far)):
-                    joined, X = tree_level(level, gk, PRECISION)
-                    dP2 = tl.where(joined, dPd, 0.0).to(dtype)
-                    q2 = (q * X).to(dtype)
-                    k2 = tl.where(far, k * X, 0.0).to(dtype)
-                    dq2 = finite(tl.dot(dP2, k2, input_precision=PRECISION))
-                    dk2 = tl.dot(tl.trans(dP2), q2, input_precision=PRECISION)
-                    dq += dq2 * X
-                    dk += tl.where(far, dk2 * X, 0.0)
-                    dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
+        if KEYED and FAR:
+            near = tl.dot(tl.trans(dPd), qd, input_precision=PRECISION)
+            dBk -= kd.to(tl.float32) * near
+            dkd += near * Wk
+            dq, dkd, dBk = score_over_tree(dPd, q, k, gk, limit[:, None] > Bk, dq, dkd, dBk, PRECISION)
+        else:
+            dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
         if SAFE_EXP:
             dq = dq * q if FAR else read
         store_tile(dq_ptr + j * K, t, inside, dq_step, ki, K, dq * (2.0 ** (-lift)))
-    if KEYED:
+    if KEYED and not FAR:
         dBk -= kd.to(tl.float32) * dkd
-    if FAR:
-        dkd = dk + (dkd * Wk if KEYED else dkd)
     return dkd, dBk
 
 
@@ -240,17 +253,6 @@ def load_chunk(
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
     return q, do, factor, S, k, v, gk, gv
-
-
-@triton.jit
-def strained(lower_ptr, k, t, inside, valid, begin, h, H, G: tl.constexpr, K: tl.constexpr, SAFE_EXP: tl.constexpr):
-    """[C]: tokens that are `faint`, or whose outputs were, so that their gradients are large."""
-    weak = faint(k, valid, K)
-    if SAFE_EXP:
-        for j in range(G):
-            factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-            weak |= valid & (factor > 2.0**-24)
-    return weak
 
 
 @triton.jit
@@ -346,7 +348,7 @@ def finish(
     if VALUED and not FAR:
         U *= exp2(total_v + cv)[None, :]
     Ud = U.to(dtype)
-    dv, dBv = value_side(
+    dv, dBv, dP_tree = value_side(
         q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, Sd,
         begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, FAR,
     )  # fmt: skip
@@ -368,7 +370,7 @@ def finish(
     store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
         q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wk, kd,
-        x, Sd,
+        x, Sd, dP_tree,
         begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, FAR,
     )  # fmt: skip
     gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)

@@ -222,6 +222,17 @@ def faint(k, valid, K: tl.constexpr):
 
 
 @triton.jit
+def strained(lower_ptr, k, t, inside, valid, begin, h, H, G: tl.constexpr, K: tl.constexpr, SAFE_EXP: tl.constexpr):
+    """[C]: tokens that are `faint`, or whose outputs were, so that their gradients are large."""
+    weak = faint(k, valid, K)
+    if SAFE_EXP:
+        for j in range(G):
+            factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
+            weak |= valid & (factor > 2.0**-24)
+    return weak
+
+
+@triton.jit
 def limits(weak, REACH: tl.constexpr):
     """[C]: how far down B may go before a token is far, up to each token. Of no token after it."""
     return tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -REACH)
