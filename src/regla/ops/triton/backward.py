@@ -9,7 +9,8 @@ q = q E in the factors of regla.ops.triton.tiles and d = d_out E,
 
     d_P = tril(d x^T)    d_x = P^T d    d_q = d_P k + d S^T    d_k = d_P^T q    d_S += q^T d
 
-and through the state after it, with U its gradient and both operands decayed to the chunk's end,
+(in a chunk with far tokens all but what meets the state over the tree, and E = 2^B), and through the state after it,
+with U its gradient and both operands decayed to the chunk's end,
 
     d_v_end = k_end U    d_k_end = v_end U^T    d_S += U decayed
 
@@ -38,8 +39,6 @@ from regla.ops.triton.tiles import (
     finite,
     gate_at,
     goes_far,
-    levels_of,
-    limits,
     load_gate,
     load_tile,
     publish,
@@ -49,9 +48,9 @@ from regla.ops.triton.tiles import (
     strained,
     sums,
     to_the_end,
-    tree_level,
     wait_until,
 )
+from regla.ops.triton.tree import levels, read_over_tree, score_over_tree, scores_over_tree
 
 GRADIENT_LIFT = tl.constexpr(16.0)  # bits
 
@@ -102,50 +101,14 @@ def load_queries(
 
 
 @triton.jit
-def read_over_tree(Pd, do, v, gv, far, dv, dBv, PRECISION: tl.constexpr):
-    """dv and dBv, with what the far values v [C, V] and their decays get of d_o under the scores Pd [C, C]; and what
-    the scores get."""
-    dtype = Pd.dtype
-    dP = tl.zeros(Pd.shape, tl.float32)
-    for level in range(levels_of(far)):
-        joined, X = tree_level(level, gv, PRECISION)
-        P2 = tl.where(joined, Pd, 0.0).to(dtype)
-        x2 = tl.where(far, v * X, 0.0).to(dtype)
-        d2 = (do * X).to(dtype)
-        dP += tl.where(joined, tl.dot(d2, tl.trans(x2), input_precision=PRECISION), 0.0)
-        dx2 = finite(tl.dot(tl.trans(P2), d2, input_precision=PRECISION))
-        dv += tl.where(far, dx2 * X, 0.0)
-        read = tl.dot(P2, x2, input_precision=PRECISION) * d2.to(tl.float32)
-        dBv += read - x2.to(tl.float32) * dx2
-    return dv, dBv, dP
-
-
-@triton.jit
-def score_over_tree(dPd, q, k, gk, far, dq, dk, dBk, PRECISION: tl.constexpr):
-    """dq, dk and dBk, with what the queries q, the far keys k [C, K] and their decays get of the scores' gradient."""
-    dtype = dPd.dtype
-    for level in range(levels_of(far)):
-        joined, X = tree_level(level, gk, PRECISION)
-        dP2 = tl.where(joined, dPd, 0.0).to(dtype)
-        q2 = (q * X).to(dtype)
-        k2 = tl.where(far, k * X, 0.0).to(dtype)
-        dq2 = finite(tl.dot(dP2, k2, input_precision=PRECISION))
-        dk2 = tl.dot(tl.trans(dP2), q2, input_precision=PRECISION)
-        dq += dq2 * X
-        dk += tl.where(far, dk2 * X, 0.0)
-        dBk += q2.to(tl.float32) * dq2 - k2.to(tl.float32) * dk2
-    return dq, dk, dBk
-
-
-@triton.jit
 def value_side(
-    q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, S,
+    q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to x (with FAR to v), to Bv, and, with FAR, to the last head's scores over the
-    tree."""
+    """What the outputs of a chunk give to x (over the tree to v), to Bv, and, over the tree, to the last head's
+    scores."""
     dtype = S.dtype
     dx = tl.zeros([C, BV], tl.float32)
     dBv = tl.zeros([C, BV], tl.float32)
@@ -156,16 +119,17 @@ def value_side(
                 q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
             )  # fmt: skip
-        Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, FAR, PRECISION).to(dtype)
+        if KEYED and FAR:
+            Pd = scores_over_tree(q, k, gk, levels(C), dtype, PRECISION).to(dtype)
+        else:
+            Pd = scores(qd, kd, PRECISION).to(dtype)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
-            out = tl.dot(Pd, x, out, input_precision=PRECISION)
+            if not FAR:
+                out = tl.dot(Pd, x, out, input_precision=PRECISION)
             dBv += out * d.to(tl.float32)
         if VALUED and FAR:
-            near = tl.dot(tl.trans(Pd), d, input_precision=PRECISION)
-            dBv -= x.to(tl.float32) * near
-            dx += near * Wv
-            dx, dBv, dP = read_over_tree(Pd, do, v, gv, limit[:, None] > Bv, dx, dBv, PRECISION)
+            dx, dBv, dP = read_over_tree(Pd, do, v, gv, dx, dBv, PRECISION)
         else:
             dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
     if VALUED and not FAR:
@@ -175,12 +139,12 @@ def value_side(
 
 @triton.jit
 def key_side(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wk, kd, x,
-    S, dP_tree, begin, h, scale, H, q_step, dq_step,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S, dP_tree,
+    begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to kd (with FAR to k) and to Bk, and dq, written."""
+    """What the outputs of a chunk give to kd (over the tree to k) and to Bk, and dq, written."""
     rows = tl.arange(0, C)
     ki = tl.arange(0, BK)
     causal = rows[:, None] >= rows[None, :]
@@ -194,27 +158,25 @@ def key_side(
                 q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
             )  # fmt: skip
-        dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         if VALUED and FAR:
             if G > 1:  # of this head; the other results are not used
-                _dv, _dBv, dP_tree = read_over_tree(dP.to(dtype), do, v, gv, limit[:, None] > Bv, v, v, PRECISION)
-            dP += dP_tree
+                _dv, _dBv, dP_tree = read_over_tree(tl.zeros([C, C], dtype), do, v, gv, v, v, PRECISION)
+            dP = dP_tree
+        else:
+            dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         dPd = tl.where(causal, dP, 0.0).to(dtype)
         dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
-        dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
+        if not (KEYED and FAR):
+            dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
+            dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
         if FAR:
             dq = finite(dq)
         read = qd.to(tl.float32) * dq  # without FAR the gradient of q's logits, too: neither q nor E is kept for it
         if KEYED:
             dBk += read
             dq *= Ek
-        if KEYED and FAR:
-            near = tl.dot(tl.trans(dPd), qd, input_precision=PRECISION)
-            dBk -= kd.to(tl.float32) * near
-            dkd += near * Wk
-            dq, dkd, dBk = score_over_tree(dPd, q, k, gk, limit[:, None] > Bk, dq, dkd, dBk, PRECISION)
-        else:
-            dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
+            if FAR:
+                dq, dkd, dBk = score_over_tree(dPd, q, k, gk, dq, dkd, dBk, PRECISION)
         if SAFE_EXP:
             dq = dq * q if FAR else read
         store_tile(dq_ptr + j * K, t, inside, dq_step, ki, K, dq * (2.0 ** (-lift)))
@@ -259,7 +221,7 @@ def load_chunk(
 def finish(
     q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-    q, do, factor, S, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, scale, H,
+    q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
     q_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -281,16 +243,22 @@ def finish(
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
     here = head.to(tl.int64) * K * V + state_at
     EXACT: tl.constexpr = dtype == tl.float32
-    Bk, Bv, Ek, Ev, Wk, Wv = gk, gv, 0.0, 0.0, 0.0, 0.0
+    Ek, Ev, Wk, Wv = 0.0, 0.0, 0.0, 0.0
     kd, x = k.to(dtype), v.to(dtype)
     if KEYED:
         Bk, total_k = cumulative(gk, EXACT)
-        Ek, Wk, ck = factors(Bk, total_k, limit, EXACT, FAR)
-        kd = (k * Wk).to(dtype)
+        if FAR:
+            Ek = exp2(Bk)
+        else:
+            Ek, Wk, ck = factors(Bk, total_k, 0, EXACT, False)
+            kd = (k * Wk).to(dtype)
     if VALUED:
         Bv, total_v = cumulative(gv, EXACT)
-        Ev, Wv, cv = factors(Bv, total_v, limit, EXACT, FAR)
-        x = (v * Wv).to(dtype)
+        if FAR:
+            Ev = exp2(Bv)
+        else:
+            Ev, Wv, cv = factors(Bv, total_v, 0, EXACT, False)
+            x = (v * Wv).to(dtype)
     # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
     q, do, qd, d = queries(q, do, factor, Ek, Ev, scale, dtype, KEYED, VALUED, SAFE_EXP)
     dS = tl.dot(tl.trans(qd), d, input_precision=PRECISION)
@@ -300,9 +268,9 @@ def finish(
             dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
         )  # fmt: skip
         dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
-    if KEYED:  # q E and d_o E are 2^c too large
+    if KEYED and not FAR:  # q E and d_o E are 2^c too large
         dS *= exp2(-ck)[:, None]
-    if VALUED:
+    if VALUED and not FAR:
         dS *= exp2(-cv)[None, :]
     passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
     if not (KEYED and VALUED):  # with both that costs registers which there are not
@@ -329,10 +297,12 @@ def finish(
     kept *= S  # what the state's decay is worth
     if KEYED:
         worth_k = tl.sum(kept, 1)
-        S *= exp2(-ck)[:, None]
+        if not FAR:
+            S *= exp2(-ck)[:, None]
     if VALUED:
         worth_v = tl.sum(kept, 0)
-        S *= exp2(-cv)[None, :]
+        if not FAR:
+            S *= exp2(-cv)[None, :]
     Sd = S.to(dtype)
     # The forward kernel's k_end and v_end, and of U the factor that v_end lacks where no token is far.
     k_end, v_end = kd, x
@@ -349,7 +319,7 @@ def finish(
         U *= exp2(total_v + cv)[None, :]
     Ud = U.to(dtype)
     dv, dBv, dP_tree = value_side(
-        q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wv, kd, x, Sd,
+        q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
         begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, FAR,
     )  # fmt: skip
     gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
@@ -369,8 +339,7 @@ def finish(
             dv *= Wv
     store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
-        q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Bk, Bv, limit, Ek, Ev, Wk, kd,
-        x, Sd, dP_tree,
+        q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd, dP_tree,
         begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, FAR,
     )  # fmt: skip
     gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
@@ -406,7 +375,7 @@ def finish_with_tree(
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
-    MASKED: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    MASKED: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk with far tokens; see the one of the forward kernel."""
     t = tl.arange(0, C)
@@ -419,11 +388,10 @@ def finish_with_tree(
         t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
         G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL,
     )  # fmt: skip
-    limit = limits(strained(lower_ptr, k, t, inside, valid, begin, h, H, G, K, SAFE_EXP), REACH)
     finish(
         q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
         dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-        q, do, factor, S, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, scale, H,
+        q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
         q_step, gk_step, rk_step, gv_step, rv_step,
         dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
         G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, True,
@@ -483,15 +451,14 @@ def backward_kernel(
                 flags_ptr + head, before, begin, length, past, head, h, i, count, at, scale, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, INITIAL, D_FINAL, PRECISION, REACH,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, INITIAL, D_FINAL, PRECISION,
             )  # fmt: skip
         else:
             finish(
                 q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, d_final_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
                 flags_ptr + head,
-                q, do, factor, S, k, v, gk, gv, limits(weak, REACH), t, inside, valid, begin, head, h, i, count,
-                scale, H,
+                q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, ONE_PATH,

@@ -26,7 +26,6 @@ from regla.ops.triton.tiles import (
     faint,
     gate_at,
     goes_far,
-    levels_of,
     limits,
     load_gate,
     load_tile,
@@ -36,10 +35,10 @@ from regla.ops.triton.tiles import (
     stabiliser_scan,
     store_tile,
     to_the_end,
-    tree_level,
     wait_for_number,
     wait_until,
 )
+from regla.ops.triton.tree import levels, scores_over_tree, tree_level
 
 
 @triton.jit
@@ -109,6 +108,12 @@ def relative_decays(
 
 
 @triton.jit
+def levels_if(far):
+    """`levels`, or none where no token of any channel is far."""
+    return tl.max(tl.max(far.to(tl.int32), 1), 0) * levels(far.shape[0])
+
+
+@triton.jit
 def inside_chunk(
     q, k, gk, Bk, limit, Ek, kd, x,
     KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
@@ -119,7 +124,11 @@ def inside_chunk(
     if SAFE_EXP:
         q = query_features(q)
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-    Pd = scores(q, k, gk, Bk, limit, qd, kd, KEYED, FAR, PRECISION).to(dtype)
+    P = scores(qd, kd, PRECISION)
+    if KEYED and FAR:
+        far = limit[:, None] > Bk
+        P += scores_over_tree(q, tl.where(far, k, 0.0), gk, levels_if(far), dtype, PRECISION)
+    Pd = P.to(dtype)
     return qd, Pd, tl.dot(Pd, x, input_precision=PRECISION)
 
 
@@ -135,7 +144,7 @@ def write_outputs(
         out *= Ev
         if FAR:
             far = limit[:, None] > Bv
-            for level in range(levels_of(far)):
+            for level in range(levels_if(far)):
                 joined, X = tree_level(level, gv, PRECISION)
                 x = tl.where(far, v * X, 0.0).to(Pd.dtype)
                 out += X * tl.dot(tl.where(joined, Pd, 0.0).to(Pd.dtype), x, input_precision=PRECISION)

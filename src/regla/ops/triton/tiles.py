@@ -312,39 +312,6 @@ def factors(B, total, limit, EXACT: tl.constexpr, FAR: tl.constexpr):
 
 
 @triton.jit
-def levels_of(far):
-    """Levels of the tree of C tokens, log2 C + 1 of them; none where no token of any channel is far."""
-    C: tl.constexpr = far.shape[0]
-    depth: tl.constexpr = 6 if C == 32 else 5
-    tl.static_assert(C == 32 or C == 16)
-    return tl.max(tl.max(far.to(tl.int32), 1), 0) * depth
-
-
-@triton.jit
-def halves(level, C: tl.constexpr):
-    """([C, C]: pairs (t, s) that this level joins; [C, C]: tokens between each and the middle of its block).
-
-    Halves have h = C / 2, C / 4, ..., 1 tokens, whose bits are those of h and below it; h = 0 is the token itself.
-    """
-    rows = tl.arange(0, C)
-    t, s = rows[:, None], rows[None, :]
-    h = C >> (level + 1)
-    below = tl.maximum(h, 1) - 1
-    second = (t & h) == h
-    joined = ((t ^ s) <= h + below) & second & ((s & h) == 0)
-    between = tl.where((t & h) != 0, (s <= t) & (s >= t - (t & below)), (s > t) & (s <= (t | below)))
-    return joined, between & (h > 0)
-
-
-@triton.jit
-def tree_level(level, g, PRECISION: tl.constexpr):
-    """(`halves`' pairs; [C, D]: the decay between each token and the middle of its block, of what a token of a second
-    half reads and of what one of a first half writes)."""
-    joined, between = halves(level, g.shape[0])
-    return joined, exp2(counted_sums(between, floored(g), 1.0, PRECISION))
-
-
-@triton.jit
 def to_the_end(g, PRECISION: tl.constexpr):
     """The decay over (s, end of the chunk], [C, D]."""
     return exp2(later(floored(g), PRECISION))
@@ -414,16 +381,8 @@ def publish(flag_ptr, count):
 
 
 @triton.jit
-def scores(q, k, gk, Bk, limit, qd, kd, KEYED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr):
-    """tril(q k^T) [C, C] under the decay of the keys, from the operands qd = q E and kd = k W."""
-    rows = tl.arange(0, q.shape[0])
+def scores(qd, kd, PRECISION: tl.constexpr):
+    """tril(q k^T) [C, C] from the operands, their factors included."""
+    rows = tl.arange(0, qd.shape[0])
     causal = rows[:, None] >= rows[None, :]
-    P = tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
-    if KEYED and FAR:
-        far = limit[:, None] > Bk
-        for level in range(levels_of(far)):
-            joined, X = tree_level(level, gk, PRECISION)
-            k2 = tl.where(far, k * X, 0.0).to(qd.dtype)
-            P2 = tl.dot((q * X).to(qd.dtype), tl.trans(k2), input_precision=PRECISION)
-            P += tl.where(joined, P2, 0.0)
-    return P
+    return tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)
