@@ -13,10 +13,10 @@ keep all their digits. A chunk of bfloat16 without such features may decay furth
 (`limits`).
 
 Tokens from the first one on at which a channel has decayed further are *far*: W is zero there, and what they write
-is read over a tree of halves instead. Its level of halves of h tokens joins every token t of a second half to every s
-of the first half beside it: with `mid` where the second begins, the decay over (s, t] is that over (s, mid) times that
-over [mid, t], neither above 1, summed from its own tokens alone. The last level joins a token to itself. Every pair is
-in one level, nothing overflows or cancels, however fast a gate closes.
+is read over a tree of halves instead (regla.ops.triton.tree). Its level of halves of h tokens joins every token t of a
+second half to every s of the first half beside it: with `mid` where the second begins, the decay over (s, t] is that
+over (s, mid) times that over [mid, t], neither above 1, summed from its own tokens alone. The last level joins a token
+to itself. Every pair is in one level, nothing overflows or cancels, however fast a gate closes.
 
 Whether a token is far, no later one has a say in, so later tokens add exact zeros to what an earlier row reads, and c
 is an integer, so that another c changes E and W by powers of two, which their products cancel: causal to the last bit
