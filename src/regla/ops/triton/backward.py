@@ -38,14 +38,15 @@ from regla.ops.triton.tiles import (
     factors,
     finite,
     gate_at,
-    goes_far,
     load_gate,
     load_tile,
+    lowest_decay,
+    may_reach,
+    once,
     publish,
     scores,
     store_gate_gradient,
     store_tile,
-    strained,
     sums,
     to_the_end,
     wait_until,
@@ -64,7 +65,7 @@ def queries(
     do = do.to(tl.float32)
     if SAFE_EXP:
         q = query_features(q)
-        do *= (factor * (scale * 2.0**GRADIENT_LIFT))[:, None]
+        do *= (tl.abs(factor) * (scale * 2.0**GRADIENT_LIFT))[:, None]
     else:
         do *= scale
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
@@ -186,35 +187,49 @@ def key_side(
 
 
 @triton.jit
-def load_chunk(
+def ask_for_chunk(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before, t, inside, valid,
     begin, h, past, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
 ):  # fmt: skip
-    """(q, d_o and factor of the first head and the state before the chunk as they are in memory, k, v, log2-decays of
-    both axes in units of the stabiliser), all asked for at once. past: chunks of the sequence before this one."""
+    """(q, d_o and factor of the first head, the state before the chunk, k, v, gate and refine of the key axis, of the
+    value axis, stabilisers m_t and m_{t-1}), as they are in memory. past: chunks of the sequence before this one."""
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     k, v, gk, rk, gv, rv = load_tokens(
         k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
         K, V, BK, BV, KEY, VALUE, SAFE_EXP,
     )  # fmt: skip
+    m, m_before = 0.0, 0.0
     if SAFE_EXP:
         m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
         earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t + past > 0), other=0.0)
+        m_before = tl.where(inside, tl.where(t + past > 0, earlier, before), 0.0)
     q, do, factor = ask_for_queries(
         q_ptr, do_ptr, lower_ptr, 0, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP
     )
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    S = tl.load(states_ptr + at + (ki[:, None] * V + vi[None, :]), mask=state_mask, other=0.0)
-    gk = decays(gk, rk, t.shape[0], BK, KEY)
-    gv = decays(gv, rv, t.shape[0], BV, VALUE)
+    # Four in a row at most, as of the float32 gradient that is passed on: the same layout over the threads.
+    state_at = tl.max_contiguous(ki[:, None] * V + vi[None, :], [1, 4])
+    S = tl.load(states_ptr + at + state_at, mask=state_mask, other=0.0)
+    return q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before
+
+
+@triton.jit
+def features_and_decays(
+    k, v, gk, rk, gv, rv, m, m_before, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
+    """(features of k, v, log2-decays of both axes in units of the stabiliser), of what `ask_for_chunk` gave."""
+    gk = decays(gk, rk, k.shape[0], BK, KEY)
+    gv = decays(gv, rv, k.shape[0], BV, VALUE)
     k, v = k.to(tl.float32), v.to(tl.float32)
     if SAFE_EXP:
-        m_before = tl.where(inside, tl.where(t + past > 0, earlier, before), 0.0)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
-        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
-    return q, do, factor, S, k, v, gk, gv
+        gk, gv = relative_decays(
+            gk, gv, m, m_before, K, V, tl.arange(0, BK), tl.arange(0, BV), KEY != "none", VALUE != "none", INITIAL
+        )
+    return k, v, gk, gv
 
 
 @triton.jit
@@ -293,7 +308,7 @@ def finish(
         publish(flag_ptr, count - i)
     else:
         tl.store(d_initial_ptr + here, dS * unit, mask=state_mask)
-    S = S.to(tl.float32)
+    S = once(S.to(tl.float32))
     kept *= S  # what the state's decay is worth
     if KEYED:
         worth_k = tl.sum(kept, 1)
@@ -383,11 +398,12 @@ def finish_with_tree(
     valid = inside
     if MASKED:
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-    q, do, factor, S, k, v, gk, gv = load_chunk(
+    q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before = ask_for_chunk(
         q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
         t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-        G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL,
+        G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
     )  # fmt: skip
+    k, v, gk, gv = features_and_decays(k, v, gk, rk, gv, rv, m, m_before, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL)
     finish(
         q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
         dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
@@ -438,13 +454,22 @@ def backward_kernel(
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
         at = (slot * H + h) * K * V
-        q, do, factor, S, k, v, gk, gv = load_chunk(
+        q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before = ask_for_chunk(
             q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, m_ptr, lower_ptr, states_ptr, do_ptr, before,
             t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-            G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL,
+            G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
         )  # fmt: skip
-        weak = strained(lower_ptr, k, t, inside, valid, begin, h, H, G, K, SAFE_EXP)
-        if goes_far(gk, gv, weak, REACH) and not ONE_PATH:
+        far = False
+        if not ONE_PATH:
+            if SAFE_EXP:  # the forward kernel has left word
+                lowest = factor
+                for j in range(1, G):
+                    at_head = lower_ptr + (begin + t) * (H * G) + h * G + j
+                    lowest = tl.minimum(lowest, tl.load(at_head, mask=inside, other=0.0))
+                far = tl.min(lowest, 0) < 0
+            else:
+                far = may_reach(lowest_decay(decays(gk, rk, C, BK, KEY), decays(gv, rv, C, BV, VALUE)), REACH)
+        if far:
             finish_with_tree(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
                 d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
@@ -454,11 +479,15 @@ def backward_kernel(
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, INITIAL, D_FINAL, PRECISION,
             )  # fmt: skip
         else:
+            features, values, decays_k, decays_v = features_and_decays(
+                k, v, gk, rk, gv, rv, m, m_before, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL
+            )
             finish(
                 q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, d_final_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
                 flags_ptr + head,
-                q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+                q, do, factor, S, features, values, decays_k, decays_v,
+                t, inside, valid, begin, head, h, i, count, scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, ONE_PATH,

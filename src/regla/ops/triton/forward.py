@@ -18,6 +18,7 @@ from regla.ops.triton.tiles import (
     LOG2E,
     LOWEST,
     NO_KEY,
+    RANGE,
     as_read,
     cumulative,
     decays,
@@ -25,12 +26,14 @@ from regla.ops.triton.tiles import (
     factors,
     faint,
     gate_at,
-    goes_far,
     limits,
     load_gate,
     load_tile,
+    lowest_decay,
+    may_reach,
     publish,
     publish_number,
+    reciprocal,
     scores,
     stabiliser_scan,
     store_tile,
@@ -134,7 +137,7 @@ def inside_chunk(
 
 @triton.jit
 def write_outputs(
-    o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, S, begin, h, j, scale, H,
+    o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, S, edge, begin, h, j, scale, H,
     G: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -151,9 +154,10 @@ def write_outputs(
     if SAFE_EXP:
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
         largest = tl.maximum(tl.max(tl.abs(out), 1) * tl.abs(scale), 7.888609052210118e-31)
-        factor = tl.maximum(2.0**-12 / largest, 1.0) * 2.0**-48
+        factor = tl.maximum(2.0**-12 * reciprocal(largest), 1.0) * 2.0**-48
         out *= (factor * scale)[:, None]
-        if STORE:
+        if STORE:  # and with it, in its sign, whether the backward pass is to go over the tree
+            factor = tl.where(factor > edge, -factor, factor)
             tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
     else:
         out *= scale
@@ -210,12 +214,13 @@ def stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.cons
 @triton.jit
 def finish(
     q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-    q, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+    q, k, v, gk, gv, limit, edge, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
     PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunk to the state, pass that on, and write its outputs."""
+    """Add the chunk to the state, pass that on, and write its outputs. edge: factors of outputs beyond which the
+    backward pass is to go over the tree."""
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     dtype = o_ptr.dtype.element_ty
     state_at = ki[:, None] * V + vi[None, :]
@@ -261,7 +266,7 @@ def finish(
         final_at = final_ptr + head.to(tl.int64) * K * V + state_at
         tl.store(final_at, written, mask=state_mask)
     if STORE:
-        tl.store(states_ptr + at + state_at, S.to(dtype), mask=state_mask)
+        tl.store(states_ptr + at + tl.max_contiguous(state_at, [1, 4]), S.to(dtype), mask=state_mask)
     if KEYED:  # in the units of q E, and of v W
         S *= exp2(-ck)[:, None]
     if VALUED:
@@ -273,7 +278,7 @@ def finish(
             empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
             q = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
         write_outputs(
-            o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, Sd, begin, h, j, scale, H,
+            o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, Sd, edge, begin, h, j, scale, H,
             G, V, BV, C, VALUED, SAFE_EXP, STORE, PRECISION, FAR,
         )  # fmt: skip
 
@@ -312,7 +317,7 @@ def finish_with_tree(
     limit = limits(faint(k, valid, K), REACH)
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-        q, k, v, gk, gv, limit, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+        q, k, v, gk, gv, limit, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
         G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, INITIAL, STORE, PRECISION, True,
     )  # fmt: skip
 
@@ -378,8 +383,16 @@ def forward_kernel(
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
         at = (slot * H + h) * K * V
-        weak = faint(k, valid, K)
-        if goes_far(gk, gv, weak, REACH) and not ONE_PATH:
+        far = False
+        edge = float("inf")
+        if not ONE_PATH:
+            lowest = lowest_decay(gk, gv)
+            far = may_reach(lowest, REACH)
+            if may_reach(lowest, RANGE):
+                edge = 2.0**-24  # gradients of such small outputs are large
+                if not far:
+                    far = tl.max(faint(k, valid, K).to(tl.int32), 0) > 0
+        if far:
             finish_with_tree(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, initial_ptr,
                 o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
@@ -390,6 +403,7 @@ def forward_kernel(
         else:
             finish(
                 q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-                q, k, v, gk, gv, limits(weak, REACH), t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+                q, k, v, gk, gv, limits(faint(k, valid, K), REACH), edge,
+                t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
                 G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, INITIAL, STORE, PRECISION, ONE_PATH,
             )  # fmt: skip

@@ -206,7 +206,7 @@ def gradient_kernel(
                 do = load_tile(do_ptr + start * do_step + i * V, t, valid, do_step, vi, V, 0.0).to(tl.float32)
                 if SAFE_EXP:
                     q = query_features(q)
-                    factor = tl.load(lower_ptr + (start + t) * (H * G) + h * G + i, mask=inside, other=0.0)
+                    factor = tl.abs(tl.load(lower_ptr + (start + t) * (H * G) + h * G + i, mask=inside, other=0.0))
                     do *= (factor * (scale * 2.0**rest))[:, None]
                 else:
                     do *= scale

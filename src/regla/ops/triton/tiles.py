@@ -66,6 +66,14 @@ def as_read(x, ptr, never):
 
 
 @triton.jit
+def once(x):
+    """x, which the compiler then does not compute again for every layout in which it wants it."""
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def exp2(x):
     """2^x in one instruction, 2 ulp, 0 below 2^-126."""
     if INTERPRETED:
@@ -222,27 +230,21 @@ def faint(k, valid, K: tl.constexpr):
 
 
 @triton.jit
-def strained(lower_ptr, k, t, inside, valid, begin, h, H, G: tl.constexpr, K: tl.constexpr, SAFE_EXP: tl.constexpr):
-    """[C]: tokens that are `faint`, or whose outputs were, so that their gradients are large."""
-    weak = faint(k, valid, K)
-    if SAFE_EXP:
-        for j in range(G):
-            factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-            weak |= valid & (factor > 2.0**-24)
-    return weak
-
-
-@triton.jit
 def limits(weak, REACH: tl.constexpr):
     """[C]: how far down B may go before a token is far, up to each token. Of no token after it."""
     return tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -REACH)
 
 
 @triton.jit
-def goes_far(gk, gv, weak, REACH: tl.constexpr):
-    """Whether a token of some channel may be far."""
-    lowest = tl.minimum(tl.min(tl.sum(gk, 0), 0), tl.min(tl.sum(gv, 0), 0))
-    return lowest < tl.where(tl.max(weak.to(tl.int32), 0) > 0, 1 - RANGE, 1 - REACH)  # summed in another order than B
+def lowest_decay(gk, gv):
+    """Of any channel, over the chunk."""
+    return tl.minimum(tl.min(tl.sum(gk, 0), 0), tl.min(tl.sum(gv, 0), 0))
+
+
+@triton.jit
+def may_reach(lowest, limit):
+    """Whether a token of a channel that decays by `lowest` may be far: B is summed in another order."""
+    return lowest < 1 - limit
 
 
 @triton.jit
