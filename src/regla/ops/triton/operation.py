@@ -53,7 +53,7 @@ def forward(
             SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
             **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-            **_warps(k, v, backward=False),
+            **_warps(k, v, gv, backward=False),
         )  # fmt: skip
     if parts > 1:
         filled[1].copy_(final[parts - 1 :: parts])
@@ -118,7 +118,7 @@ def backward(
             SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
             **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-            **_warps(k, v, backward=True),
+            **_warps(k, v, gv, backward=True),
         )  # fmt: skip
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
@@ -166,7 +166,7 @@ def _states_before(inputs: Inputs, parts: int, part: int, safe_exp: bool, decayi
         state_kernel[H, N * parts](
             k, v, gk, rk, gv, rv, mask, states, decay_k, decay_v, m,
             T, part * _chunk(k, v), parts, H, *map(_step, (k, v, gk, rk, gv, rv)),
-            SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, backward=True),
+            SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, gv, backward=True),
         )  # fmt: skip
     return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts)
 
@@ -191,7 +191,7 @@ def _gradients_behind(
             q, gk, rk, gv, rv, mask, m, lower, d_o, states, decay_k, decay_v,
             scale, T, part * _chunk(k, v), parts, H, *map(_step, (q, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, **_common(q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
-            **_warps(k, v, backward=True),
+            **_warps(k, v, gv, backward=True),
         )  # fmt: skip
     lift = GRADIENT_LIFT.value if safe_exp else 0.0
     return _chain(d_final, None, states, decay_k, decay_v, None, parts, reverse=True, lift=lift)[0]
@@ -271,14 +271,16 @@ def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int
     return (H, segments, chunks) if slots is None else (H * len(slots),)
 
 
-def _warps(k: Tensor, v: Tensor, *, backward: bool) -> dict[str, int | None]:
+def _warps(k: Tensor, v: Tensor, gv: Tensor | None, *, backward: bool) -> dict[str, int | None]:
     """Warps of a program, and registers of a thread: as few as let several programs share a multiprocessor.
 
     By measurement, see docs/kernels.md.
     """
     if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64:
         return {"num_warps": 8}
-    return {"num_warps": 4, "maxnreg": None if backward else 168}
+    if backward:
+        return {"num_warps": 4, "maxnreg": None}
+    return {"num_warps": 4, "maxnreg": 128 if gv is None else 168}
 
 
 def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:

@@ -84,9 +84,34 @@ def exp2(x):
 
 @triton.jit
 def finite(x):
-    """x within float32, 0 for what is no number. What left float32 is for a row whose channel was reset, where a factor
-    0 meets it: infinity times 0 would be nan, and so is infinity less infinity."""
-    return tl.where(x == x, tl.minimum(tl.maximum(x, -1e37), 1e37), 0.0)
+    """x within float32, and some number in it for what is none. What left float32 is for a row whose channel was reset,
+    where a factor 0 meets it: infinity times 0 would be nan, and so is infinity less infinity."""
+    if INTERPRETED:
+        x = tl.where(x == x, x, 0.0)
+    return tl.minimum(tl.maximum(x, -1e37), 1e37)  # of nan and a number a GPU takes the number
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x as `dtype` has it, in float32."""
+    if INTERPRETED or dtype != tl.bfloat16:
+        return x.to(dtype).to(tl.float32)
+    # By itself the compiler rounds number by number, in a slow unit.
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 both, low, high;
+        cvt.rn.bf16x2.f32 both, $3, $2;
+        shl.b32 low, both, 16;
+        and.b32 high, both, 0xffff0000;
+        mov.b32 $0, low;
+        mov.b32 $1, high;
+        }""",
+        "=f,=f,f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit
