@@ -91,17 +91,18 @@ def test_padding_gives_no_gradient_and_takes_none():
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
+@pytest.mark.parametrize("axis", ["key", "both"])
 @torch.no_grad()
-def test_the_layer_is_the_equation():
+def test_the_layer_is_the_equation(axis):
     """A mixer without optional parts is W_o Norm(regla_attention(W_q x, W_k x, W_v x, W_g x + b_g, W_r x + b_r))."""
-    layer = mixer(num_kv_heads=6, value_head_dim=8)
+    layer = mixer(num_kv_heads=6, value_head_dim=8, gate_axis=axis)
     x = torch.randn(2, 20, HIDDEN)
     q, k, v = (projection(x).unflatten(-1, (6, -1)) for projection in (layer.q_proj, layer.k_proj, layer.v_proj))
     gate, refine = (
-        torch.cat([axis.unflatten(-1, (6, -1)) for axis in projection(x).chunk(2, -1)], -1)  # K and V are 8
+        torch.cat([part.unflatten(-1, (6, 8)) for part in projection(x).split(6 * 8, -1)], -1)  # K and V are 8
         for projection in (layer.gate.proj, layer.gate.refine_proj)
     )
-    h, _ = regla_attention(q, k, v, gate, refine, gate_axis="both")
+    h, _ = regla_attention(q, k, v, gate, refine, gate_axis=axis)
     normalised = h / h.square().mean(-1, keepdim=True).sqrt()
     y, _ = layer(x)
     assert error(y, layer.o_proj(normalised.flatten(2))) < 1e-5

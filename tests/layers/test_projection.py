@@ -66,7 +66,7 @@ def test_maps_that_are_more_than_linear_run_by_themselves():
     assert project(x, plain, other)[1] is None, "without autocast the weights would be copied for this"
 
 
-OPTIONS = [{}, {"conv_size": 4}, {"gate_axis": "value"}, {"gate_axis": "key"}, {"qk_norm": True}, {"norm": "sum"}]
+OPTIONS = [{}, {"conv_size": 4}, {"gate_axis": "value"}, {"gate_axis": "both"}, {"qk_norm": True}, {"norm": "sum"}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -96,7 +96,8 @@ def test_a_mixer_trains_the_same_in_one_product(options, backend, monkeypatch):
         ({}, (True, True)),
         ({"conv_size": 4}, (True, True)),
         ({"qk_norm": True}, (False, True)),
-        ({"norm": "sum"}, (False, False)),
+        ({"norm": "sum"}, (False, True)),
+        ({"norm": "sum", "gate_axis": "both"}, (False, False)),
     ],
 )
 def test_what_a_mixer_hands_on_in_one_tensor(options, given, monkeypatch):

@@ -47,7 +47,7 @@ def test_defaults():
     assert (config.feature_map, config.gate, config.gate_axis, config.key_max) == (
         "safe_exp",
         "refined",
-        "both",
+        "key",
         "decay",
     )
     assert (config.attention_norm, config.linear_conv_kernel_dim, config.output_gate) == ("rmsnorm", 0, "silu")

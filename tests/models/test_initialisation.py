@@ -131,7 +131,13 @@ def spread(**overrides):
     """The biases of the forget gate of each linear layer."""
     layers = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
     config = ReGLAConfig(
-        vocab_size=40, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, layer_types=layers, **overrides
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        layer_types=layers,
+        gate_axis="both",
+        **overrides,
     )
     model = ReGLAForCausalLM(config)
     return [layer.self_attn.gate.proj.bias.detach() for layer in model.model.layers if layer.is_linear]

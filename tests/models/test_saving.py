@@ -58,7 +58,7 @@ def test_folders_from_before_an_option_load(build, tmp_path):
 
 
 def test_a_missing_bias_starts_at_its_half_life_and_a_saved_one_is_kept(build, tmp_path):
-    build("hybrid", gate_half_life=[2, 32]).save_pretrained(tmp_path)
+    build("hybrid", gate_half_life=[2, 32], gate_axis="both").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
     missing, kept = (f"model.layers.{layer}.self_attn.gate.proj.bias" for layer in (0, 2))

@@ -75,7 +75,7 @@ class ReGLAAttention(nn.Module):
         value_head_dim: int | None = None,
         feature_map: str = "safe_exp",
         gate: str = "refined",
-        gate_axis: str = "both",
+        gate_axis: str = "key",
         key_max: str = "decay",
         norm: str = "rmsnorm",
         norm_eps: float = 1e-6,

@@ -95,7 +95,7 @@ class ReGLAConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     feature_map: str = "safe_exp"
     gate: str = "refined"
-    gate_axis: str = "both"
+    gate_axis: str = "key"
     key_max: str = "decay"
     attention_norm: str = "rmsnorm"
     linear_rope: bool = False
