@@ -110,8 +110,8 @@ def test_no_gate_and_the_running_maximum(cut):
 @pytest.mark.parametrize("axis", AXES)
 def test_bfloat16(cut, axis):
     """The same to rounding, cut or whole; the same bits every time."""
-    inputs = [x.bfloat16() for x in make(70, (1, 1, 64, 64), axis, "extreme")]
-    weights = torch.randn(1, 70, 1, 64)
+    inputs = [x.bfloat16() for x in make(70, (2, 1, 64, 64), axis, "extreme")]
+    weights = torch.randn(1, 70, 2, 64)
     results = []
     for part in (3, 1, 1):
         cut(part)

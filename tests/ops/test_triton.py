@@ -7,6 +7,7 @@ import torch
 
 from regla.ops import regla_attention, safe_exp_attention
 from regla.ops.backends import why_not_triton
+from regla.ops.fused import Inputs
 
 from . import definition
 from .test_causality import change
@@ -235,6 +236,66 @@ def test_fast_gates_in_bfloat16(most, outlier, axis):
         for kind in ("outlier", "reset", "open"):
             after, _ = fused(*change(inputs, at, kind), gate_axis=axis)
             assert torch.equal(after[:, :at], before[:, :at]), f"{kind} at token {at}"
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("size", [1e-22, 1e-30])
+def test_tiny_values_in_bfloat16(size, axis):
+    """Within 1 % of float32 where values are tiny, so that gradients of outputs in their own unit are huge, and chunks
+    decay by more than 2^-60, but by less than 2^-150."""
+    q, k, v = (torch.randn(1, 80, 1, 32) for _ in range(3))
+    gate, refine = fast_gates(80, 32, axis, 5.5 if axis == "both" else 4.4)
+    gate[..., 0] = 9.0
+    inputs = [x.bfloat16() for x in (q, k, size * v, gate, refine)]
+    weights = torch.randn(1, 80, 1, 32)
+    results = []
+    for backend, dtype in (("chunked", torch.float32), ("triton", torch.bfloat16)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        h, _ = regla_attention(*leaves, gate_axis=axis, backend=backend)
+        if not results:
+            d_h = (weights / h.detach().abs().amax(-1, keepdim=True)).bfloat16()
+        results.append([normalised(h), *torch.autograd.grad(h, leaves, d_h.to(dtype))])
+    for expected, value in zip(*results, strict=True):
+        assert definition.overall(value, expected.double()) <= 1e-2
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("most", [4.0, 30.0])
+def test_groups_and_masks_in_bfloat16(most, axis):
+    """Two queries to a state and masked tokens, the first ones and a few; chunks with far tokens and without."""
+    q, k, v = torch.randn(1, 100, 2, 32), torch.randn(1, 100, 1, 32), torch.randn(1, 100, 1, 32)
+    mask = torch.ones(1, 100, dtype=torch.bool)
+    mask[:, [0, 1, 2, 40, 41, 70]] = False
+    inputs = [x.bfloat16() for x in (q, k, v, *fast_gates(100, 32, axis, most))]
+    weights = torch.randn(1, 100, 2, 32) * mask[..., None, None]
+    results = []
+    for backend, dtype in (("chunked", torch.float32), ("triton", torch.bfloat16)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        h, (S, _) = regla_attention(*leaves, gate_axis=axis, mask=mask, output_final_state=True, backend=backend)
+        if not results:
+            d_h = (weights / h.detach().abs().amax(-1, keepdim=True).clamp(min=1e-37)).bfloat16()
+        grads = torch.autograd.grad([h, S], leaves, [d_h.to(dtype), torch.full_like(S, 2.0**-48)])
+        results.append([h[mask] / h[mask].abs().amax(-1, keepdim=True), S, *grads])
+    for expected, value in zip(*results, strict=True):
+        assert definition.overall(value, expected.double()) <= 1e-2
+
+
+def test_where_the_backward_pass_goes_over_the_tree():
+    """The signs of the factors: wherever a chunk has far tokens; of chunks that decay beyond 2^-60 at outputs so small
+    that their gradients are large, but for masked tokens."""
+    operation = pytest.importorskip("regla.ops.triton.operation")
+    q, k, v = (torch.randn(1, 128, 1, 32).bfloat16() for _ in range(3))
+    v[:, :64] *= 1e-30
+    gate, refine = (x.bfloat16() for x in fast_gates(128, 32, "key", 3.0))
+    gate[..., 0], gate[:, :32], gate[:, 100:104, :, 1:] = 9.0, 9.0, -50.0
+    mask = torch.ones(1, 128, dtype=torch.bool)
+    mask[:, 38] = False
+    inputs = Inputs(q, k, v, gate, refine, None, None, mask, None, None, None)
+    *_, factors, _states = operation.forward(inputs, 1.0, True, True, True)
+    over_tree = (factors[0, :, 0] < 0).view(4, 32)
+    assert over_tree.all(1).tolist() == [False, False, False, True]
+    assert over_tree.any(1).tolist() == [False, True, False, True]
+    assert over_tree[1].sum() == 31 and not over_tree[1, 6]
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -69,6 +69,7 @@ def test_the_configuration_of_every_variant_is_checked_with_its_name(tmp_path: P
     study = read_study(written(tmp_path, GRID + "\n"))
     sizes, models = check_variants(study, study.variants, vocab_size=300)
     assert models["plain/8"]["gate"] == "sigmoid" and models["softmax"]["layer_types"] == ["full_attention"] * 4
+    assert models["plain/8"]["gate_axis"] == "key" and models["softmax"]["gate_axis"] is None  # which has no use for it
     assert sizes["plain/8"].tokens == 2 * sizes["plain/4"].tokens == 8 * 4 * 256
     for old, new, message in (
         ("gate: sigmoid", "gate: sigmoyd", "The variant plain/4 does not fit: gate is 'sigmoyd'; expected one of"),

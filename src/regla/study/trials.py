@@ -8,11 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regla.study.data import StudyData
 from regla.study.grid import Study, Variant, in_order
 from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
+
+if TYPE_CHECKING:
+    from regla.models.configuration import ReGLAConfig
 
 _OF_THE_PLACE = (  # fields of TrainConfig that say where a run reads and writes, not what it computes
     *("out", "data", "dataset", "text_field", "valid", "tokenizer", "vocab_size", "device", "compile"),
@@ -75,7 +78,14 @@ def check_variants(
             tokens=config.total_steps * config.tokens_per_step,
         )
         models[variant.name] = {name: getattr(model, name) for name in ReGLAConfig.__annotations__}
+        if not _gates_an_axis(model):  # so that another default does not make it another run
+            models[variant.name]["gate_axis"] = None
     return sizes, models
+
+
+def _gates_an_axis(model: ReGLAConfig) -> bool:
+    """Whether the result depends on `gate_axis`."""
+    return "linear_attention" in (model.layer_types or ()) and model.gate in ("refined", "sigmoid")
 
 
 def make_trials(study: Study, data: StudyData, *, out: str | Path, device: str) -> list[Trial]:

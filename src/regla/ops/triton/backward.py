@@ -31,6 +31,7 @@ from regla.ops.triton.tiles import (
     LIFT_BITS,
     LOG2E,
     NO_KEY,
+    RANGE,
     as_read,
     cumulative,
     decays,
@@ -425,7 +426,7 @@ def backward_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
-    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr, REACH: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     n, h, i, count, begin, length, past, slot = place(
         cu_ptr, slot_ptr, T, chunks, part, parts, H, C, VARLEN, SPLIT, True
@@ -468,7 +469,7 @@ def backward_kernel(
                     lowest = tl.minimum(lowest, tl.load(at_head, mask=inside, other=0.0))
                 far = tl.min(lowest, 0) < 0
             else:
-                far = may_reach(lowest_decay(decays(gk, rk, C, BK, KEY), decays(gv, rv, C, BV, VALUE)), REACH)
+                far = may_reach(lowest_decay(decays(gk, rk, C, BK, KEY), decays(gv, rv, C, BV, VALUE)), RANGE)
         if far:
             finish_with_tree(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,

@@ -137,7 +137,7 @@ def inside_chunk(
 
 @triton.jit
 def write_outputs(
-    o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, S, edge, begin, h, j, scale, H,
+    o_ptr, lower_ptr, t, inside, valid, qd, Pd, out, v, gv, Bv, limit, Ev, S, edge, begin, h, j, scale, H,
     G: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +157,10 @@ def write_outputs(
         factor = tl.maximum(2.0**-12 * reciprocal(largest), 1.0) * 2.0**-48
         out *= (factor * scale)[:, None]
         if STORE:  # and with it, in its sign, whether the backward pass is to go over the tree
-            factor = tl.where(factor > edge, -factor, factor)
+            over_tree = factor > edge
+            if not FAR:
+                over_tree &= valid  # nobody reads what a masked token gives
+            factor = tl.where(over_tree, -factor, factor)
             tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
     else:
         out *= scale
@@ -278,7 +281,7 @@ def finish(
             empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
             q = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
         write_outputs(
-            o_ptr, lower_ptr, t, inside, qd, Pd, out, v, gv, Bv, limit, Ev, Sd, edge, begin, h, j, scale, H,
+            o_ptr, lower_ptr, t, inside, valid, qd, Pd, out, v, gv, Bv, limit, Ev, Sd, edge, begin, h, j, scale, H,
             G, V, BV, C, VALUED, SAFE_EXP, STORE, PRECISION, FAR,
         )  # fmt: skip
 
@@ -314,7 +317,7 @@ def finish_with_tree(
         m_before = tl.maximum(before + sums_before, tops_before)
         k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
-    limit = limits(faint(k, valid, K), REACH)
+    limit = limits(faint(k, v, valid, K, VALUE != "none"), REACH)
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
         q, k, v, gk, gv, limit, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
@@ -391,7 +394,7 @@ def forward_kernel(
             if may_reach(lowest, RANGE):
                 edge = 2.0**-24  # gradients of such small outputs are large
                 if not far:
-                    far = tl.max(faint(k, valid, K).to(tl.int32), 0) > 0
+                    far = tl.max(faint(k, v, valid, K, VALUED).to(tl.int32), 0) > 0
         if far:
             finish_with_tree(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, initial_ptr,
@@ -403,7 +406,7 @@ def forward_kernel(
         else:
             finish(
                 q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-                q, k, v, gk, gv, limits(faint(k, valid, K), REACH), edge,
+                q, k, v, gk, gv, limits(faint(k, v, valid, K, VALUED), REACH), edge,
                 t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
                 G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, INITIAL, STORE, PRECISION, ONE_PATH,
             )  # fmt: skip

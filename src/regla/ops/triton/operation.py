@@ -28,7 +28,10 @@ def forward(
     decaying: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """(o, final state, last m, m of every token, the factor of every output, the state before each chunk)."""
+    """(o, final state, last m, m of every token, the factor of every output, the state before each chunk).
+
+    A negative factor tells `backward` to compute its chunk over the tree of halves.
+    """
     q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = _in_order(inputs)
     filled = outputs(q, k, v, cu_seqlens, safe_exp, keep)
     o, final, last, m, lower, states = filled
@@ -116,7 +119,7 @@ def backward(
             *grads, d_initials, passed, flags,
             scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
             SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
-            **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
+            **_common(q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, gv, backward=True),
         )  # fmt: skip

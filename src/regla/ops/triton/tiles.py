@@ -86,9 +86,9 @@ def exp2(x):
 def finite(x):
     """x within float32, and some number in it for what is none. What left float32 is for a row whose channel was reset,
     where a factor 0 meets it: infinity times 0 would be nan, and so is infinity less infinity."""
-    if INTERPRETED:
-        x = tl.where(x == x, x, 0.0)
-    return tl.minimum(tl.maximum(x, -1e37), 1e37)  # of nan and a number a GPU takes the number
+    if INTERPRETED:  # of nan and a number a GPU takes the number
+        x = tl.where(x == x, x, -1e37)
+    return tl.minimum(tl.maximum(x, -1e37), 1e37)
 
 
 @triton.jit
@@ -247,11 +247,16 @@ def stabiliser_scan(top, step):
 
 
 @triton.jit
-def faint(k, valid, K: tl.constexpr):
-    """[C]: tokens of whose features k [C, BK] one lies 2^60 and more below the unit's 2^48, as behind an outlier: with
-    the smallest factors W it would leave float32."""
+def faint(k, v, valid, K: tl.constexpr, VALUED: tl.constexpr):
+    """[C]: tokens of whose features k [C, BK] one lies 2^60 and more below the unit's 2^48, as behind an outlier, or,
+    where the value axis decays, all of whose values v [C, BV] are below 2^-20: with the smallest factors W they would
+    leave float32."""
     real = (tl.arange(0, k.shape[1]) < K)[None, :]
-    return valid & (tl.min(tl.where(real, k, 1.0), 1) < 2.0**-12)
+    weak = tl.min(tl.where(real, k, 1.0), 1) < 2.0**-12
+    if VALUED:
+        largest = tl.max(tl.abs(v), 1)
+        weak |= (largest > 0) & (largest < 2.0**-20)
+    return valid & weak
 
 
 @triton.jit
