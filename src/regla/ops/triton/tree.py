@@ -35,11 +35,17 @@ def halves(level, C: tl.constexpr):
 
 
 @triton.jit
+def to_the_middle(between, g, PRECISION: tl.constexpr):
+    """[C, D]: the decay over the tokens `between` [C, C], of the log-decays g [C, D]."""
+    return exp2(counted_sums(between, floored(g), 1.0, PRECISION))
+
+
+@triton.jit
 def tree_level(level, g, PRECISION: tl.constexpr):
     """(`halves`' pairs; [C, D]: the decay between each token and the middle of its block, of what a token of a second
     half reads and of what one of a first half writes)."""
     joined, between = halves(level, g.shape[0])
-    return joined, exp2(counted_sums(between, floored(g), 1.0, PRECISION))
+    return joined, to_the_middle(between, g, PRECISION)
 
 
 @triton.jit
@@ -51,7 +57,7 @@ def scores_over_tree(q, k, gk, count, dtype: tl.constexpr, PRECISION: tl.constex
         X = gk
         if level < count:  # always. In one block with the product of scores the compiler would lay out all of them for
             # four rows of warps, and a tile of 32 tokens has work for two.
-            X = exp2(counted_sums(between, floored(gk), 1.0, PRECISION))
+            X = to_the_middle(between, gk, PRECISION)
         P2 = tl.dot((q * X).to(dtype), tl.trans((k * X).to(dtype)), input_precision=PRECISION)
         P += tl.where(joined, P2, 0.0)
     return P
