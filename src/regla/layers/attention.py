@@ -13,7 +13,8 @@ from regla.layers.feature_maps import FEATURE_MAPS, SafeExp
 from regla.layers.gates import GATE_AXES, GATES, Decays
 from regla.layers.norms import NORMS, HeadLayerNorm, HeadRMSNorm
 from regla.layers.positions import ShortConvolution, apply_rotary
-from regla.layers.projection import project
+from regla.layers.projection import is_plain, project
+from regla.ops import QKNorm
 from regla.ops.attention import safe_exp_step_
 from regla.ops.backends import step_engine
 from regla.ops.features import KEY_MAX
@@ -162,7 +163,8 @@ class ReGLAAttention(nn.Module):
         q, k = q.unflatten(-1, (-1, self.head_dim)), k.unflatten(-1, (-1, self.head_dim))
         v = v.unflatten(-1, (-1, self.value_head_dim))
         parts = q, k, v
-        if self.q_norm is not None and self.k_norm is not None:
+        qk_norm = None if rotary is not None or overwrite_state else self._norm_before_features(x.device)
+        if qk_norm is None and self.q_norm is not None and self.k_norm is not None:
             q, k = (norm(x.to(norm.weight.dtype)).to(x.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
@@ -178,8 +180,9 @@ class ReGLAAttention(nn.Module):
         o = self._step_(q, k, v, decays, mask, state) if overwrite_state and cu_seqlens is None else None
         if o is None:
             inputs = q, k, v, decays, mask, cu_seqlens, after, return_state
-            if isinstance(self.feature_map, SafeExp) and q is parts[0] and k is parts[1] and v is parts[2]:
-                h, after = self.feature_map(*inputs, together=qkv)
+            if isinstance(self.feature_map, SafeExp):
+                together = qkv if q is parts[0] and k is parts[1] and v is parts[2] else None
+                h, after = self.feature_map(*inputs, together=together, qk_norm=qk_norm)
             else:
                 h, after = self.feature_map(*inputs)
             o = self.norm(h)
@@ -188,6 +191,17 @@ class ReGLAAttention(nn.Module):
             o = o * self.output_activation(self.output_gate(x))
         y = self.o_proj(o)
         return y, ReGLAState(after[0], after[1], conv_state) if return_state and after is not None else None
+
+    def _norm_before_features(self, device: torch.device) -> QKNorm | None:
+        """The norms of q and k where nothing but the safe exponential follows, which takes them along; None where they
+        are to be called: there are none, something else follows, or a norm is more than its weight."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if q_norm is None or k_norm is None or self.qk_calibration is not None or self.qk_temperature is not None:
+            return None
+        alone = all(is_plain(norm) and norm.weight.device == device for norm in (q_norm, k_norm))
+        if not alone or q_norm.eps is None or not isinstance(self.feature_map, SafeExp):
+            return None
+        return QKNorm(q_norm.weight, k_norm.weight, q_norm.eps)
 
     def _step_(
         self, q: Tensor, k: Tensor, v: Tensor, decays: Decays, mask: Tensor | None, state: ReGLAState | None

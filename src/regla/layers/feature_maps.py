@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from regla.layers.gates import Decays
-from regla.ops import gated_linear_attention, safe_exp_attention
+from regla.ops import QKNorm, gated_linear_attention, safe_exp_attention
 
 State = tuple[Tensor, Tensor]
 
@@ -35,7 +35,8 @@ class FeatureMap(nn.Module):
 class SafeExp(FeatureMap):
     """exp(q - max q), exp(k - m): bounded and non-negative (paper section 3.1); see `regla.ops.safe_exp_key`.
 
-    together: a tensor [B, T, channels] whose channels are those of q, k and v, where there is one.
+    together: a tensor [B, T, channels] whose channels are those of q, k and v, where there is one. qk_norm: a norm of q
+    and k that goes before it.
     """
 
     def forward(
@@ -49,6 +50,7 @@ class SafeExp(FeatureMap):
         state: State | None,
         return_state: bool,
         together: Tensor | None = None,
+        qk_norm: QKNorm | None = None,
     ) -> tuple[Tensor, State | None]:
         return safe_exp_attention(
             q,
@@ -64,6 +66,7 @@ class SafeExp(FeatureMap):
             cu_seqlens=cu_seqlens,
             key_max=self.key_max,
             backend=self.backend,
+            qk_norm=qk_norm,
             qkv=together,
             gates=decays.together,
         )

@@ -18,7 +18,7 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
     with hooks).
     """
     kind = x.device.type
-    weights = [map_.weight for map_ in maps if isinstance(map_, nn.Linear) and _is_plain(map_)]
+    weights = [map_.weight for map_ in maps if isinstance(map_, nn.Linear) and _trains_alone(map_)]
     biases = [map_.bias for map_ in maps if isinstance(map_, nn.Linear) and map_.bias is not None]
     fit = len(weights) == len(maps) and len(biases) in (0, len(maps))
     if not (fit and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
@@ -31,10 +31,19 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
     return list(together.split([x.shape[0] for x in weights], -1)), together
 
 
-def _is_plain(map_: nn.Linear) -> bool:
+def _trains_alone(map_: nn.Linear) -> bool:
     """Whether it is a linear map that trains, and nothing besides."""
-    hooks = map_._forward_hooks or map_._forward_pre_hooks or map_._backward_hooks or map_._backward_pre_hooks
-    if type(map_) is not nn.Linear or hooks or _has_any_global_hook() or "forward" in map_.__dict__:
+    return is_plain(map_) and all(x.requires_grad for x in _parameters(map_))
+
+
+def is_plain(module: nn.Linear | nn.RMSNorm) -> bool:
+    """Whether it is just that, and calling it does nothing besides: no hooks, no other `forward`, plain parameters."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if type(module) not in (nn.Linear, nn.RMSNorm) or hooks or _has_any_global_hook() or "forward" in module.__dict__:
         return False
-    parameters = [map_.weight] if map_.bias is None else [map_.weight, map_.bias]
-    return all(type(x) in (nn.Parameter, Tensor) and x.requires_grad for x in parameters)
+    return all(type(x) in (nn.Parameter, Tensor) for x in _parameters(module))
+
+
+def _parameters(module: nn.Linear | nn.RMSNorm) -> list[Tensor]:
+    bias = module.bias if isinstance(module, nn.Linear) else None
+    return [module.weight] if bias is None else [module.weight, bias]

@@ -2,9 +2,11 @@
 
 from regla.ops.attention import gate_decays, gated_linear_attention, regla_attention, safe_exp_attention
 from regla.ops.features import safe_exp_key, safe_exp_query, variance_reduction
+from regla.ops.fused import QKNorm
 from regla.ops.gates import log_refined_gate
 
 __all__ = [
+    "QKNorm",
     "gate_decays",
     "gated_linear_attention",
     "log_refined_gate",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from regla.ops.backends import choose_backend, step_engine
-from regla.ops.checks import check_decays, check_gla, check_refine, check_regla, check_together
+from regla.ops.checks import check_decays, check_gla, check_qk_norm, check_refine, check_regla, check_together
 from regla.ops.chunked import chunked_gated_linear_attention
 from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
-from regla.ops.fused import fused_attention, fused_step_
+from regla.ops.fused import QKNorm, fused_attention, fused_step_
 from regla.ops.gates import log_refined_gate
 from regla.ops.recurrent import recurrent_gated_linear_attention
 
@@ -94,6 +95,7 @@ def safe_exp_attention(
     key_max: str = "decay",
     backend: str = "auto",
     validate: bool | None = None,
+    qk_norm: QKNorm | None = None,
     qkv: Tensor | None = None,
     gates: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -110,12 +112,16 @@ def safe_exp_attention(
     log-decays are then `log_refined_gate(gk, refine_k)`, `log_refined_gate(gv, refine_v)`. With kernels a
     single token that needs no gradient is one call, `safe_exp_step_` on copies of S and m.
 
+    qk_norm: weights [K] and eps of an RMS norm over the channels of each head of q and k, which goes before everything
+    above; the kernels for GPUs do it inside. Not while a single token is decoded.
+
     qkv and gates [B, T, channels], both optional: contiguous tensors of which q, k, v and gk, gv, refine_k, refine_v
     (those that there are) are the channels in this order, the heads of each side by side. With kernels the gradients of
     these are then one tensor from the start.
     """
     check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
     check_refine(gk, gv, refine_k, refine_v)
+    check_qk_norm(qk_norm, k)
     check_together("qkv", qkv, {"q": q, "k": k, "v": v})
     check_together("gates", gates, {"gk": gk, "gv": gv, "refine_k": refine_k, "refine_v": refine_v})
     if refine_k is None and refine_v is None:
@@ -124,6 +130,7 @@ def safe_exp_attention(
     S0 = None if initial_state is None else initial_state[0]
     engine = step_engine(backend, key_max, k, v, q, gk, gv, refine_k, refine_v, S0) if cu_seqlens is None else None
     if engine is not None:
+        q, k = _normalised(q, k, qk_norm)
         S, m = _copy_of_state(initial_state, k, v)
         h = safe_exp_step_(
             q,
@@ -146,6 +153,9 @@ def safe_exp_attention(
     if state is not None and before is not None:
         # Zeros are an empty state, whatever m says.
         before = torch.where((state.detach() == 0).all(-1).all(-1), NO_KEY, before.detach())
+    if qk_norm is not None and backend != "triton":
+        q, k = _normalised(q, k, qk_norm)
+        qk_norm, qkv = None, None
     if backend in _ENGINES:
         h, final, after = _fused(
             backend,
@@ -163,6 +173,7 @@ def safe_exp_attention(
             scale,
             safe_exp=True,
             key_max=key_max,
+            qk_norm=qk_norm,
             qkv=qkv,
             gates=gates,
         )
@@ -319,6 +330,14 @@ def regla_attention(
     )
 
 
+def _normalised(q: Tensor, k: Tensor, norm: QKNorm | None) -> tuple[Tensor, Tensor]:
+    """q and k, normalised in the dtype of the weights, in their own."""
+    if norm is None:
+        return q, k
+    q, k = (rms_norm(x.to(w.dtype), w.shape, w, norm.eps).to(x.dtype) for x, w in ((q, norm.q), (k, norm.k)))
+    return q, k
+
+
 def _lower(h: Tensor) -> Tensor:
     """h / 2^LIFT; a head's output that would vanish there is held at 2^-60 instead.
 
@@ -382,6 +401,7 @@ def _fused(
     *,
     safe_exp: bool,
     key_max: str = "decay",
+    qk_norm: QKNorm | None = None,
     qkv: Tensor | None = None,
     gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -405,6 +425,7 @@ def _fused(
         safe_exp=safe_exp,
         decaying=key_max == "decay",
         engine=engine,
+        norm=qk_norm,
         qkv=qkv,
         gates=gates,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regla.ops.features import KEY_MAX
+from regla.ops.fused import QKNorm
 
 
 def check_decays(gk: Tensor | None, gv: Tensor | None, validate: bool | None, mask: Tensor | None = None) -> None:
@@ -33,6 +34,16 @@ def check_refine(gk: Tensor | None, gv: Tensor | None, refine_k: Tensor | None, 
             raise ValueError(f"refine_{axis} is given without g{axis}, the logits of the gate it refines: pass both")
         if g.shape != refine.shape:
             raise ValueError(f"refine_{axis} has shape {list(refine.shape)}; expected {list(g.shape)}, as g{axis} has")
+
+
+def check_qk_norm(norm: QKNorm | None, k: Tensor) -> None:
+    """That the weights fit the channels of a head."""
+    for name, weight in () if norm is None else (("q", norm.q), ("k", norm.k)):
+        if list(weight.shape) != [k.shape[-1]] or weight.device != k.device:
+            raise ValueError(
+                f"the weight of {name} in qk_norm has shape {list(weight.shape)} on {weight.device}; expected "
+                f"[{k.shape[-1]}], one number for each channel of a key, on {k.device}"
+            )
 
 
 def check_together(name: str, whole: Tensor | None, parts: dict[str, Tensor | None]) -> None:

@@ -16,12 +16,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-_INPUTS = "Tensor[] buffers, SymInt[] layout, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_state, Tensor? before, "
+_INPUTS = (
+    "Tensor[] buffers, SymInt[] layout, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_state, Tensor? before, "
+    "Tensor[] weights, float eps, "
+)
 _OPTIONS = "float scale, bool safe_exp, bool decaying, str engine"
 
 
+class QKNorm(NamedTuple):
+    """The RMS norm of queries and keys over a head's channels: x / sqrt(mean(x^2) + eps) times q or k, [K] each."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
 class Inputs(NamedTuple):
-    """What an engine gets, in the shapes of `fused_attention`; of one token cu_seqlens, initial_state and before
+    """What an engine gets, in the shapes of `fused_attention`; of one token cu_seqlens, initial_state, before and norm
     are None."""
 
     q: Tensor
@@ -35,6 +46,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None = None
     initial_state: Tensor | None = None
     before: Tensor | None = None
+    norm: QKNorm | None = None
 
 
 def fused_attention(
@@ -54,6 +66,7 @@ def fused_attention(
     safe_exp: bool,
     decaying: bool = True,
     engine: str,
+    norm: QKNorm | None = None,
     qkv: Tensor | None = None,
     gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +80,7 @@ def fused_attention(
         initial_state, before: [N, H, K, V] float32 and [N, H] float32 (`NO_KEY`: no key yet), with `safe_exp`.
         decaying: the stabiliser falls with the slowest channel (key_max "decay"), or never ("running").
         engine: "triton" or "native".
+        norm: of q and k, before anything else, with `safe_exp` and "triton" alone.
         qkv, gates: contiguous tensors [B, T, channels] of which q, k, v and gk, gv, rk, rv (those that there are) are
             the channels, in this order; their gradients then flow to these.
 
@@ -75,11 +89,13 @@ def fused_attention(
     """
     inputs = Inputs(q, k, v, gk, rk, gv, rv, mask)
     buffers, layout = _in_buffers(inputs, qkv, gates)
-    needs = [*buffers] if initial_state is None else [*buffers, initial_state]
+    weights = [] if norm is None else [norm.q.contiguous(), norm.k.contiguous()]
+    needs = [*buffers, *weights] if initial_state is None else [*buffers, *weights, initial_state]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in needs)
     o, final, last, *_ = _forward(
-        buffers, layout, mask, cu_seqlens, initial_state, before, scale, safe_exp, decaying, engine, keep
-    )
+        buffers, layout, mask, cu_seqlens, initial_state, before, weights, 0.0 if norm is None else norm.eps,
+        scale, safe_exp, decaying, engine, keep,
+    )  # fmt: skip
     return o, final, last.detach()
 
 
@@ -116,6 +132,12 @@ def _unpack(buffers: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor | N
     ]
 
 
+def _inputs(buffers: Sequence[Tensor], layout: Sequence[int], *others: Any) -> Inputs:
+    *tensors, weights, eps = others
+    norm = QKNorm(weights[0], weights[1], eps) if weights else None
+    return Inputs(*_unpack(buffers, layout), *tensors, norm=norm)  # type: ignore[arg-type,misc]
+
+
 def rows(x: Tensor) -> Tensor:
     """x [B, T, H, D] such that a token's heads and channels lie side by side, at one distance from token to token."""
     _B, T, H, D = x.shape
@@ -139,12 +161,11 @@ def _engine(name: str) -> Any:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """(o, final state, last m, and if `keep` for the backward pass: m, the factors of the outputs, and states)."""
     buffers, layout, *others, scale, safe_exp, decaying, engine, keep = arguments
-    inputs = Inputs(*_unpack(buffers, layout), *others)  # type: ignore[arg-type]
-    return _engine(engine).forward(inputs, scale, safe_exp, decaying, keep)
+    return _engine(engine).forward(_inputs(buffers, layout, *others), scale, safe_exp, decaying, keep)
 
 
 @_forward.register_fake
-def _(buffers, layout, mask, cu_seqlens, initial_state, before, scale, safe_exp, decaying, engine, keep):  # type: ignore[no-untyped-def]
+def _(buffers, layout, mask, cu_seqlens, initial_state, before, weights, eps, scale, safe_exp, decaying, engine, keep):  # type: ignore[no-untyped-def]
     q, k, v, *_ = _unpack(buffers, layout)
     return _engine(engine).outputs(q, k, v, cu_seqlens, safe_exp, keep)
 
@@ -155,42 +176,51 @@ def _(buffers, layout, mask, cu_seqlens, initial_state, before, scale, safe_exp,
     schema=f"(Tensor d_o, Tensor? d_final, {_INPUTS}Tensor m, Tensor factors, Tensor states, {_OPTIONS}) -> Tensor[]",
 )
 def _backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of the buffers and of the initial state."""
+    """Gradients of the buffers, of the initial state and of the weights, in float32 of these two."""
     d_o, d_final, buffers, layout, *others, m, factors, states, scale, safe_exp, decaying, engine = arguments
-    inputs = Inputs(*_unpack(buffers, layout), *others)  # type: ignore[arg-type]
-    *d_buffers, d_initial = grads = _gradients_like(buffers, layout, inputs.cu_seqlens)
-    of_inputs = _unpack(d_buffers, layout)
-    _engine(engine).backward(d_o, d_final, inputs, m, factors, states, scale, safe_exp, decaying, of_inputs, d_initial)
+    inputs = _inputs(buffers, layout, *others)
+    grads = _gradients_like(buffers, layout, inputs.cu_seqlens, others[-2])
+    of_inputs, (d_initial, *d_weights) = _unpack(grads, layout), grads[len(buffers) :]
+    _engine(engine).backward(
+        d_o, d_final, inputs, m, factors, states, scale, safe_exp, decaying, of_inputs, d_initial, *d_weights
+    )
     return grads
 
 
 @_backward.register_fake
-def _(d_o, d_final, buffers, layout, mask, cu_seqlens, *_):  # type: ignore[no-untyped-def]
-    return _gradients_like(buffers, layout, cu_seqlens)
+def _(d_o, d_final, buffers, layout, mask, cu_seqlens, initial_state, before, weights, *_):  # type: ignore[no-untyped-def]
+    return _gradients_like(buffers, layout, cu_seqlens, weights)
 
 
-def _gradients_like(buffers: Sequence[Tensor], layout: Sequence[int], cu_seqlens: Tensor | None) -> list[Tensor]:
+def _gradients_like(
+    buffers: Sequence[Tensor], layout: Sequence[int], cu_seqlens: Tensor | None, weights: Sequence[Tensor]
+) -> list[Tensor]:
     _HQ, H, K, V, *_ = layout
     N = buffers[0].shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     like = [x.new_empty(x.shape) for x in buffers]
-    return [*like, buffers[0].new_empty(N, H, K, V, dtype=torch.float32)]
+    shapes = [(N, H, K, V), *(x.shape for x in weights)]
+    return like + [buffers[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    buffers, layout, *tensors, scale, safe_exp, decaying, engine, _ = inputs
-    ctx.layout, ctx.options = layout, (scale, safe_exp, decaying, engine)
-    ctx.save_for_backward(*buffers, *tensors, *output[3:])
+    buffers, layout, *tensors, weights, eps, scale, safe_exp, decaying, engine, _ = inputs
+    ctx.layout, ctx.buffers, ctx.eps, ctx.options = layout, len(buffers), eps, (scale, safe_exp, decaying, engine)
+    ctx.save_for_backward(*buffers, *weights, *tensors, *output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *buffers, mask, cu_seqlens, initial_state, before, m, factors, states = ctx.saved_tensors
+    *of_lists, mask, cu_seqlens, initial_state, before, m, factors, states = ctx.saved_tensors
+    buffers, weights = of_lists[: ctx.buffers], of_lists[ctx.buffers :]
     if d_o is None:
         HQ, _H, _K, V, *_ = ctx.layout
         d_o = buffers[0].new_zeros(*buffers[0].shape[:2], HQ, V)
-    inputs = buffers, ctx.layout, mask, cu_seqlens, initial_state, before
-    *grads, d_initial = _backward(d_o, d_final, *inputs, m, factors, states, *ctx.options)
-    return grads, None, None, None, None if initial_state is None else d_initial, *(None,) * 6
+    inputs = buffers, ctx.layout, mask, cu_seqlens, initial_state, before, weights, ctx.eps
+    grads = _backward(d_o, d_final, *inputs, m, factors, states, *ctx.options)
+    d_buffers, (d_initial, *d_weights) = grads[: ctx.buffers], grads[ctx.buffers :]
+    d_weights = [d.to(x.dtype) for d, x in zip(d_weights, weights, strict=True)]
+    d_initial = None if initial_state is None else d_initial
+    return d_buffers, None, None, None, d_initial, None, d_weights, *(None,) * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

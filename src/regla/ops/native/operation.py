@@ -71,7 +71,7 @@ class _Call:
             self.held.append(array)
             setattr(self.problem, name, ctypes.addressof(array))
         self.points(mask=mask)
-        for name, x in zip(_NAMES, inputs, strict=False):
+        for name, x in zip(_NAMES, inputs[:7], strict=True):
             self.rows(name, None if x is None else rows(x.detach().float()))
 
     def points(self, **tensors: Tensor | None) -> None:

@@ -17,6 +17,7 @@ with U its gradient and both operands decayed to the chunk's end,
 An axis' log-decays take, summed from each token to the chunk's end, what every row read minus what every token wrote
 (q d_q - k d_k, or out d - x d_x), and at the last token what the state after it is worth (the sums of S d_S and
 k_end d_k_end). Both sides of each difference come from the same rounded factors, so that what must cancel does.
+With a norm of q and k, d_q and d_k are those of the normalised logits; regla.ops.triton.norm takes them from there.
 Gradients are kept 2^16 times what they are: so many powers of two lie between the small ones of a long batch, which
 must not vanish where E is small, and those behind an outlier of e^100, which must not overflow.
 """
@@ -26,9 +27,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.forward import load_tokens, place, query_features, relative_decays
+from regla.ops.triton.forward import place
+from regla.ops.triton.inputs import ask_for_chunk, features_and_decays, load_queries, queries
+from regla.ops.triton.norm import load_norm
 from regla.ops.triton.tiles import (
-    LIFT_BITS,
+    GRADIENT_LIFT,
     LOG2E,
     NO_KEY,
     RANGE,
@@ -40,7 +43,6 @@ from regla.ops.triton.tiles import (
     finite,
     gate_at,
     load_gate,
-    load_tile,
     lowest_decay,
     may_reach,
     once,
@@ -54,60 +56,14 @@ from regla.ops.triton.tiles import (
 )
 from regla.ops.triton.tree import levels, read_over_tree, score_over_tree, scores_over_tree
 
-GRADIENT_LIFT = tl.constexpr(16.0)  # bits
-
-
-@triton.jit
-def queries(
-    q, do, factor, Ek, Ev, scale, dtype: tl.constexpr, KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr
-):
-    """(features of q, d_o in units of the state's gradient, and both in the factors E and in `dtype`)."""
-    q = q.to(tl.float32)
-    do = do.to(tl.float32)
-    if SAFE_EXP:
-        q = query_features(q)
-        do *= (tl.abs(factor) * (scale * 2.0**GRADIENT_LIFT))[:, None]
-    else:
-        do *= scale
-    qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-    d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
-    return q, do, qd, d
-
-
-@triton.jit
-def ask_for_queries(
-    q_ptr, do_ptr, lower_ptr, j, t, inside, valid, begin, h, H, q_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SAFE_EXP: tl.constexpr,
-):  # fmt: skip
-    """(q, d_o, factor of the outputs) of the j-th head of the group, as they are in memory."""
-    empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
-    q = load_tile(q_ptr + j * K, t, valid, q_step, tl.arange(0, BK), K, empty)
-    do = load_tile(do_ptr + j * V, t, valid, H * G * V, tl.arange(0, BV), V, 0.0)
-    factor = 1.0
-    if SAFE_EXP:
-        factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-    return q, do, factor
-
-
-@triton.jit
-def load_queries(
-    q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step, dtype: tl.constexpr,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr,
-):  # fmt: skip
-    """`queries` of the j-th head of the group."""
-    q, do, factor = ask_for_queries(
-        q_ptr, do_ptr, lower_ptr, j, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP
-    )
-    return queries(q, do, factor, Ek, Ev, scale, dtype, KEYED, VALUED, SAFE_EXP)
-
 
 @triton.jit
 def value_side(
-    q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S,
+    q_ptr, do_ptr, lower_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+    PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """What the outputs of a chunk give to x (over the tree to v), to Bv, and, over the tree, to the last head's
     scores."""
@@ -118,8 +74,8 @@ def value_side(
     for j in range(G):
         if G > 1:
             q, do, qd, d = load_queries(
-                q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-                dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
+                q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
+                dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
         if KEYED and FAR:
             Pd = scores_over_tree(q, k, gk, levels(C), dtype, PRECISION).to(dtype)
@@ -141,10 +97,11 @@ def value_side(
 
 @triton.jit
 def key_side(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S, dP_tree,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S, dP_tree,
     begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+    PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """What the outputs of a chunk give to kd (over the tree to k) and to Bk, and dq, written."""
     rows = tl.arange(0, C)
@@ -157,8 +114,8 @@ def key_side(
     for j in range(G):
         if G > 1:
             q, do, qd, d = load_queries(
-                q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-                dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
+                q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
+                dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
         if VALUED and FAR:
             if G > 1:  # of this head; the other results are not used
@@ -188,60 +145,14 @@ def key_side(
 
 
 @triton.jit
-def ask_for_chunk(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before, t, inside, valid,
-    begin, h, past, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
-):  # fmt: skip
-    """(q, d_o and factor of the first head, the state before the chunk, k, v, gate and refine of the key axis, of the
-    value axis, stabilisers m_t and m_{t-1}), as they are in memory. past: chunks of the sequence before this one."""
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    k, v, gk, rk, gv, rv = load_tokens(
-        k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-        K, V, BK, BV, KEY, VALUE, SAFE_EXP,
-    )  # fmt: skip
-    m, m_before = 0.0, 0.0
-    if SAFE_EXP:
-        m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
-        earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t + past > 0), other=0.0)
-        m_before = tl.where(inside, tl.where(t + past > 0, earlier, before), 0.0)
-    q, do, factor = ask_for_queries(
-        q_ptr, do_ptr, lower_ptr, 0, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP
-    )
-    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    # Four in a row at most, as of the float32 gradient that is passed on: the same layout over the threads.
-    state_at = tl.max_contiguous(ki[:, None] * V + vi[None, :], [1, 4])
-    S = tl.load(states_ptr + at + state_at, mask=state_mask, other=0.0)
-    return q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before
-
-
-@triton.jit
-def features_and_decays(
-    k, v, gk, rk, gv, rv, m, m_before, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr,
-):  # fmt: skip
-    """(features of k, v, log2-decays of both axes in units of the stabiliser), of what `ask_for_chunk` gave."""
-    gk = decays(gk, rk, k.shape[0], BK, KEY)
-    gv = decays(gv, rv, k.shape[0], BV, VALUE)
-    k, v = k.to(tl.float32), v.to(tl.float32)
-    if SAFE_EXP:
-        k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
-        gk, gv = relative_decays(
-            gk, gv, m, m_before, K, V, tl.arange(0, BK), tl.arange(0, BV), KEY != "none", VALUE != "none", INITIAL
-        )
-    return k, v, gk, gv
-
-
-@triton.jit
 def finish(
     q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-    q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+    q, do, factor, S, k, v, gk, gv, norm, t, inside, valid, begin, head, h, i, count, scale, H,
     q_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, D_FINAL: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, D_FINAL: tl.constexpr,
     PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunk, and pass on that of the state before it.
@@ -276,12 +187,12 @@ def finish(
             Ev, Wv, cv = factors(Bv, total_v, 0, EXACT, False)
             x = (v * Wv).to(dtype)
     # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
-    q, do, qd, d = queries(q, do, factor, Ek, Ev, scale, dtype, KEYED, VALUED, SAFE_EXP)
+    q, do, qd, d = queries(q, do, factor, norm, valid, Ek, Ev, scale, dtype, K, KEYED, VALUED, SAFE_EXP, NORM)
     dS = tl.dot(tl.trans(qd), d, input_precision=PRECISION)
     for j in range(1, G):
         _q2, _do2, qd2, d2 = load_queries(
-            q_ptr, do_ptr, lower_ptr, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-            dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP,
+            q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
+            dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, NORM,
         )  # fmt: skip
         dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
     if KEYED and not FAR:  # q E and d_o E are 2^c too large
@@ -335,8 +246,8 @@ def finish(
         U *= exp2(total_v + cv)[None, :]
     Ud = U.to(dtype)
     dv, dBv, dP_tree = value_side(
-        q_ptr, do_ptr, lower_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
-        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, FAR,
+        q_ptr, do_ptr, lower_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
+        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, FAR,
     )  # fmt: skip
     gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
     dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
@@ -355,8 +266,9 @@ def finish(
             dv *= Wv
     store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
-        q_ptr, do_ptr, lower_ptr, dq_ptr, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd, dP_tree,
-        begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, PRECISION, FAR,
+        q_ptr, do_ptr, lower_ptr, dq_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
+        dP_tree,
+        begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, FAR,
     )  # fmt: skip
     gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
     dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
@@ -384,13 +296,14 @@ def finish(
 
 @triton.jit(noinline=True)
 def finish_with_tree(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
+    d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-    before, begin, length, past, head, h, i, count, at, scale, H,
+    before, begin, length, past, head, h, i, count, at, scale, eps, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     MASKED: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk with far tokens; see the one of the forward kernel."""
@@ -402,29 +315,34 @@ def finish_with_tree(
     q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before = ask_for_chunk(
         q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
         t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-        G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
     )  # fmt: skip
-    k, v, gk, gv = features_and_decays(k, v, gk, rk, gv, rv, m, m_before, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL)
+    qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
+    norm = qw, kw, eps
+    k, v, gk, gv = features_and_decays(
+        k, v, gk, rk, gv, rv, m, m_before, norm, valid, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM, INITIAL
+    )
     finish(
         q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
-        dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
-        q, do, factor, S, k, v, gk, gv, t, inside, valid, begin, head, h, i, count, scale, H,
+        dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
+        flag_ptr,
+        q, do, factor, S, k, v, gk, gv, norm, t, inside, valid, begin, head, h, i, count, scale, H,
         q_step, gk_step, rk_step, gv_step, rv_step,
         dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-        G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, True,
+        G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, D_FINAL, PRECISION, True,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "part", "parts"])
 def backward_kernel(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, slot_ptr, before_ptr,
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, cu_ptr, slot_ptr, before_ptr,
     m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flags_ptr,
-    scale, T, chunks, part, parts, H,
+    scale, eps, T, chunks, part, parts, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
@@ -458,7 +376,7 @@ def backward_kernel(
         q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before = ask_for_chunk(
             q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, m_ptr, lower_ptr, states_ptr, do_ptr, before,
             t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-            G, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+            G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
         )  # fmt: skip
         far = False
         if not ONE_PATH:
@@ -472,24 +390,27 @@ def backward_kernel(
                 far = may_reach(lowest_decay(decays(gk, rk, C, BK, KEY), decays(gv, rv, C, BV, VALUE)), RANGE)
         if far:
             finish_with_tree(
-                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
-                d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
-                flags_ptr + head, before, begin, length, past, head, h, i, count, at, scale, H,
+                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr,
+                do_ptr, d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at,
+                d_initial_ptr, passed_ptr, flags_ptr + head,
+                before, begin, length, past, head, h, i, count, at, scale, eps, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, MASKED, INITIAL, D_FINAL, PRECISION,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, MASKED, INITIAL, D_FINAL, PRECISION,
             )  # fmt: skip
         else:
+            qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
+            norm = qw, kw, eps
             features, values, decays_k, decays_v = features_and_decays(
-                k, v, gk, rk, gv, rv, m, m_before, K, V, BK, BV, KEY, VALUE, SAFE_EXP, INITIAL
+                k, v, gk, rk, gv, rv, m, m_before, norm, valid, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM, INITIAL
             )
             finish(
                 q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, d_final_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
                 flags_ptr + head,
-                q, do, factor, S, features, values, decays_k, decays_v,
+                q, do, factor, S, features, values, decays_k, decays_v, norm,
                 t, inside, valid, begin, head, h, i, count, scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, D_FINAL, PRECISION, ONE_PATH,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, D_FINAL, PRECISION, ONE_PATH,
             )  # fmt: skip

@@ -12,22 +12,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from regla.ops.triton.inputs import key_features, load_chunk, query_features, relative_decays
+from regla.ops.triton.norm import load_norm
 from regla.ops.triton.tiles import (
-    LIFT_BITS,
     LN2,
     LOG2E,
-    LOWEST,
     NO_KEY,
     RANGE,
     as_read,
     cumulative,
-    decays,
     exp2,
     factors,
     faint,
     gate_at,
     limits,
-    load_gate,
     load_tile,
     lowest_decay,
     may_reach,
@@ -83,34 +81,6 @@ def place(
 
 
 @triton.jit
-def query_features(q):
-    """2^(log2e (q - max q)) [C, K]; 0 for padding, where q is -inf."""
-    return exp2((q - tl.maximum(tl.max(q, 1), NO_KEY)[:, None]) * LOG2E)
-
-
-@triton.jit
-def relative_decays(
-    gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr, INITIAL: tl.constexpr
-):  # fmt: skip
-    """The decays of both axes in units of the stabiliser: each at most 0 by itself, their sum as it was plus
-    m_{t-1} - m_t. With both axes the key axis' are relative to its slowest channel."""
-    unit = (m_before - m)[:, None]
-    if not INITIAL:  # what comes before the first key is nothing, which need not decay by 2^-1e30
-        unit = tl.where(m_before[:, None] > 0.5 * NO_KEY, unit, 0.0)
-    if KEY and VALUE:
-        slowest = tl.maximum(tl.max(tl.where((ki < K)[None, :], gk, LOWEST), 1), LOWEST)[:, None]
-        gk = gk - slowest
-        gv = gv + (unit + slowest)
-    elif VALUE:
-        gv = gv + unit
-    else:
-        gk = gk + unit
-    # On a GPU the minimum of nan and 0 would be 0: a gate that is nan would pass for an open one.
-    keep: tl.constexpr = tl.PropagateNan.ALL
-    return tl.minimum(gk, 0.0, propagate_nan=keep), tl.minimum(gv, 0.0, propagate_nan=keep)
-
-
-@triton.jit
 def levels_if(far):
     """`levels`, or none where no token of any channel is far."""
     return tl.max(tl.max(far.to(tl.int32), 1), 0) * levels(far.shape[0])
@@ -118,14 +88,12 @@ def levels_if(far):
 
 @triton.jit
 def inside_chunk(
-    q, k, gk, Bk, limit, Ek, kd, x,
-    KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
+    q, k, gk, Bk, limit, Ek, kd, x, norm, valid, K: tl.constexpr,
+    KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """(q E, scores, what they read of x = v W), from q as it is in memory: all without the state."""
     dtype = kd.dtype
-    q = q.to(tl.float32)
-    if SAFE_EXP:
-        q = query_features(q)
+    q = query_features(q, norm, valid, K, NORM) if SAFE_EXP else q.to(tl.float32)
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
     P = scores(qd, kd, PRECISION)
     if KEYED and FAR:
@@ -168,59 +136,28 @@ def write_outputs(
 
 
 @triton.jit
-def load_tokens(
-    k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
-):  # fmt: skip
-    """(k [C, K], v [C, V], gate and refine of the key axis, of the value axis) as they are in memory."""
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-    gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
-    k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
-    return k, v, gk, rk, gv, rv
-
-
-@triton.jit
-def load_chunk(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
-    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr,
-):  # fmt: skip
-    """(q of the first head as it is in memory, k, v, log2-decays of both axes), all asked for at once."""
-    ki = tl.arange(0, BK)
-    k, v, gk, rk, gv, rv = load_tokens(
-        k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-        K, V, BK, BV, KEY, VALUE, SAFE_EXP,
-    )  # fmt: skip
-    q = load_tile(q_ptr, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP else 0.0)
-    gk = decays(gk, rk, t.shape[0], BK, KEY)
-    gv = decays(gv, rv, t.shape[0], BV, VALUE)
-    return q, k.to(tl.float32), v.to(tl.float32), gk, gv
-
-
-@triton.jit
-def stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr, DECAYING: tl.constexpr):
+def stabiliser(
+    k, gk, gv, valid, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr, DECAYING: tl.constexpr, NORM: tl.constexpr
+):
     """`stabiliser_scan` of a chunk."""
+    unit: tl.constexpr = 1.0 if NORM else LOG2E
     step = tl.zeros([k.shape[0]], tl.float32)
     if DECAYING:
         if KEY != "none":
             step += tl.max(tl.where((ki < K)[None, :], gk, float("-inf")), 1)
         if VALUE != "none":
             step += tl.max(tl.where((vi < V)[None, :], gv, float("-inf")), 1)
-    top = tl.where(valid, tl.max(k, 1) * LOG2E, NO_KEY)
+    top = tl.where(valid, tl.max(k, 1) * unit, NO_KEY)
     return stabiliser_scan(top, tl.where(valid, step, 0.0))
 
 
 @triton.jit
 def finish(
     q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-    q, k, v, gk, gv, limit, edge, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+    q, k, v, gk, gv, norm, limit, edge, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
-    PRECISION: tl.constexpr, FAR: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+    INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Add the chunk to the state, pass that on, and write its outputs. edge: factors of outputs beyond which the
     backward pass is to go over the tree."""
@@ -276,9 +213,11 @@ def finish(
         S *= exp2(-cv)[None, :]
     Sd = S.to(dtype)
     for j in range(G):
-        qd, Pd, out = inside_chunk(q, k, gk, Bk, limit, Ek, kd, x, KEYED, SAFE_EXP, PRECISION, FAR)
+        qd, Pd, out = inside_chunk(
+            q, k, gk, Bk, limit, Ek, kd, x, norm, valid, K, KEYED, SAFE_EXP, NORM, PRECISION, FAR
+        )
         if G > 1:
-            empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
+            empty: tl.constexpr = float("-inf") if SAFE_EXP and not NORM else 0.0
             q = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
         write_outputs(
             o_ptr, lower_ptr, t, inside, valid, qd, Pd, out, v, gv, Bv, limit, Ev, Sd, edge, begin, h, j, scale, H,
@@ -288,12 +227,12 @@ def finish(
 
 @triton.jit(noinline=True)
 def finish_with_tree(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, initial_ptr,
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, initial_ptr,
     o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-    before, begin, length, head, h, i, count, at, scale, H,
+    before, begin, length, head, h, i, count, at, scale, eps, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk with far tokens.
@@ -307,32 +246,35 @@ def finish_with_tree(
     valid = inside
     if MASKED:
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
+    qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
+    norm = qw, kw, eps
     q, k, v, gk, gv = load_chunk(
-        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid,
-        q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, norm, t, valid,
+        q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
     )  # fmt: skip
     if SAFE_EXP:
-        sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING)
+        sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING, NORM)
         m = tl.maximum(before + sums, tops)
         m_before = tl.maximum(before + sums_before, tops_before)
-        k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
+        k = key_features(k, m, NORM)
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
     limit = limits(faint(k, v, valid, K, VALUE != "none"), REACH)
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-        q, k, v, gk, gv, limit, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
-        G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, INITIAL, STORE, PRECISION, True,
+        q, k, v, gk, gv, norm, limit, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+        G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, NORM, INITIAL, STORE, PRECISION, True,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "part", "parts"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, cu_ptr, slot_ptr, initial_ptr, before_ptr,
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, cu_ptr, slot_ptr,
+    initial_ptr, before_ptr,
     o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr, flags_ptr,
-    scale, T, chunks, part, parts, H,
+    scale, eps, T, chunks, part, parts, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
@@ -357,14 +299,18 @@ def forward_kernel(
         o_ptr += begin * (H * G * V) + h * G * V
         gk_at, rk_at = gate_at(gk_ptr, rk_ptr, begin, h, gk_step, rk_step, K, KEY)
         gv_at, rv_at = gate_at(gv_ptr, rv_ptr, begin, h, gv_step, rv_step, V, VALUE)
+        qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
+        norm = qw, kw, eps
         q, k, v, gk, gv = load_chunk(
-            q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, t, valid,
-            q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+            q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, norm, t, valid,
+            q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
         )  # fmt: skip
         flag_ptr = flags_ptr + head
         before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP:
-            sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING)
+            sums, tops, sums_before, tops_before = stabiliser(
+                k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING, NORM
+            )
             is_last = t == C - 1
             step, top = tl.sum(tl.where(is_last, sums, 0.0), 0), tl.sum(tl.where(is_last, tops, 0.0), 0)
             passed_m_ptr += slot * H + h
@@ -381,7 +327,7 @@ def forward_kernel(
                 tl.store(last_ptr + head, tl.where(after < -1e29, NO_KEY, after * LN2))
             m = tl.maximum(before + sums, tops)
             m_before = tl.maximum(before + sums_before, tops_before)
-            k = exp2(k * LOG2E - (m - LIFT_BITS)[:, None])
+            k = key_features(k, m, NORM)
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
@@ -397,16 +343,17 @@ def forward_kernel(
                     far = tl.max(faint(k, v, valid, K, VALUED).to(tl.int32), 0) > 0
         if far:
             finish_with_tree(
-                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, mask_ptr, initial_ptr,
+                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, qw_ptr, kw_ptr, mask_ptr, initial_ptr,
                 o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-                before, begin, length, head, h, i, count, at, scale, H,
+                before, begin, length, head, h, i, count, at, scale, eps, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, DECAYING, MASKED, INITIAL, STORE, PRECISION, REACH,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, DECAYING, MASKED, INITIAL, STORE, PRECISION,
+                REACH,
             )  # fmt: skip
         else:
             finish(
                 q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
-                q, k, v, gk, gv, limits(faint(k, v, valid, K, VALUED), REACH), edge,
+                q, k, v, gk, gv, norm, limits(faint(k, v, valid, K, VALUED), REACH), edge,
                 t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, INITIAL, STORE, PRECISION, ONE_PATH,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, INITIAL, STORE, PRECISION, ONE_PATH,
             )  # fmt: skip

@@ -9,13 +9,15 @@ import torch
 import triton
 from torch import Tensor
 
-from regla.ops.fused import Inputs, gate_kind
+from regla.ops.fused import Inputs, QKNorm, gate_kind
 from regla.ops.triton.backward import GRADIENT_LIFT, backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
+from regla.ops.triton.norm import norm_gradient_kernel
 from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
 from regla.ops.triton.tiles import RANGE
 
+_NORM_PROGRAMS = 1056  # eight for each multiprocessor of an H100
 # Of segments: heads of all sequences up to which there are several, how many to aim for, chunks of the shortest. By
 # measurement, see docs/kernels.md.
 _FEW_HEADS, _SIDE_BY_SIDE, _SHORTEST = 32, 384, 16
@@ -32,7 +34,7 @@ def forward(
 
     A negative factor tells `backward` to compute its chunk over the tree of halves.
     """
-    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = _in_order(inputs)
+    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before, norm = _in_order(inputs)
     filled = outputs(q, k, v, cu_seqlens, safe_exp, keep)
     o, final, last, m, lower, states = filled
     if cu_seqlens is not None:  # a sequence without tokens has no program that would write these
@@ -50,11 +52,11 @@ def forward(
     flags = k.new_zeros(N * parts * H, dtype=torch.int32)
     with torch.cuda.device_of(k):
         forward_kernel[_grid(H, N * parts, part, slots)](
-            q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, initial_state, before,
+            q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, initial_state, before,
             o, final, m, lower, states, last, passed, passed_m, flags,
-            scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
+            scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
-            **_common(q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
+            **_common(norm, q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, gv, backward=False),
         )  # fmt: skip
@@ -95,9 +97,10 @@ def backward(
     decaying: bool,
     grads: Sequence[Tensor | None],
     d_initial: Tensor,
+    *d_weights: Tensor,
 ) -> None:
-    """Fill the gradients of q, k, v, gk, rk, gv, rv and of the initial state."""
-    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before = _in_order(inputs)
+    """Fill the gradients of q, k, v, gk, rk, gv, rv, of the initial state, and of the weights of q's and k's norm."""
+    q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before, norm = _in_order(inputs)
     d_o = d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     if cu_seqlens is not None:
@@ -114,17 +117,21 @@ def backward(
     flags = k.new_zeros(N * parts * H, dtype=torch.int32)
     with torch.cuda.device_of(k):
         backward_kernel[_grid(H, N * parts, part, slots)](
-            q, k, v, gk, rk, gv, rv, mask, cu_seqlens, slots, before,
+            q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before,
             m, lower, states, d_o, d_final,
             *grads, d_initials, passed, flags,
-            scale, T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
+            scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
             SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
-            **_common(q, k, v, gk, rk, gv, rv),
+            **_common(norm, q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
             **_warps(k, v, gv, backward=True),
         )  # fmt: skip
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
+    if norm is not None:
+        for x, weight, d, d_weight in zip((q, k), (norm.q, norm.k), grads, d_weights, strict=False):
+            assert d is not None
+            _norm_gradient(x, weight, norm.eps, mask, d, d_weight)
 
 
 def step(
@@ -159,16 +166,16 @@ def step(
 def _states_before(inputs: Inputs, parts: int, part: int, safe_exp: bool, decaying: bool) -> tuple[Tensor, Tensor]:
     """The state [N parts, H, K, V] and m [N parts, H] before each of the `parts` segments, of `part` chunks, of every
     sequence."""
-    q, k, v, gk, rk, gv, rv, mask, _, initial_state, before = _in_order(inputs)
+    q, k, v, gk, rk, gv, rv, mask, _, initial_state, before, norm = _in_order(inputs)
     (N, T, H, K), V = k.shape, v.shape[-1]
     states, decay_k, decay_v = (k.new_empty(N * parts, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
     m = k.new_empty(N * parts, H, 2, dtype=torch.float32)
-    common = _common(q, k, v, gk, rk, gv, rv)
+    common = _common(norm, q, k, v, gk, rk, gv, rv)
     del common["G"]
     with torch.cuda.device_of(k):
         state_kernel[H, N * parts](
-            k, v, gk, rk, gv, rv, mask, states, decay_k, decay_v, m,
-            T, part * _chunk(k, v), parts, H, *map(_step, (k, v, gk, rk, gv, rv)),
+            k, v, gk, rk, gv, rv, *_weights(norm), mask, states, decay_k, decay_v, m,
+            _eps(norm), T, part * _chunk(k, v), parts, H, *map(_step, (k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, gv, backward=True),
         )  # fmt: skip
     return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts)
@@ -186,14 +193,14 @@ def _gradients_behind(
     safe_exp: bool,
 ) -> Tensor:
     """The gradient of the state after each of the `parts` segments of every sequence, [N parts, H, K, V], lifted."""
-    q, k, v, gk, rk, gv, rv, mask, *_ = _in_order(inputs)
+    q, k, v, gk, rk, gv, rv, mask, *_, norm = _in_order(inputs)
     (N, T, H, K), V = k.shape, v.shape[-1]
     states, decay_k, decay_v = (k.new_empty(N * parts, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
     with torch.cuda.device_of(k):
         gradient_kernel[H, N * parts](
-            q, gk, rk, gv, rv, mask, m, lower, d_o, states, decay_k, decay_v,
-            scale, T, part * _chunk(k, v), parts, H, *map(_step, (q, gk, rk, gv, rv)),
-            SAFE_EXP=safe_exp, **_common(q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
+            q, gk, rk, gv, rv, *_weights(norm), mask, m, lower, d_o, states, decay_k, decay_v,
+            scale, _eps(norm), T, part * _chunk(k, v), parts, H, *map(_step, (q, gk, rk, gv, rv)),
+            SAFE_EXP=safe_exp, **_common(norm, q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
             **_warps(k, v, gv, backward=True),
         )  # fmt: skip
     lift = GRADIENT_LIFT.value if safe_exp else 0.0
@@ -230,6 +237,28 @@ def _in_order(inputs: Inputs) -> Inputs:
     """With the tensors that the kernels index without strides contiguous."""
     names = ("mask", "cu_seqlens", "initial_state", "before")
     return inputs._replace(**{name: x.contiguous() for name in names if (x := getattr(inputs, name)) is not None})
+
+
+def _norm_gradient(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None, d: Tensor, d_weight: Tensor) -> None:
+    """Make d, the gradient of the normalised x [B, T, heads, K], that of x, and fill the weight's."""
+    B, T, heads, K = x.shape
+    rows, block = B * T * heads, 32
+    programs = min(triton.cdiv(rows, block), _NORM_PROGRAMS)
+    of_programs = d_weight.new_empty(programs, K)
+    with torch.cuda.device_of(x):
+        norm_gradient_kernel[(programs,)](
+            d, x, mask, weight, of_programs, eps, rows, heads, _step(d), _step(x),
+            K=K, BK=max(16, triton.next_power_of_2(K)), R=block, MASKED=mask is not None,
+        )  # fmt: skip
+    d_weight.copy_(of_programs.sum(0))
+
+
+def _weights(norm: QKNorm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm.q, norm.k)
+
+
+def _eps(norm: QKNorm | None) -> float:
+    return 0.0 if norm is None else norm.eps
 
 
 def _layout(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
@@ -294,7 +323,7 @@ def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> f
     return 150.0 if gk is None or gv is None else 110.0
 
 
-def _common(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str, Any]:
+def _common(norm: QKNorm | None, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str, Any]:
     """What both kernels are compiled for."""
     K, V = k.shape[-1], v.shape[-1]
     gk, rk, gv, rv = gates
@@ -305,6 +334,7 @@ def _common(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> dict[str,
         "BK": max(16, triton.next_power_of_2(K)),
         "BV": max(16, triton.next_power_of_2(V)),
         "C": _chunk(k, v),
+        "NORM": norm is not None,
         "KEY": gate_kind(gk, rk),
         "VALUE": gate_kind(gv, rv),
         "PRECISION": "tf32x3" if v.dtype == torch.float32 else "tf32",  # of float32 products: 3e-7, not 3e-4

@@ -24,9 +24,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.backward import GRADIENT_LIFT
-from regla.ops.triton.forward import load_tokens, query_features, relative_decays
+from regla.ops.triton.inputs import load_tokens, query_features, relative_decays
+from regla.ops.triton.norm import load_norm, logits
 from regla.ops.triton.tiles import (
+    GRADIENT_LIFT,
     LIFT_BITS,
     LOG2E,
     LOWEST,
@@ -66,10 +67,10 @@ def fade(x, exponent):
 
 @triton.jit(do_not_specialize=["T", "L", "parts"])
 def state_kernel(
-    k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr,
-    T, L, parts, H, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr,
+    eps, T, L, parts, H, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, DECAYING: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     """What a segment of L tokens leaves of nothing: the state [K, V], the log2-decay of every channel, and of the
@@ -89,6 +90,8 @@ def state_kernel(
         fall = tl.full([], 0.0, tl.float32)  # of the slowest value channel
         steps = tl.full([], 0.0, tl.float32)
         m = tl.full([], NO_KEY, tl.float32)
+        _qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
+        unit: tl.constexpr = 1.0 if NORM else LOG2E
         t = tl.arange(0, C)
         for j in range(L // C):
             start = begin + (L - (j + 1) * C)
@@ -100,8 +103,9 @@ def state_kernel(
             k, v, gk, rk, gv, rv = load_tokens(
                 k_ptr + start * k_step, v_ptr + start * v_step, gk_at, rk_at, gv_at, rv_at, t, valid,
                 k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
+                NORM,
             )  # fmt: skip
-            k, v = k.to(tl.float32), v.to(tl.float32)
+            k, v = logits(k, kw, eps, valid, K, NORM), v.to(tl.float32)
             step = tl.zeros([C], tl.float32)
             to_end = tl.zeros([C], tl.float32)
             exponent = tl.zeros([C, BK], tl.float32)
@@ -121,14 +125,14 @@ def state_kernel(
                 decay_v += tl.sum(gv, 0)
             exponent += to_end[:, None]
             if SAFE_EXP:
-                top = tl.where(valid, tl.max(k, 1) * LOG2E, NO_KEY)
+                top = tl.where(valid, tl.max(k, 1) * unit, NO_KEY)
                 if DECAYING:
                     top += later_steps(step) + steps
                     steps += tl.sum(step, 0)
                 higher = tl.maximum(m, tl.max(top, 0))
                 state = fade(state, m - higher)
                 m = higher
-                k = exp2(k * LOG2E + (exponent - (m - LIFT_BITS)))
+                k = exp2(k * unit + (exponent - (m - LIFT_BITS)))
             else:
                 k *= exp2(exponent)
             state = tl.dot(tl.trans(k.to(dtype)), v.to(dtype), state, input_precision=PRECISION)
@@ -143,10 +147,11 @@ def state_kernel(
 
 @triton.jit(do_not_specialize=["T", "L", "parts"])
 def gradient_kernel(
-    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, m_ptr, lower_ptr, do_ptr, states_ptr, decay_k_ptr, decay_v_ptr,
-    scale, T, L, parts, H, q_step, gk_step, rk_step, gv_step, rv_step,
+    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, do_ptr,
+    states_ptr, decay_k_ptr, decay_v_ptr,
+    scale, eps, T, L, parts, H, q_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, MASKED: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     """What a segment's outputs give to the state before it, [K, V], with SAFE_EXP lifted as backward has it, and the
@@ -159,7 +164,8 @@ def gradient_kernel(
         VALUED: tl.constexpr = VALUE != "none"
         lift: tl.constexpr = LIFT if SAFE_EXP else 0.0  # of the queries; d_o the less, for a product as backward has it
         rest: tl.constexpr = GRADIENT_LIFT - LIFT
-        empty: tl.constexpr = float("-inf") if SAFE_EXP else 0.0
+        empty: tl.constexpr = float("-inf") if SAFE_EXP and not NORM else 0.0
+        qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
         dtype = do_ptr.dtype.element_ty
         begin = (n // parts).to(tl.int64) * T + past
@@ -201,14 +207,15 @@ def gradient_kernel(
                 Bv += sums(gv, 1.0, False, ONE_PATH) + decay_v[None, :]
                 decay_v += tl.sum(gv, 0)
             for i in range(G):
-                q = load_tile(q_ptr + start * q_step + i * K, t, valid, q_step, ki, K, empty).to(tl.float32)
+                q = load_tile(q_ptr + start * q_step + i * K, t, valid, q_step, ki, K, empty)
                 do_step = H * G * V
                 do = load_tile(do_ptr + start * do_step + i * V, t, valid, do_step, vi, V, 0.0).to(tl.float32)
                 if SAFE_EXP:
-                    q = query_features(q)
+                    q = query_features(q, (qw, kw, eps), valid, K, NORM)
                     factor = tl.abs(tl.load(lower_ptr + (start + t) * (H * G) + h * G + i, mask=inside, other=0.0))
                     do *= (factor * (scale * 2.0**rest))[:, None]
                 else:
+                    q = q.to(tl.float32)
                     do *= scale
                 qd, d = (q * Ek).to(dtype), fade(do, Bv).to(dtype)
                 state = tl.dot(tl.trans(qd), d, state, input_precision=PRECISION)

@@ -35,7 +35,9 @@ CENTRE = tl.constexpr(4.0)
 RANGE = tl.constexpr(60.0)
 ROUND = tl.constexpr(768.0)  # less and more this, a number of at most 256 is a multiple of 2^-14
 LIFT_BITS = tl.constexpr(48.0)  # regla.ops.features.LIFT
+GRADIENT_LIFT = tl.constexpr(16.0)  # bits that the backward kernels keep gradients above their size
 LOWEST = tl.constexpr(-2000.0)  # a log-decay below this is nothing left, in any float32
+_MOST = tl.constexpr(41.0)  # bits: three such factors are within float32
 NO_KEY = tl.constexpr(-1e30)  # regla.ops.features.NO_KEY
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -80,6 +82,14 @@ def exp2(x):
         return tl.exp2(x)
     # Called pure, it would be computed again for every layout in which the compiler wants a tile, its argument, too.
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def product_once(x, y):
+    """once(x * y)."""
+    if INTERPRETED:
+        return x * y
+    return tl.inline_asm_elementwise("mul.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -178,6 +188,39 @@ def refined_gradient(a, c, d):
 
 
 @triton.jit
+def refined_fractions(a, c):
+    """s = -a log2(e), p = e^-a, z = e^-c, neither above 2^41, and 1 + p, 1 + z, x = 1 + z + 2 p, with which
+
+    F = x / ((1 + p)^2 (1 + z))    dlog F / da = 2 p (z + p) / ((1 + p) x)    dlog F / dc = 2 p z / ((1 + z) x)
+    """
+    keep: tl.constexpr = tl.PropagateNan.ALL
+    s = a * -LOG2E
+    p = exp2(tl.minimum(s, _MOST, propagate_nan=keep))
+    z = exp2(tl.minimum(c * -LOG2E, _MOST, propagate_nan=keep))
+    Z = 1 + z
+    return s, p, z, 1 + p, Z, 2 * p + Z
+
+
+@triton.jit
+def log2_refined_to_21_bits(a, c):
+    """log2 F, 2^-21 absolute or 2^-20 relative where that is more: half the instructions of `log2_refined`, and less
+    than what rounding a to bfloat16 does to gates that keep half for up to 2^16 tokens. Where a is below -28, F falls
+    as e^a, as it does unless c is, too."""
+    s, _p, _z, P, Z, x = refined_fractions(a, c)
+    beyond = tl.minimum(_MOST - s, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return log2(x * reciprocal(P * P * Z)) + beyond
+
+
+@triton.jit
+def refined_gradient_to_21_bits(a, c, d):
+    """`refined_gradient`, of logits below -28 as if they were -28: there F keeps nothing that a gradient could come
+    from."""
+    _s, p, z, P, Z, x = refined_fractions(a, c)
+    common = 2 * p * reciprocal(P * Z * x)
+    return product_once(common * Z, z + p) * d, product_once(common * P, z) * d
+
+
+@triton.jit
 def gate_at(g_ptr, r_ptr, begin, h, step, refine_step, width, GATE: tl.constexpr):
     """Pointers to an axis' gate, of head h from token `begin` on; 0 for what is not there (calls can't return None)."""
     g_at = 0
@@ -209,8 +252,10 @@ def decays(g, r, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
         g = tl.zeros([C, D], tl.float32)
     elif GATE == "log":
         g = g.to(tl.float32) * LOG2E
+    elif g.dtype == tl.float32:
+        g = log2_refined(g, r.to(tl.float32))
     else:
-        g = log2_refined(g.to(tl.float32), r.to(tl.float32))
+        g = log2_refined_to_21_bits(g.to(tl.float32), r.to(tl.float32))
     return g
 
 
@@ -222,7 +267,10 @@ def store_gate_gradient(
     if GATE == "log":
         d = tl.where(valid[:, None], d, 0.0)
     if GATE == "refined":  # where there is nothing, the open gate that is read there makes both 0
-        d, dr = refined_gradient(g.to(tl.float32), r.to(tl.float32), d)
+        if g.dtype == tl.float32:
+            d, dr = refined_gradient(g, r.to(tl.float32), d)
+        else:
+            d, dr = refined_gradient_to_21_bits(g.to(tl.float32), r.to(tl.float32), d)
         store_tile(dr_ptr, token, inside, refine_step, column, width, dr)
     if GATE != "none":
         store_tile(dg_ptr, token, inside, step, column, width, d)

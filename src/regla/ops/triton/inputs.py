@@ -1,0 +1,184 @@
+"""What a chunk reads from memory, and its features and decays."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from regla.ops.triton.norm import logits
+from regla.ops.triton.tiles import (
+    GRADIENT_LIFT,
+    LIFT_BITS,
+    LOG2E,
+    LOWEST,
+    NO_KEY,
+    decays,
+    exp2,
+    load_gate,
+    load_tile,
+)
+
+
+@triton.jit
+def query_features(q, norm, valid, K: tl.constexpr, NORM: tl.constexpr):
+    """e^(q - max q) [C, BK] of the logits that are in memory as q; 0 for padding."""
+    unit: tl.constexpr = 1.0 if NORM else LOG2E
+    q = logits(q, norm[0], norm[2], valid, K, NORM)
+    return exp2((q - tl.maximum(tl.max(q, 1), NO_KEY)[:, None]) * unit)
+
+
+@triton.jit
+def key_features(k, m, NORM: tl.constexpr):
+    """2^LIFT_BITS e^k 2^-m [C, BK] of the keys' `logits`, m to the base 2."""
+    unit: tl.constexpr = 1.0 if NORM else LOG2E
+    return exp2(k * unit - (m - LIFT_BITS)[:, None])
+
+
+@triton.jit
+def relative_decays(
+    gk, gv, m, m_before, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr, INITIAL: tl.constexpr
+):  # fmt: skip
+    """The decays of both axes in units of the stabiliser: each at most 0 by itself, their sum as it was plus
+    m_{t-1} - m_t. With both axes the key axis' are relative to its slowest channel."""
+    unit = (m_before - m)[:, None]
+    if not INITIAL:  # what comes before the first key is nothing, which need not decay by 2^-1e30
+        unit = tl.where(m_before[:, None] > 0.5 * NO_KEY, unit, 0.0)
+    if KEY and VALUE:
+        slowest = tl.maximum(tl.max(tl.where((ki < K)[None, :], gk, LOWEST), 1), LOWEST)[:, None]
+        gk = gk - slowest
+        gv = gv + (unit + slowest)
+    elif VALUE:
+        gv = gv + unit
+    else:
+        gk = gk + unit
+    # On a GPU the minimum of nan and 0 would be 0: a gate that is nan would pass for an open one.
+    keep: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(gk, 0.0, propagate_nan=keep), tl.minimum(gv, 0.0, propagate_nan=keep)
+
+
+@triton.jit
+def load_tokens(
+    k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """(k [C, K], v [C, V], gate and refine of the key axis, of the value axis) as they are in memory."""
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+    gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+    k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP and not NORM else 0.0)
+    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
+    return k, v, gk, rk, gv, rv
+
+
+@triton.jit
+def load_chunk(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, norm, t, valid,
+    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """(q of the first head as it is in memory, `logits` of k, v, log2-decays of both axes), all asked for at once."""
+    ki = tl.arange(0, BK)
+    k, v, gk, rk, gv, rv = load_tokens(
+        k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+        K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
+    )  # fmt: skip
+    q = load_tile(q_ptr, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP and not NORM else 0.0)
+    gk = decays(gk, rk, t.shape[0], BK, KEY)
+    gv = decays(gv, rv, t.shape[0], BV, VALUE)
+    return q, logits(k, norm[1], norm[2], valid, K, NORM), v.to(tl.float32), gk, gv
+
+
+@triton.jit
+def queries(
+    q, do, factor, norm, valid, Ek, Ev, scale, dtype: tl.constexpr, K: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """(features of q, d_o in units of the state's gradient, and both in the factors E and in `dtype`)."""
+    do = do.to(tl.float32)
+    if SAFE_EXP:
+        q = query_features(q, norm, valid, K, NORM)
+        do *= (tl.abs(factor) * (scale * 2.0**GRADIENT_LIFT))[:, None]
+    else:
+        q = q.to(tl.float32)
+        do *= scale
+    qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
+    d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
+    return q, do, qd, d
+
+
+@triton.jit
+def ask_for_queries(
+    q_ptr, do_ptr, lower_ptr, j, t, inside, valid, begin, h, H, q_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """(q, d_o, factor of the outputs) of the j-th head of the group, as they are in memory."""
+    empty: tl.constexpr = float("-inf") if SAFE_EXP and not NORM else 0.0
+    q = load_tile(q_ptr + j * K, t, valid, q_step, tl.arange(0, BK), K, empty)
+    do = load_tile(do_ptr + j * V, t, valid, H * G * V, tl.arange(0, BV), V, 0.0)
+    factor = 1.0
+    if SAFE_EXP:
+        factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
+    return q, do, factor
+
+
+@triton.jit
+def load_queries(
+    q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step, dtype: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """`queries` of the j-th head of the group."""
+    q, do, factor = ask_for_queries(
+        q_ptr, do_ptr, lower_ptr, j, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP, NORM
+    )
+    return queries(q, do, factor, norm, valid, Ek, Ev, scale, dtype, K, KEYED, VALUED, SAFE_EXP, NORM)
+
+
+@triton.jit
+def ask_for_chunk(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before, t, inside, valid,
+    begin, h, past, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """(q, d_o and factor of the first head, the state before the chunk, k, v, gate and refine of the key axis, of the
+    value axis, stabilisers m_t and m_{t-1}), as they are in memory. past: chunks of the sequence before this one."""
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    k, v, gk, rk, gv, rv = load_tokens(
+        k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+        K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
+    )  # fmt: skip
+    m, m_before = 0.0, 0.0
+    if SAFE_EXP:
+        m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
+        earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t + past > 0), other=0.0)
+        m_before = tl.where(inside, tl.where(t + past > 0, earlier, before), 0.0)
+    q, do, factor = ask_for_queries(
+        q_ptr, do_ptr, lower_ptr, 0, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP, NORM
+    )
+    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+    # Four in a row at most, as of the float32 gradient that is passed on: the same layout over the threads.
+    state_at = tl.max_contiguous(ki[:, None] * V + vi[None, :], [1, 4])
+    S = tl.load(states_ptr + at + state_at, mask=state_mask, other=0.0)
+    return q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before
+
+
+@triton.jit
+def features_and_decays(
+    k, v, gk, rk, gv, rv, m, m_before, norm, valid,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
+    """(features of k, v, log2-decays of both axes in units of the stabiliser), of what `ask_for_chunk` gave."""
+    gk = decays(gk, rk, k.shape[0], BK, KEY)
+    gv = decays(gv, rv, k.shape[0], BV, VALUE)
+    k, v = logits(k, norm[1], norm[2], valid, K, NORM), v.to(tl.float32)
+    if SAFE_EXP:
+        k = key_features(k, m, NORM)
+        gk, gv = relative_decays(
+            gk, gv, m, m_before, K, V, tl.arange(0, BK), tl.arange(0, BV), KEY != "none", VALUE != "none", INITIAL
+        )
+    return k, v, gk, gv
