@@ -40,7 +40,7 @@ def results(inputs, weights, *, inside, backend, **options):
         q, k = (rms_norm(inputs[n].to(w), w.shape, w, EPS) for n, w in zip("qk", weights, strict=True))
         h, state = safe_exp_attention(**inputs | {"q": q, "k": k}, backend=backend, **options)
     torch.manual_seed(1)
-    d = torch.randn_like(h)
+    d = torch.randn(h.shape).bfloat16().to(h.dtype)  # the same for both dtypes
     loss = (h * d).sum()
     if state is not None:
         loss = loss + (2.0**-48 * state[0] * torch.randn_like(state[0])).sum()
