@@ -32,7 +32,7 @@ BENCHMARK = "bench decode"
 CONTEXTS = (1024, 4096, 16384, 65536)
 BATCHES = (1, 8, 64)
 _PREFILL_TOKENS = 8192  # of all sequences together, in one forward pass
-_SHORT, _LONG, _REPEATS = 8, 136, 5
+_SHORT, _LONG, _REPEATS = 8, 136, 25
 
 
 def cases(
@@ -86,7 +86,7 @@ def _measure(
         row["parameters"] = model.num_parameters()
         cache = StaticCache(config=config, max_cache_len=context + new_tokens)
         fill(model, cache, batch, context)
-        timing, peak = _time_generate(model, cache, batch, context, new_tokens, eager)
+        timing, peak = _time_generate(model, cache, batch, context, new_tokens, eager, 5 if quick else _REPEATS)
     except torch.OutOfMemoryError:
         yield row | {"out_of_memory": True}
         return
@@ -113,7 +113,7 @@ def fill(model: ReGLAForCausalLM, cache: Cache, batch: int, context: int) -> Non
 
 
 def _time_generate(
-    model: ReGLAForCausalLM, cache: Cache, batch: int, context: int, new_tokens: int, eager: bool
+    model: ReGLAForCausalLM, cache: Cache, batch: int, context: int, new_tokens: int, eager: bool, repeats: int
 ) -> tuple[Timing, int | None]:
     """(time of a step, peak memory of the device in bytes or None)."""
     cuda = model.device.type == "cuda"
@@ -139,7 +139,7 @@ def _time_generate(
     for _ in range(2):  # compiles, captures
         seconds(_SHORT)
     seconds(new_tokens)
-    each = [(seconds(new_tokens) - seconds(_SHORT)) / (new_tokens - _SHORT) for _ in range(_REPEATS)]
+    each = [(seconds(new_tokens) - seconds(_SHORT)) / (new_tokens - _SHORT) for _ in range(repeats)]
     return quantiles(each, "clock"), torch.cuda.max_memory_allocated() if cuda else None
 
 

@@ -50,16 +50,17 @@ def time_call(call: Call, device: torch.device, *, seconds: float) -> Timing:
 
     On a GPU each repeat is the replay of a CUDA graph between two events, so that what is timed is the kernels and not
     their launches from Python; where the call cannot be captured, the events enclose the call itself. A buffer larger
-    than the L2 cache is written before each repeat: inputs come from memory.
+    than the L2 cache is read before each repeat: inputs come from memory, and nothing that something else has written
+    has to go there first.
     """
     if device.type == "cpu":
         return quantiles(_repeat(lambda: _clock(call), seconds), "clock")
     replay, timing = _captured(call)
-    flush = torch.empty(2**28, dtype=torch.int8, device=device)
+    flush = torch.zeros(2**26, dtype=torch.int32, device=device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def once() -> float:
-        flush.zero_()
+        flush.max()
         start.record()
         replay()
         end.record()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from regla.ops.backends import choose_backend, step_engine
+from regla.ops.backends import choose_backend, step_engine, widest
 from regla.ops.checks import check_decays, check_gla, check_qk_norm, check_refine, check_regla, check_together
 from regla.ops.chunked import chunked_gated_linear_attention
 from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
 from regla.ops.fused import QKNorm, fused_attention, fused_step_
 from regla.ops.gates import log_refined_gate
 from regla.ops.recurrent import recurrent_gated_linear_attention
-
-_ENGINES = ("native", "triton")
-_PLAIN = {"recurrent": recurrent_gated_linear_attention, "chunked": chunked_gated_linear_attention}
 
 
 def gated_linear_attention(
@@ -67,14 +67,9 @@ def gated_linear_attention(
     """
     check_gla(q, k, v, gk, gv, initial_state, cu_seqlens, validate)
     check_decays(gk, gv, validate)
-    backend = choose_backend(backend, k, v, cu_seqlens, crowded=_crowded(q, k, gk, gv))
+    backend = choose_backend(backend, k, v, cu_seqlens)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    if backend in _ENGINES:
-        o, state, _ = _fused(
-            backend, q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale, safe_exp=False
-        )
-    else:
-        o, state = _PLAIN[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)
+    o, state = _PLAIN[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)
     return o, state if output_final_state else None
 
 
@@ -148,15 +143,16 @@ def safe_exp_attention(
             engine=engine,
         )
         return h, _empty_as_zero(S, m) if output_final_state else None
-    backend = choose_backend(backend, k, v, cu_seqlens, key_max, crowded=_crowded(q, k, gk, gv))
+    backend = choose_backend(backend, k, v, cu_seqlens, key_max)
+    inside = backend == "native" or (backend == "triton" and _fits(q, k, v, gk, gv))
     state, before = (None, None) if initial_state is None else initial_state
     if state is not None and before is not None:
         # Zeros are an empty state, whatever m says.
         before = torch.where((state.detach() == 0).all(-1).all(-1), NO_KEY, before.detach())
-    if qk_norm is not None and backend != "triton":
+    if qk_norm is not None and not (inside and backend == "triton"):
         q, k = _normalised(q, k, qk_norm)
         qk_norm, qkv = None, None
-    if backend in _ENGINES:
+    if inside:
         h, final, after = _fused(
             backend,
             q,
@@ -376,10 +372,6 @@ def _copy_of_state(state: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) ->
     return S, m
 
 
-def _crowded(q: Tensor, k: Tensor, gk: Tensor | None, gv: Tensor | None) -> bool:
-    return gk is not None and gv is not None and q.shape[2] > k.shape[2]
-
-
 def _empty_as_zero(S: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     return S, torch.where(m > NO_KEY / 2, m, 0.0)
 
@@ -429,3 +421,56 @@ def _fused(
         qkv=qkv,
         gates=gates,
     )
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None) -> bool:
+    """Whether the GPU's kernels take whole heads."""
+    return max(k.shape[-1], v.shape[-1]) <= widest(q, k, v, gk, gv)
+
+
+def _with_kernels(
+    engine: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    gv: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(o, final state), of heads that are wider than the kernels take from slices: a state's columns have nothing to
+    do with one another, and of its rows outputs are sums."""
+    K, V = k.shape[-1], v.shape[-1]
+    if engine == "native" or _fits(q, k, v, gk, gv):
+        inputs = q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale
+        o, state, _ = _fused(engine, *inputs, safe_exp=False)
+        return o, state
+    most, slices = widest(q, k, v, gk, gv), []
+    of_values = most < V
+    for start in range(0, V if of_values else K, most):
+        now = slice(start, start + most)
+        S = initial_state
+        if of_values:
+            parts = q, k, v[..., now], gk, _slice(gv, now)
+            S = None if S is None else S[..., now]
+        else:
+            parts = q[..., now], k[..., now], v, _slice(gk, now), gv
+            S = None if S is None else S[..., now, :]
+        slices.append(_with_kernels(engine, *parts, scale, S, cu_seqlens))
+    outputs, states = zip(*slices, strict=True)
+    o = torch.cat(outputs, -1) if of_values else torch.stack(outputs).sum(0)
+    return o, torch.cat(states, -1 if of_values else -2)
+
+
+def _slice(g: Tensor | None, now: slice) -> Tensor | None:
+    """Of an axis' decays, one number for all its channels or one for each."""
+    return g if g is None or g.shape[-1] == 1 else g[..., now]
+
+
+_PLAIN: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "recurrent": recurrent_gated_linear_attention,
+    "chunked": chunked_gated_linear_attention,
+    "native": partial(_with_kernels, "native"),
+    "triton": partial(_with_kernels, "triton"),
+}

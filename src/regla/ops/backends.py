@@ -12,7 +12,8 @@ from regla.ops.native.build import why_missing
 
 BACKENDS = ("recurrent", "chunked", "native", "triton")
 
-#: Channels of a key or value that the kernels hold in registers; those that the decode kernel does.
+#: Channels of a key or value that a program of the GPU's kernels holds in registers (of wider heads it takes slices);
+#: those that one of the decode kernel does, which takes no slices.
 WIDEST = 128
 WIDEST_STEP = 256
 WIDEST_CROWDED = 64  # more leaves no room in shared memory
@@ -30,8 +31,6 @@ def choose_backend(
     v: Tensor,
     cu_seqlens: Tensor | None,
     key_max: str = "decay",
-    *,
-    crowded: bool = False,
 ) -> str:
     """The backend that `backend` stands for: itself, or for "auto" kernels where they can run, on a GPU or a CPU; else
     the recurrence for one token and the chunked form for more. An empty batch has no chunks: the recurrence takes it.
@@ -44,13 +43,13 @@ def choose_backend(
             return "native"
         if k.shape[1] == 1 and cu_seqlens is None:
             return "recurrent"
-        backend = "triton" if k.is_cuda and why_not_triton(k, v, key_max, crowded=crowded) is None else "chunked"
+        backend = "triton" if k.is_cuda and why_not_triton(k, v, key_max) is None else "chunked"
     elif backend not in BACKENDS:
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend is {backend!r}; expected one of {names}")
     elif backend in ("native", "triton"):
         native = backend == "native"
-        reason = why_not_native(k, v, key_max) if native else why_not_triton(k, v, key_max, crowded=crowded)
+        reason = why_not_native(k, v, key_max) if native else why_not_triton(k, v, key_max)
         if reason is not None:
             raise ValueError(f"backend={backend!r} cannot run: {reason}; use 'auto' or 'chunked'")
     return "recurrent" if backend == "chunked" and k.shape[0] == 0 else backend
@@ -66,7 +65,15 @@ def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tenso
     if backend in ("auto", "native") and k.is_cpu and why_not_native(k, v, key_max) is None:
         return "native"
     chosen = backend == "triton" or (backend == "auto" and k.is_cuda)
-    return "triton" if chosen and why_not_triton(k, v, key_max, WIDEST_STEP) is None else None
+    if not chosen or max(k.shape[-1], v.shape[-1]) > WIDEST_STEP:
+        return None
+    return "triton" if why_not_triton(k, v, key_max, any_batch=True) is None else None
+
+
+def widest(q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None) -> int:
+    """Channels of a key or value that the GPU's kernels take at once."""
+    crowded = gk is not None and gv is not None and q.shape[2] > k.shape[2] and v.dtype == torch.float32
+    return WIDEST_CROWDED if crowded else WIDEST
 
 
 def why_not_native(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
@@ -80,13 +87,8 @@ def why_not_native(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
     return why_missing()
 
 
-def why_not_triton(
-    k: Tensor, v: Tensor, key_max: str = "decay", most: int = WIDEST, *, crowded: bool = False
-) -> str | None:
-    """Why the kernels, for heads of at most `most` channels, cannot run on these tensors; None if they can.
-
-    `crowded`: both axes decay, and several query heads share a state.
-    """
+def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay", *, any_batch: bool = False) -> str | None:
+    """Why the GPU's kernels cannot run on these tensors; None if they can. `any_batch`: the decode kernel's."""
     if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     if key_max == "sequence":
@@ -97,16 +99,8 @@ def why_not_triton(
         return f"v is {v.dtype}, and the kernels take bfloat16 and float32"
     if not k.is_cuda and v.dtype not in _INTERPRETED:
         return "v is bfloat16, which Triton's interpreter multiplies as integers"
-    if k.shape[0] > MOST_SEQUENCES and most != WIDEST_STEP:
+    if k.shape[0] > MOST_SEQUENCES and not any_batch:
         return f"the batch has {k.shape[0]:,} sequences, and the kernels take at most {MOST_SEQUENCES:,}"
-    widest = max(k.shape[-1], v.shape[-1])
-    if widest > most:
-        return f"a head has {widest} channels, and the kernels hold at most {most}"
-    if crowded and v.dtype == torch.float32 and widest > WIDEST_CROWDED:
-        return (
-            f"a head has {widest} channels in float32, both axes decay and several query heads share a state, and then "
-            f"the kernels hold at most {WIDEST_CROWDED}"
-        )
     return None
 
 
