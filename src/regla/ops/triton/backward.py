@@ -173,14 +173,14 @@ def finish(
     Ek, Ev, Wk, Wv = 0.0, 0.0, 0.0, 0.0
     kd, x = k.to(dtype), v.to(dtype)
     if KEYED:
-        Bk, total_k = cumulative(gk, EXACT)
+        Bk, total_k = cumulative(gk, EXACT, FAR)
         if FAR:
             Ek = exp2(Bk)
         else:
             Ek, Wk, ck = factors(Bk, total_k, 0, EXACT, False)
             kd = (k * Wk).to(dtype)
     if VALUED:
-        Bv, total_v = cumulative(gv, EXACT)
+        Bv, total_v = cumulative(gv, EXACT, FAR)
         if FAR:
             Ev = exp2(Bv)
         else:

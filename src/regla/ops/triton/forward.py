@@ -173,12 +173,12 @@ def finish(
     kd, x = k.to(dtype), v.to(dtype)
     k_end, v_end = kd, x
     if KEYED:
-        Bk, total_k = cumulative(gk, EXACT)
+        Bk, total_k = cumulative(gk, EXACT, FAR)
         Ek, Wk, ck = factors(Bk, total_k, limit, EXACT, FAR)
         kd = (k * Wk).to(dtype)
         k_end = (k * (to_the_end(gk, PRECISION) if FAR else Wk * exp2(total_k + ck)[None, :])).to(dtype)
     if VALUED:
-        Bv, total_v = cumulative(gv, EXACT)
+        Bv, total_v = cumulative(gv, EXACT, FAR)
         Ev, Wv, cv = factors(Bv, total_v, limit, EXACT, FAR)
         x = (v * Wv).to(dtype)
         v_end = (v * to_the_end(gv, PRECISION)).to(dtype) if FAR else x

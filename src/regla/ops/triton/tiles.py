@@ -363,9 +363,12 @@ def floored(g):
 
 
 @triton.jit
-def cumulative(g, EXACT: tl.constexpr):
+def cumulative(g, EXACT: tl.constexpr, FAR: tl.constexpr):
     """(B, decay of the whole chunk [D])."""
-    return sums(floored(g), 1.0, False, EXACT), tl.sum(g, 0)
+    total = tl.sum(g, 0)
+    if EXACT or FAR:  # else no channel decays beyond its limit
+        g = floored(g)
+    return sums(g, 1.0, False, EXACT), total
 
 
 @triton.jit
