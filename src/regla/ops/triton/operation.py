@@ -20,7 +20,7 @@ from regla.ops.triton.tiles import RANGE
 _NORM_PROGRAMS = 1056  # eight for each multiprocessor of an H100
 # Of segments: heads of all sequences up to which there are several, how many to aim for, chunks of the shortest. By
 # measurement, see docs/kernels.md.
-_FEW_HEADS, _SIDE_BY_SIDE, _SHORTEST = 32, 384, 16
+_FEW_HEADS, _SIDE_BY_SIDE, _SHORTEST = 48, 192, 16
 
 
 def forward(
