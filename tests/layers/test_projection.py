@@ -7,6 +7,7 @@ from torch import nn
 from regla.layers import ReGLAAttention, init_linear_attention
 from regla.layers.projection import project
 from regla.ops import safe_exp_attention
+from regla.ops.backends import why_not_triton
 
 
 def maps(*biases: bool) -> list[nn.Linear]:
@@ -84,7 +85,7 @@ def test_a_mixer_trains_the_same_in_one_product(options, backend, monkeypatch):
         x = torch.randn(shape, requires_grad=True)
         together = gradients(x)
         with monkeypatch.context() as context:
-            context.setattr("regla.layers.projection._is_plain", lambda _: False)
+            context.setattr("regla.layers.projection._trains_alone", lambda _: False)
             apart = gradients(x)
         for one, other in zip(together, apart, strict=True):
             assert (one - other).norm() <= 2e-2 * other.norm() + 1e-3
@@ -95,7 +96,8 @@ def test_a_mixer_trains_the_same_in_one_product(options, backend, monkeypatch):
     [
         ({}, (True, True)),
         ({"conv_size": 4}, (True, True)),
-        ({"qk_norm": True}, (False, True)),
+        ({"qk_norm": True}, (True, True)),
+        ({"qk_norm": True, "qk_temperature": True}, (False, True)),
         ({"norm": "sum"}, (False, True)),
         ({"norm": "sum", "gate_axis": "both"}, (False, False)),
     ],
@@ -158,3 +160,29 @@ def test_a_tensor_of_which_they_are_no_part_is_refused():
                 safe_exp_attention(q, k, v, gate, None, refine_k=refine, qkv=wrong, backend=backend)
     with pytest.raises(ValueError, match="gates has shape"):
         safe_exp_attention(q, k, v, gate, None, refine_k=refine, gates=torch.cat([gate, refine], -1).flatten(2)[:1])
+
+
+@pytest.mark.parametrize("options", [{}, {"conv_size": 4}, {"qk_temperature": True}, {"feature_map": "relu"}])
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_a_norm_inside_of_the_operation_is_the_module(options, backend):
+    """What follows a norm of q and k may take it along; a hook says that nothing may."""
+    layer = ReGLAAttention(24, 4, num_kv_heads=2, qk_norm=True, backend=backend, **options)
+    x = torch.randn(2, 37, 24)
+    reason = why_not_triton(x[..., None], x[..., None]) if backend == "triton" else None
+    if reason is not None:
+        pytest.skip(reason)
+    for norm in (layer.q_norm, layer.k_norm):
+        torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    results = []
+    for hooked in (False, True):
+        called = []
+        hook = layer.q_norm.register_forward_hook(lambda *_, called=called: called.append(1)) if hooked else None
+        y, _ = layer(x)
+        results.append(
+            (y.detach(), *torch.autograd.grad((y * torch.linspace(-1, 1, 24)).sum(), list(layer.parameters())))
+        )
+        assert bool(called) is hooked
+        if hook is not None:
+            hook.remove()
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 2e-4 * b.abs().max()

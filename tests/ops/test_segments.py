@@ -147,10 +147,10 @@ def test_what_is_left_behind_an_outlier(cut, monkeypatch, axis, at):
 
 
 def test_what_is_cut(operation):
-    for heads, chunks in ((1, 1), (1, 127), (33, 10_000), (96, 64)):
+    for heads, chunks in ((1, 1), (1, 127), (49, 10_000), (96, 64)):
         assert operation._segments(heads, chunks, packed=False) == (1, chunks)
     assert operation._segments(1, 10_000, packed=True) == (1, 10_000)
-    for heads, chunks in ((1, 128), (12, 1024), (32, 1023), (7, 3333), (1, 10**7), (96, 10**6)):
+    for heads, chunks in ((1, 128), (12, 1024), (48, 1023), (7, 3333), (1, 10**7), (96, 10**6)):
         parts, part = operation._segments(heads, chunks, packed=False)
         assert parts > 1 and (parts - 1) * part < chunks <= parts * part and part <= 65_535
 
