@@ -186,3 +186,14 @@ def test_a_norm_inside_of_the_operation_is_the_module(options, backend):
             hook.remove()
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() <= 2e-4 * b.abs().max()
+
+
+def test_norms_of_different_eps_are_called():
+    layer = ReGLAAttention(24, 4, qk_norm=True)
+    layer.k_norm.eps = 0.1
+    seen = []
+    layer.feature_map.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["qk_norm"]), with_kwargs=True
+    )
+    layer(torch.randn(2, 5, 24))
+    assert seen == [None]

@@ -65,7 +65,7 @@ def test_inside_is_before(axis, backend):
 
 @pytest.mark.parametrize("axis", KEY_FIRST)
 def test_sequences_in_segments(axis, monkeypatch):
-    inputs, weights = make(260, axis)
+    inputs, weights = make(260, axis, K=16, V=16)
     need("triton", inputs["k"])
     from regla.ops.triton import operation
 
@@ -75,17 +75,42 @@ def test_sequences_in_segments(axis, monkeypatch):
     assert_equal(inputs, weights, 2e-4, "triton", output_final_state=True)
 
 
+BACKENDS = ["recurrent", "chunked", "native", "triton"]
+
+
 @pytest.mark.parametrize("axis", KEY_FIRST)
-def test_masks_with_nothing_in_the_padding(axis):
-    inputs, weights = make(70, axis, B=2)
-    need("triton", inputs["k"])
-    mask = torch.rand(2, 70) < 0.6
+@pytest.mark.parametrize(("backend", "K"), [*((backend, 20) for backend in BACKENDS), ("triton", 160)])
+def test_masks_with_nothing_in_the_padding(backend, K, axis):
+    inputs, weights = make(40, axis, B=2, K=K)
+    need(backend, inputs["k"])
+    mask = torch.rand(2, 40) < 0.6
     clean = {name: torch.where(mask[..., None, None], x, 0.0).detach().requires_grad_() for name, x in inputs.items()}
     dirty = {n: torch.where(mask[..., None, None], x, torch.nan).detach().requires_grad_() for n, x in inputs.items()}
-    expected = results(clean, weights, inside=False, backend="triton", mask=mask)
-    found = results(dirty, weights, inside=True, backend="triton", mask=mask)
+    expected = results(clean, weights, inside=False, backend="recurrent", mask=mask)
+    found = results(dirty, weights, inside=True, backend=backend, mask=mask)
     for x, y in zip(found, expected, strict=True):
         assert (x - y).abs().max() <= 2e-4 * y.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_eps(backend):
+    """What is not there, at a chunk's end and behind a mask, is not divided by its size."""
+    inputs, weights = make(40, "key", B=2)
+    need(backend, inputs["k"])
+    mask = torch.arange(40) < torch.tensor([[40], [23]])
+    norm = QKNorm(*weights, 0.0)
+    h, (S, _) = safe_exp_attention(**inputs, qk_norm=norm, backend=backend, mask=mask, output_final_state=True)
+    grads = torch.autograd.grad(h.sum() + 2.0**-48 * S.sum(), [*inputs.values(), *weights])
+    assert all(x.isfinite().all() for x in (h, S, *grads))
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_a_norm_trains_on_one_token(backend):
+    inputs, weights = make(1, "key")
+    need(backend, inputs["k"])
+    frozen = {name: x.detach() for name, x in inputs.items()}
+    h = safe_exp_attention(**frozen, qk_norm=QKNorm(*weights, EPS), backend=backend)[0]
+    assert (torch.autograd.grad((h * torch.linspace(-1, 1, h.shape[-1])).sum(), weights[0])[0] != 0).any()
 
 
 def test_packed_sequences():
@@ -139,5 +164,7 @@ def test_one_token_and_its_state():
 
 def test_weights_that_do_not_fit():
     inputs, weights = make(5, "key")
+    with pytest.raises(ValueError, match=r"eps of qk_norm is -1.0; expected a number of at least 0"):
+        safe_exp_attention(**inputs, qk_norm=QKNorm(*weights, -1.0))
     with pytest.raises(ValueError, match=r"weight of k in qk_norm has shape \[3\].*expected \[20\]"):
         safe_exp_attention(**inputs, qk_norm=QKNorm(weights[0], weights[1][:3], EPS))

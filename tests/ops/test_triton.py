@@ -129,10 +129,15 @@ def test_wide_heads_in_slices(shape, axis):
 
 @pytest.mark.parametrize("axis", ["value", "key"])
 def test_wide_heads_of_bfloat16_with_a_mask(axis):
-    inputs = [x.bfloat16() for x in make(40, (2, 1, 160, 144), axis, "plain", B=2)]
+    inputs = [x.bfloat16().requires_grad_() for x in make(40, (2, 1, 160, 144), axis, "plain", B=2)]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
     mask = torch.rand(2, 40) < 0.7
     h = regla_attention(*inputs, gate_axis=axis, mask=mask, backend="triton")[0]
-    expected = regla_attention(*(x.float() for x in inputs), gate_axis=axis, mask=mask, backend="recurrent")[0]
+    expected = regla_attention(*wide, gate_axis=axis, mask=mask, backend="recurrent")[0]
+    d = (1e-9 * torch.randn(h.shape)).bfloat16().float()  # lowered by 2^48, far down in float32
+    grads, expected_grads = (torch.autograd.grad((x.float() * d).sum(), y) for x, y in ((h, inputs), (expected, wide)))
+    for x, y in zip(grads, expected_grads, strict=True):
+        assert (x - y).norm() <= 0.01 * y.norm()
     h, expected = (normalised(x.float()) for x in (h, expected))
     assert (h - expected)[mask].norm() <= 0.01 * expected[mask].norm()
 

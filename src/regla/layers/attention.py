@@ -198,8 +198,11 @@ class ReGLAAttention(nn.Module):
         q_norm, k_norm = self.q_norm, self.k_norm
         if q_norm is None or k_norm is None or self.qk_calibration is not None or self.qk_temperature is not None:
             return None
-        alone = all(is_plain(norm) and norm.weight.device == device for norm in (q_norm, k_norm))
-        if not alone or q_norm.eps is None or not isinstance(self.feature_map, SafeExp):
+        expected = (self.head_dim,), q_norm.eps, device
+        for norm in (q_norm, k_norm):
+            if not is_plain(norm) or (norm.normalized_shape, norm.eps, norm.weight.device) != expected:
+                return None
+        if q_norm.eps is None or not isinstance(self.feature_map, SafeExp):
             return None
         return QKNorm(q_norm.weight, k_norm.weight, q_norm.eps)
 
@@ -213,8 +216,8 @@ class ReGLAAttention(nn.Module):
         gk, gv, refine_k, refine_v = decays.gk, decays.gv, decays.refine_k, decays.refine_v
         S, m, _ = state
         key_max, backend = self.feature_map.key_max, self.feature_map.backend
-        is_plain = S.dtype == m.dtype == torch.float32 and S.is_contiguous() and m.is_contiguous()
-        if not is_plain or S.requires_grad:
+        dense = S.dtype == m.dtype == torch.float32 and S.is_contiguous() and m.is_contiguous()
+        if not dense or S.requires_grad:
             return None
         engine = step_engine(backend, key_max, k, v, q, gk, gv, refine_k, refine_v)
         if engine is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,9 +124,11 @@ def safe_exp_attention(
         check_decays(gk, gv, validate, mask)
     scale = variance_reduction(k.shape[-1]) if scale is None else scale
     S0 = None if initial_state is None else initial_state[0]
-    engine = step_engine(backend, key_max, k, v, q, gk, gv, refine_k, refine_v, S0) if cu_seqlens is None else None
+    weights = () if qk_norm is None else (qk_norm.q, qk_norm.k)
+    others = q, gk, gv, refine_k, refine_v, S0, *weights
+    engine = step_engine(backend, key_max, k, v, *others) if cu_seqlens is None else None
     if engine is not None:
-        q, k = _normalised(q, k, qk_norm)
+        q, k = _normalised(q, k, qk_norm, mask)
         S, m = _copy_of_state(initial_state, k, v)
         h = safe_exp_step_(
             q,
@@ -150,7 +153,7 @@ def safe_exp_attention(
         # Zeros are an empty state, whatever m says.
         before = torch.where((state.detach() == 0).all(-1).all(-1), NO_KEY, before.detach())
     if qk_norm is not None and not (inside and backend == "triton"):
-        q, k = _normalised(q, k, qk_norm)
+        q, k = _normalised(q, k, qk_norm, mask)
         qk_norm, qkv = None, None
     if inside:
         h, final, after = _fused(
@@ -203,7 +206,17 @@ def safe_exp_attention(
     phi_q = safe_exp_query(q)
     if mask is not None:
         phi_q = torch.where(real, phi_q, 0.0)
-    h, final = _PLAIN[backend](phi_q, lifted_key_features(k, m, mask), v, gk, gv, scale, state, cu_seqlens)
+    phi_k = lifted_key_features(k, m, mask)
+    if backend == "triton":  # of bfloat16: gradients of what is lowered would leave float32
+        lift = 2.0**16
+        phi_q, phi_k, v, gk, gv, state = (
+            None if x is None else _ScaledGradient.apply(x, 1 / lift) for x in (phi_q, phi_k, v, gk, gv, state)
+        )
+        h, final = (
+            _ScaledGradient.apply(x, lift) for x in _PLAIN[backend](phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens)
+        )
+    else:
+        h, final = _PLAIN[backend](phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens)
     return _lower(h), _empty_as_zero(final, after) if output_final_state else None
 
 
@@ -326,12 +339,27 @@ def regla_attention(
     )
 
 
-def _normalised(q: Tensor, k: Tensor, norm: QKNorm | None) -> tuple[Tensor, Tensor]:
+def _normalised(q: Tensor, k: Tensor, norm: QKNorm | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """q and k, normalised in the dtype of the weights, in their own."""
     if norm is None:
         return q, k
+    if mask is not None:  # what padding holds may be nan, which the weights' gradients would meet
+        q, k = (torch.where(mask[..., None, None], x, 1.0) for x in (q, k))
     q, k = (rms_norm(x.to(w.dtype), w.shape, w, norm.eps).to(x.dtype) for x, w in ((q, norm.q), (k, norm.k)))
     return q, k
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """x; its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return d * ctx.factor, None
 
 
 def _lower(h: Tensor) -> Tensor:

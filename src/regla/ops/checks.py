@@ -37,7 +37,9 @@ def check_refine(gk: Tensor | None, gv: Tensor | None, refine_k: Tensor | None, 
 
 
 def check_qk_norm(norm: QKNorm | None, k: Tensor) -> None:
-    """That the weights fit the channels of a head."""
+    """That the weights fit the channels of a head, and eps is a number."""
+    if norm is not None and not norm.eps >= 0:
+        raise ValueError(f"eps of qk_norm is {norm.eps}; expected a number of at least 0")
     for name, weight in () if norm is None else (("q", norm.q), ("k", norm.k)):
         if list(weight.shape) != [k.shape[-1]] or weight.device != k.device:
             raise ValueError(

@@ -176,7 +176,7 @@ def _(buffers, layout, mask, cu_seqlens, initial_state, before, weights, eps, sc
     schema=f"(Tensor d_o, Tensor? d_final, {_INPUTS}Tensor m, Tensor factors, Tensor states, {_OPTIONS}) -> Tensor[]",
 )
 def _backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of the buffers, of the initial state and of the weights, in float32 of these two."""
+    """Gradients of the buffers and, in float32, of the initial state and of the norm's weights."""
     d_o, d_final, buffers, layout, *others, m, factors, states, scale, safe_exp, decaying, engine = arguments
     inputs = _inputs(buffers, layout, *others)
     grads = _gradients_like(buffers, layout, inputs.cu_seqlens, others[-2])

@@ -21,8 +21,8 @@ def load_norm(q_weight_ptr, k_weight_ptr, K: tl.constexpr, BK: tl.constexpr, NOR
 
 @triton.jit
 def one_over_rms(x, eps, K: tl.constexpr):
-    """[C], of x [C, BK], 0 beyond K channels."""
-    return tl.rsqrt(tl.sum(x * x, 1) * (1 / K) + eps)
+    """[C], of x [C, BK], 0 beyond K channels; not infinite where x is 0 and eps, too."""
+    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1) * (1 / K) + eps, 1e-36))
 
 
 @triton.jit

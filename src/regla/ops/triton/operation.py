@@ -129,7 +129,7 @@ def backward(
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
     if norm is not None:
-        for x, weight, d, d_weight in zip((q, k), (norm.q, norm.k), grads, d_weights, strict=False):
+        for x, weight, d, d_weight in zip((q, k), (norm.q, norm.k), grads[:2], d_weights, strict=True):
             assert d is not None
             _norm_gradient(x, weight, norm.eps, mask, d, d_weight)
 

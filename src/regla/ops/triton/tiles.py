@@ -203,9 +203,9 @@ def refined_fractions(a, c):
 
 @triton.jit
 def log2_refined_to_21_bits(a, c):
-    """log2 F, 2^-21 absolute or 2^-20 relative where that is more: half the instructions of `log2_refined`, and less
-    than what rounding a to bfloat16 does to gates that keep half for up to 2^16 tokens. Where a is below -28, F falls
-    as e^a, as it does unless c is, too."""
+    """log2 F, to about 2^-21, or 2^-20 of it where that is more, of either sign near 0: half the instructions of
+    `log2_refined`, and less than what rounding a to bfloat16 does to gates that keep half for up to 2^16 tokens. Where
+    a is below -28, F falls as e^a, as it does unless c is, too."""
     s, _p, _z, P, Z, x = refined_fractions(a, c)
     beyond = tl.minimum(_MOST - s, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return log2(x * reciprocal(P * P * Z)) + beyond
@@ -247,15 +247,16 @@ def load_gate(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GATE
 
 @triton.jit
 def decays(g, r, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
-    """log2-decays [C, D] <= 0; 0 for padding. GATE: "log" (natural logarithms), "refined" (logits), "none" (zeros)."""
+    """log2-decays [C, D] <= 0, but for rounding; 0 for padding. GATE: "log" (natural logarithms), "refined" (logits) or
+    "none" (zeros)."""
     if GATE == "none":
         g = tl.zeros([C, D], tl.float32)
     elif GATE == "log":
         g = g.to(tl.float32) * LOG2E
-    elif g.dtype == tl.float32:
-        g = log2_refined(g, r.to(tl.float32))
-    else:
+    elif g.dtype == tl.bfloat16:
         g = log2_refined_to_21_bits(g.to(tl.float32), r.to(tl.float32))
+    else:
+        g = log2_refined(g.to(tl.float32), r.to(tl.float32))
     return g
 
 
@@ -267,10 +268,10 @@ def store_gate_gradient(
     if GATE == "log":
         d = tl.where(valid[:, None], d, 0.0)
     if GATE == "refined":  # where there is nothing, the open gate that is read there makes both 0
-        if g.dtype == tl.float32:
-            d, dr = refined_gradient(g, r.to(tl.float32), d)
-        else:
+        if g.dtype == tl.bfloat16:
             d, dr = refined_gradient_to_21_bits(g.to(tl.float32), r.to(tl.float32), d)
+        else:
+            d, dr = refined_gradient(g.to(tl.float32), r.to(tl.float32), d)
         store_tile(dr_ptr, token, inside, refine_step, column, width, dr)
     if GATE != "none":
         store_tile(dg_ptr, token, inside, step, column, width, d)
