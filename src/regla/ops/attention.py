@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from regla.ops.backends import choose_backend, step_engine, widest
+from regla.ops.backends import choose_backend, step_engine
 from regla.ops.checks import check_decays, check_gla, check_qk_norm, check_refine, check_regla, check_together
 from regla.ops.chunked import chunked_gated_linear_attention
 from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
-from regla.ops.fused import QKNorm, fused_attention, fused_step_
+from regla.ops.fused import QKNorm, fused_step_
 from regla.ops.gates import log_refined_gate
 from regla.ops.recurrent import recurrent_gated_linear_attention
+from regla.ops.slices import fits, fused, with_kernels, with_lifted_gradients
+
+_PLAIN: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "recurrent": recurrent_gated_linear_attention,
+    "chunked": chunked_gated_linear_attention,
+    "native": partial(with_kernels, "native"),
+    "triton": partial(with_kernels, "triton"),
+}
 
 
 def gated_linear_attention(
@@ -147,7 +154,7 @@ def safe_exp_attention(
         )
         return h, _empty_as_zero(S, m) if output_final_state else None
     backend = choose_backend(backend, k, v, cu_seqlens, key_max)
-    inside = backend == "native" or (backend == "triton" and _fits(q, k, v, gk, gv))
+    inside = backend == "native" or (backend == "triton" and fits(q, k, v, gk, gv))
     state, before = (None, None) if initial_state is None else initial_state
     if state is not None and before is not None:
         # Zeros are an empty state, whatever m says.
@@ -156,7 +163,7 @@ def safe_exp_attention(
         q, k = _normalised(q, k, qk_norm, mask)
         qk_norm, qkv = None, None
     if inside:
-        h, final, after = _fused(
+        h, final, after = fused(
             backend,
             q,
             k,
@@ -207,16 +214,8 @@ def safe_exp_attention(
     if mask is not None:
         phi_q = torch.where(real, phi_q, 0.0)
     phi_k = lifted_key_features(k, m, mask)
-    if backend == "triton":  # of bfloat16: gradients of what is lowered would leave float32
-        lift = 2.0**16
-        phi_q, phi_k, v, gk, gv, state = (
-            None if x is None else _ScaledGradient.apply(x, 1 / lift) for x in (phi_q, phi_k, v, gk, gv, state)
-        )
-        h, final = (
-            _ScaledGradient.apply(x, lift) for x in _PLAIN[backend](phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens)
-        )
-    else:
-        h, final = _PLAIN[backend](phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens)
+    form = with_lifted_gradients if backend == "triton" else _PLAIN[backend]
+    h, final = form(phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens)
     return _lower(h), _empty_as_zero(final, after) if output_final_state else None
 
 
@@ -349,19 +348,6 @@ def _normalised(q: Tensor, k: Tensor, norm: QKNorm | None, mask: Tensor | None) 
     return q, k
 
 
-class _ScaledGradient(torch.autograd.Function):
-    """x; its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return d * ctx.factor, None
-
-
 def _lower(h: Tensor) -> Tensor:
     """h / 2^LIFT; a head's output that would vanish there is held at 2^-60 instead.
 
@@ -402,103 +388,3 @@ def _copy_of_state(state: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) ->
 
 def _empty_as_zero(S: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     return S, torch.where(m > NO_KEY / 2, m, 0.0)
-
-
-def _fused(
-    engine: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    gv: Tensor | None,
-    refine_k: Tensor | None,
-    refine_v: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    before: Tensor | None,
-    scale: float,
-    *,
-    safe_exp: bool,
-    key_max: str = "decay",
-    qk_norm: QKNorm | None = None,
-    qkv: Tensor | None = None,
-    gates: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    K, V = k.shape[-1], v.shape[-1]
-    gk, rk, gv, rv = (
-        None if x is None else x.expand(*x.shape[:3], D) for x, D in ((gk, K), (refine_k, K), (gv, V), (refine_v, V))
-    )
-    return fused_attention(
-        q,
-        k,
-        v,
-        gk,
-        rk,
-        gv,
-        rv,
-        mask,
-        cu_seqlens,
-        None if initial_state is None else initial_state.float().contiguous(),
-        before,
-        scale=scale,
-        safe_exp=safe_exp,
-        decaying=key_max == "decay",
-        engine=engine,
-        norm=qk_norm,
-        qkv=qkv,
-        gates=gates,
-    )
-
-
-def _fits(q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None) -> bool:
-    """Whether the GPU's kernels take whole heads."""
-    return max(k.shape[-1], v.shape[-1]) <= widest(q, k, v, gk, gv)
-
-
-def _with_kernels(
-    engine: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    gv: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(o, final state), of heads that are wider than the kernels take from slices: a state's columns have nothing to
-    do with one another, and of its rows outputs are sums."""
-    K, V = k.shape[-1], v.shape[-1]
-    if engine == "native" or _fits(q, k, v, gk, gv):
-        inputs = q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale
-        o, state, _ = _fused(engine, *inputs, safe_exp=False)
-        return o, state
-    most, slices = widest(q, k, v, gk, gv), []
-    of_values = most < V
-    for start in range(0, V if of_values else K, most):
-        now = slice(start, start + most)
-        S = initial_state
-        if of_values:
-            parts = q, k, v[..., now], gk, _slice(gv, now)
-            S = None if S is None else S[..., now]
-        else:
-            parts = q[..., now], k[..., now], v, _slice(gk, now), gv
-            S = None if S is None else S[..., now, :]
-        slices.append(_with_kernels(engine, *parts, scale, S, cu_seqlens))
-    outputs, states = zip(*slices, strict=True)
-    o = torch.cat(outputs, -1) if of_values else torch.stack(outputs).sum(0)
-    return o, torch.cat(states, -1 if of_values else -2)
-
-
-def _slice(g: Tensor | None, now: slice) -> Tensor | None:
-    """Of an axis' decays, one number for all its channels or one for each."""
-    return g if g is None or g.shape[-1] == 1 else g[..., now]
-
-
-_PLAIN: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "recurrent": recurrent_gated_linear_attention,
-    "chunked": chunked_gated_linear_attention,
-    "native": partial(_with_kernels, "native"),
-    "triton": partial(_with_kernels, "triton"),
-}
