@@ -35,8 +35,7 @@ def test_the_backend_named_is_the_one_that_runs(
     def broken(*args: object, **options: object) -> None:
         raise RuntimeError("this one ran")
 
-    monkeypatch.setitem(attention._PLAIN, plain, broken)
-    monkeypatch.setattr(attention, "_fused", broken if backend == "native" else attention._fused)
+    monkeypatch.setitem(attention._FORMS, backend, broken)
     x = torch.ones(1, length, 1, 16)
     with pytest.raises(RuntimeError, match="this one ran"):
         attention.gated_linear_attention(x, x, x)

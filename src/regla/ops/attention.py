@@ -18,7 +18,7 @@ from regla.ops.gates import log_refined_gate
 from regla.ops.recurrent import recurrent_gated_linear_attention
 from regla.ops.slices import fits, fused, with_kernels, with_lifted_gradients
 
-_PLAIN: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrent": recurrent_gated_linear_attention,
     "chunked": chunked_gated_linear_attention,
     "native": partial(with_kernels, "native"),
@@ -77,7 +77,7 @@ def gated_linear_attention(
     check_decays(gk, gv, validate)
     backend = choose_backend(backend, k, v, cu_seqlens)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    o, state = _PLAIN[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)
+    o, state = _FORMS[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)
     return o, state if output_final_state else None
 
 
@@ -214,7 +214,7 @@ def safe_exp_attention(
     if mask is not None:
         phi_q = torch.where(real, phi_q, 0.0)
     phi_k = lifted_key_features(k, m, mask)
-    form = with_lifted_gradients if backend == "triton" else _PLAIN[backend]
+    form = with_lifted_gradients if backend == "triton" else _FORMS[backend]
     h, final = form(phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens)
     return _lower(h), _empty_as_zero(final, after) if output_final_state else None
 
