@@ -27,8 +27,9 @@ def with_kernels(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(o, final state), of heads that are wider than the kernels take from slices: a state's columns have nothing to
-    do with one another, and of its rows outputs are sums."""
+    """(o [B, T, HQ, V], final state [N, H, K, V]) of `regla.ops.gated_linear_attention`, whose arguments' shapes and
+    dtypes these are. Heads wider than the kernels take are cut: a state's columns have nothing to do with one another,
+    and of its rows outputs are sums."""
     K, V = k.shape[-1], v.shape[-1]
     if engine == "native" or fits(q, k, v, gk, gv):
         inputs = q, k, v, gk, gv, None, None, None, cu_seqlens, initial_state, None, scale
@@ -61,8 +62,8 @@ def with_lifted_gradients(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`with_kernels` for GPUs, of features, whose outputs are lowered by 2^48: gradients are 2^16 times as large in
-    between, where else small ones would vanish."""
+    """`with_kernels` for GPUs, of features q [B, T, HQ, K] and k [B, T, H, K], whose outputs are lowered by 2^48:
+    gradients are 2^16 times as large in between, where else small ones would vanish."""
     down, up = 2.0**-16, 2.0**16
     q, k, v = (_ScaledGradient.apply(x, down) for x in (q, k, v))
     gk, gv, S = (None if x is None else _ScaledGradient.apply(x, down) for x in (gk, gv, initial_state))
