@@ -47,15 +47,15 @@ def operation():
 
 @pytest.fixture
 def cut(monkeypatch, operation):
-    """Makes segments of so many chunks, whatever the length; returns how often one was cut."""
+    """Makes segments of so many chunks and pieces, whatever the length; returns how often one was cut."""
 
-    def into(part):
+    def into(part, pieces=1):
         calls = []
 
-        def segments(heads, chunks, *, packed):
+        def segments(heads, chunks, *, wide, packed):
             assert not packed
             calls.append(-(-chunks // part) > 1)
-            return -(-chunks // part), part
+            return -(-chunks // part), part, pieces
 
         monkeypatch.setattr(operation, "_segments", segments)
         return calls
@@ -65,9 +65,9 @@ def cut(monkeypatch, operation):
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("scenario", [pytest.param("plain", marks=pytest.mark.slow), "extreme", "outliers"])
-@pytest.mark.parametrize(("T", "part"), [(70, 1), pytest.param(257, 3, marks=pytest.mark.slow)])
-def test_equal_to_the_definition(cut, T, part, scenario, axis):
-    calls = cut(part)
+@pytest.mark.parametrize(("T", "part", "pieces"), [(70, 1, 1), pytest.param(257, 6, 3, marks=pytest.mark.slow)])
+def test_equal_to_the_definition(cut, T, part, pieces, scenario, axis):
+    calls = cut(part, pieces)
     _, H, K, V = SMALL
     state = (None, None) if scenario == "extreme" else some_state(1, H, K, V)
     assert_equal_to_definition(make(T, SMALL, axis, scenario), axis, *state, forms=FORMS)
@@ -77,11 +77,11 @@ def test_equal_to_the_definition(cut, T, part, scenario, axis):
 @pytest.mark.parametrize("axis", AXES)
 def test_masks_anywhere(cut, axis):
     """Segments of which nothing is real, too: the first of one sequence, the last of the other."""
-    cut(1)
-    mask = torch.rand(2, 100) < 0.7
-    mask[0, :40], mask[1, 60:] = False, False
+    cut(2, pieces=2)
+    mask = torch.rand(2, 150) < 0.7
+    mask[0, :70], mask[1, 110:] = False, False
     _, H, K, V = SMALL
-    inputs = make(100, SMALL, axis, "outliers", B=2)
+    inputs = make(150, SMALL, axis, "outliers", B=2)
     assert_equal_to_definition(inputs, axis, *some_state(2, H, K, V), mask, forms=FORMS)
     h, (_S, m) = fused(*inputs, gate_axis=axis, mask=torch.zeros_like(mask))
     assert (h == 0).all() and (m == 0).all()
@@ -146,13 +146,14 @@ def test_what_is_left_behind_an_outlier(cut, monkeypatch, axis, at):
     assert_equal_to_definition(slowly_forgotten_outlier(160 if at == 20 else 256, 16, axis, at), axis, forms=FORMS)
 
 
-def test_what_is_cut(operation):
-    for heads, chunks in ((1, 1), (1, 127), (49, 10_000), (96, 64)):
-        assert operation._segments(heads, chunks, packed=False) == (1, chunks)
-    assert operation._segments(1, 10_000, packed=True) == (1, 10_000)
-    for heads, chunks in ((1, 128), (12, 1024), (48, 1023), (7, 3333), (1, 10**7), (96, 10**6)):
-        parts, part = operation._segments(heads, chunks, packed=False)
-        assert parts > 1 and (parts - 1) * part < chunks <= parts * part and part <= 65_535
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_is_cut(operation, wide):
+    for heads, chunks in ((1, 1), (1, 127), (33, 10_000), (96, 64)):
+        assert operation._segments(heads, chunks, wide=wide, packed=False) == (1, chunks, 1)
+    assert operation._segments(1, 10_000, wide=wide, packed=True) == (1, 10_000, 1)
+    for heads, chunks in ((1, 128), (12, 1024), (24, 1023), (7, 3333), (1, 10**7), (96, 10**6)):
+        parts, part, pieces = operation._segments(heads, chunks, wide=wide, packed=False)
+        assert parts > 1 and (parts - 1) * part < chunks <= parts * part and part <= 65_535 and part % pieces == 0
 
 
 def test_more_sequences_than_a_grid_has_programs():
@@ -176,7 +177,7 @@ def test_a_long_sequence(axis, operation, monkeypatch, request):
     """Cut as by default, and whole."""
     if request.config.getoption("--device") != "cuda":
         pytest.skip("run with --device cuda")
-    assert operation._segments(2, 256, packed=False)[0] > 1
+    assert operation._segments(2, 256, wide=False, packed=False)[0] > 1
     inputs = [x.bfloat16() for x in make(8192, (2, 2, 64, 64), axis, "extreme")]
     results = []
     for _ in range(2):

@@ -156,6 +156,14 @@ def test_masks_anywhere(axis):
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_nothing_leaves_nothing(axis):
+    """Not a bit of what counts the passings of a state from chunk to chunk."""
+    inputs = [x.bfloat16() for x in make(150, SMALL, axis, "extreme")]
+    h, (S, m) = fused(*inputs, gate_axis=axis, mask=torch.zeros(1, 150, dtype=torch.bool))
+    assert (h == 0).all() and (S == 0).all() and (m == 0).all()
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_packing_equals_separate_sequences(axis):
     lengths = [1, 32, 33, 2]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)])

@@ -30,6 +30,7 @@ import triton.language as tl
 from regla.ops.triton.forward import place
 from regla.ops.triton.inputs import ask_for_chunk, features_and_decays, load_queries, queries
 from regla.ops.triton.norm import load_norm
+from regla.ops.triton.passing import numbers_at, pass_state, take_state, untagged
 from regla.ops.triton.tiles import (
     GRADIENT_LIFT,
     LOG2E,
@@ -46,13 +47,11 @@ from regla.ops.triton.tiles import (
     lowest_decay,
     may_reach,
     once,
-    publish,
     scores,
     store_gate_gradient,
     store_tile,
     sums,
     to_the_end,
-    wait_until,
 )
 from regla.ops.triton.tree import levels, read_over_tree, score_over_tree, scores_over_tree
 
@@ -147,7 +146,7 @@ def key_side(
 @triton.jit
 def finish(
     q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
     q, do, factor, S, k, v, gk, gv, norm, t, inside, valid, begin, head, h, i, count, scale, H,
     q_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
@@ -199,29 +198,43 @@ def finish(
         dS *= exp2(-ck)[:, None]
     if VALUED and not FAR:
         dS *= exp2(-cv)[None, :]
-    passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
+    passed_ptr += head.to(tl.int64) * 2 * BK * BV
+    laid_out = numbers_at(passed_ptr, BK, BV)
     if not (KEYED and VALUED):  # with both that costs registers which there are not
-        dS = as_read(dS, passed_at, count < 0)
-    U = tl.zeros([BK, BV], tl.float32)
-    if i + 1 < count:
-        wait_until(flag_ptr, count - 1 - i)
-        U = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
-    elif D_FINAL != "none":
+        dS = as_read(dS, laid_out)
+    passing = count - 1 - i
+    nothing = tl.zeros([BK, BV], tl.float32)
+    if KEYED:
+        keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
+    if VALUED:
+        keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
+    U = nothing
+    if D_FINAL == "none":
+        if tl.program_id(0) >= 0:
+            U = take_state(passed_ptr, passing, BK, BV, EXACT)
+    elif i + 1 == count:
         U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0)
         U *= 2.0 ** (0.0 if D_FINAL == "lifted" else lift)
-    kept = U
-    if KEYED:
-        kept *= exp2(total_k)[:, None]
-    if VALUED:
-        kept *= exp2(total_v)[None, :]
-    dS += kept
-    if i > 0:
-        tl.store(passed_at + (i + 1) % 2 * K * V, dS, mask=state_mask)
-        publish(flag_ptr, count - i)
     else:
-        tl.store(d_initial_ptr + here, dS * unit, mask=state_mask)
+        U = take_state(passed_ptr, passing, BK, BV, EXACT)
+    if KEYED and VALUED:
+        dS = tl.fma(U * keep_k, keep_v, dS)
+    elif KEYED:
+        dS = tl.fma(U, keep_k, dS)
+    elif VALUED:
+        dS = tl.fma(U, keep_v, dS)
+    else:
+        dS += U
+    if i > 0:
+        pass_state(passed_ptr, passing + 1, dS, EXACT)
+    else:
+        tl.store(d_initial_ptr + here, untagged(dS, EXACT) * unit, mask=state_mask)
     S = once(S.to(tl.float32))
-    kept *= S  # what the state's decay is worth
+    kept = U * S  # what the state's decay is worth
+    if KEYED:
+        kept *= keep_k
+    if VALUED:
+        kept *= keep_v
     if KEYED:
         worth_k = tl.sum(kept, 1)
         if not FAR:
@@ -298,7 +311,7 @@ def finish(
 def finish_with_tree(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
     d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flag_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
     before, begin, length, past, head, h, i, count, at, scale, eps, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
@@ -325,7 +338,6 @@ def finish_with_tree(
     finish(
         q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
         dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
-        flag_ptr,
         q, do, factor, S, k, v, gk, gv, norm, t, inside, valid, begin, head, h, i, count, scale, H,
         q_step, gk_step, rk_step, gv_step, rv_step,
         dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
@@ -337,7 +349,7 @@ def finish_with_tree(
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, cu_ptr, slot_ptr, before_ptr,
     m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, flags_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
     scale, eps, T, chunks, part, parts, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
@@ -392,7 +404,7 @@ def backward_kernel(
             finish_with_tree(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr,
                 do_ptr, d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at,
-                d_initial_ptr, passed_ptr, flags_ptr + head,
+                d_initial_ptr, passed_ptr,
                 before, begin, length, past, head, h, i, count, at, scale, eps, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
@@ -407,7 +419,6 @@ def backward_kernel(
             finish(
                 q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, d_final_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
-                flags_ptr + head,
                 q, do, factor, S, features, values, decays_k, decays_v, norm,
                 t, inside, valid, begin, head, h, i, count, scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from regla.ops.triton.inputs import key_features, load_chunk, query_features, relative_decays
 from regla.ops.triton.norm import load_norm
+from regla.ops.triton.passing import numbers_at, pass_state, publish_number, take_state, untagged, wait_for_number
 from regla.ops.triton.tiles import (
     LN2,
     LOG2E,
@@ -29,15 +30,11 @@ from regla.ops.triton.tiles import (
     load_tile,
     lowest_decay,
     may_reach,
-    publish,
-    publish_number,
     reciprocal,
     scores,
     stabiliser_scan,
     store_tile,
     to_the_end,
-    wait_for_number,
-    wait_until,
 )
 from regla.ops.triton.tree import levels, scores_over_tree, tree_level
 
@@ -153,7 +150,7 @@ def stabiliser(
 
 @triton.jit
 def finish(
-    q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+    q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
     q, k, v, gk, gv, norm, limit, edge, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
@@ -182,29 +179,37 @@ def finish(
         Ev, Wv, cv = factors(Bv, total_v, limit, EXACT, FAR)
         x = (v * Wv).to(dtype)
         v_end = (v * to_the_end(gv, PRECISION)).to(dtype) if FAR else x
-    passed_at = passed_ptr + head.to(tl.int64) * 2 * K * V + state_at
-    written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), passed_at, count < 0)
+    passed_ptr += head.to(tl.int64) * 2 * BK * BV
+    laid_out = numbers_at(passed_ptr, BK, BV)
+    written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), laid_out)
     if VALUED and not FAR:
         written *= exp2(total_v + cv)[None, :]
     # The state before the chunk, and at once the one after it for the next.
-    S = tl.zeros([BK, BV], tl.float32)
-    if i > 0:
-        wait_until(flag_ptr, i)
-        S = tl.load(passed_at + i % 2 * K * V, mask=state_mask, other=0.0, cache_modifier=".cg")
-    elif INITIAL:
+    # Before the wait, where it costs the next chunk nothing.
+    nothing = tl.zeros([BK, BV], tl.float32)
+    if KEYED:
+        keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
+    if VALUED:
+        keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
+    S = nothing
+    if not INITIAL:
+        if tl.program_id(0) >= 0:
+            S = take_state(passed_ptr, i, BK, BV, EXACT)
+    elif i == 0:
         S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
+    else:
+        S = take_state(passed_ptr, i, BK, BV, EXACT)
     kept = S
     if KEYED:
-        kept *= exp2(total_k)[:, None]
+        kept *= keep_k
     if VALUED:
-        kept *= exp2(total_v)[None, :]
+        kept *= keep_v
     written += kept
     if i + 1 < count:
-        tl.store(passed_at + (i + 1) % 2 * K * V, written, mask=state_mask)
-        publish(flag_ptr, i + 1)
+        pass_state(passed_ptr, i + 1, written, EXACT)
     else:
         final_at = final_ptr + head.to(tl.int64) * K * V + state_at
-        tl.store(final_at, written, mask=state_mask)
+        tl.store(final_at, untagged(written, EXACT), mask=state_mask)
     if STORE:
         tl.store(states_ptr + at + tl.max_contiguous(state_at, [1, 4]), S.to(dtype), mask=state_mask)
     if KEYED:  # in the units of q E, and of v W
@@ -228,7 +233,7 @@ def finish(
 @triton.jit(noinline=True)
 def finish_with_tree(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, initial_ptr,
-    o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+    o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
     before, begin, length, head, h, i, count, at, scale, eps, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -260,7 +265,7 @@ def finish_with_tree(
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
     limit = limits(faint(k, v, valid, K, VALUE != "none"), REACH)
     finish(
-        q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+        q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
         q, k, v, gk, gv, norm, limit, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
         G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, NORM, INITIAL, STORE, PRECISION, True,
     )  # fmt: skip
@@ -270,7 +275,7 @@ def finish_with_tree(
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, cu_ptr, slot_ptr,
     initial_ptr, before_ptr,
-    o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr, flags_ptr,
+    o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr,
     scale, eps, T, chunks, part, parts, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -305,7 +310,6 @@ def forward_kernel(
             q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, norm, t, valid,
             q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
         )  # fmt: skip
-        flag_ptr = flags_ptr + head
         before = tl.full([], NO_KEY, tl.float32)
         if SAFE_EXP:
             sums, tops, sums_before, tops_before = stabiliser(
@@ -344,7 +348,7 @@ def forward_kernel(
         if far:
             finish_with_tree(
                 q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, qw_ptr, kw_ptr, mask_ptr, initial_ptr,
-                o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+                o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
                 before, begin, length, head, h, i, count, at, scale, eps, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, DECAYING, MASKED, INITIAL, STORE, PRECISION,
@@ -352,7 +356,7 @@ def forward_kernel(
             )  # fmt: skip
         else:
             finish(
-                q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr, flag_ptr,
+                q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
                 q, k, v, gk, gv, norm, limits(faint(k, v, valid, K, VALUED), REACH), edge,
                 t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
                 G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, INITIAL, STORE, PRECISION, ONE_PATH,

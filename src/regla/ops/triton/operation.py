@@ -18,9 +18,11 @@ from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kerne
 from regla.ops.triton.tiles import RANGE
 
 _NORM_PROGRAMS = 1056  # eight for each multiprocessor of an H100
-# Of segments: heads of all sequences up to which there are several, how many to aim for, chunks of the shortest. By
-# measurement, see docs/kernels.md.
-_FEW_HEADS, _SIDE_BY_SIDE, _SHORTEST = 48, 192, 16
+# Of segments, for heads of up to 64 channels and for wider ones: heads of all sequences up to which there are several,
+# how many to aim for of these and of their pieces. And chunks of the shortest piece. By measurement, see
+# docs/kernels.md.
+_FEW_HEADS, _SIDE_BY_SIDE, _PIECES = (32, 24), (96, 32), (768, 528)
+_SHORTEST = 8
 
 
 def forward(
@@ -43,22 +45,21 @@ def forward(
     N, chunks, all_chunks = _layout(k, v, cu_seqlens)
     T, H, K = k.shape[1:]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
-    parts, part = _segments(N * H, chunks, packed=cu_seqlens is not None)
+    parts, part, cut = _segments(N * H, chunks, wide=_wide(k, v), packed=cu_seqlens is not None)
     if parts > 1:
-        initial_state, before = _states_before(inputs, parts, part, safe_exp, decaying)
+        initial_state, before = _states_before(inputs, parts, part, cut, safe_exp, decaying)
         final, last = final.new_empty(N * parts, *final.shape[1:]), last.new_empty(N * parts, H)
-    passed = k.new_empty(N * parts * H, 2, K, v.shape[-1], dtype=torch.float32)
+    passed = k.new_zeros(N * parts * H, 2, _padded(K), _padded(v.shape[-1]), dtype=torch.float32)
     passed_m = k.new_zeros(all_chunks, H, dtype=torch.int64)
-    flags = k.new_zeros(N * parts * H, dtype=torch.int32)
     with torch.cuda.device_of(k):
         forward_kernel[_grid(H, N * parts, part, slots)](
             q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, initial_state, before,
-            o, final, m, lower, states, last, passed, passed_m, flags,
+            o, final, m, lower, states, last, passed, passed_m,
             scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
             **_common(norm, q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-            **_warps(k, v, gv, backward=False),
+            **_warps(k, v, gv, "forward"),
         )  # fmt: skip
     if parts > 1:
         filled[1].copy_(final[parts - 1 :: parts])
@@ -108,23 +109,22 @@ def backward(
     N, chunks, _ = _layout(k, v, cu_seqlens)
     T, H, K = k.shape[1:]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
-    parts, part = _segments(N * H, chunks, packed=cu_seqlens is not None)
+    parts, part, cut = _segments(N * H, chunks, wide=_wide(k, v), packed=cu_seqlens is not None)
     d_initials = d_initial
     if parts > 1:
-        d_final = _gradients_behind(d_o, d_final, inputs, m, lower, parts, part, scale, safe_exp)
+        d_final = _gradients_behind(d_o, d_final, inputs, m, lower, parts, part, cut, scale, safe_exp)
         d_initials = d_initial.new_empty(N * parts, *d_initial.shape[1:])
-    passed = k.new_empty(N * parts * H, 2, K, v.shape[-1], dtype=torch.float32)
-    flags = k.new_zeros(N * parts * H, dtype=torch.int32)
+    passed = k.new_zeros(N * parts * H, 2, _padded(K), _padded(v.shape[-1]), dtype=torch.float32)
     with torch.cuda.device_of(k):
         backward_kernel[_grid(H, N * parts, part, slots)](
             q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before,
             m, lower, states, d_o, d_final,
-            *grads, d_initials, passed, flags,
+            *grads, d_initials, passed,
             scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
             SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
             **_common(norm, q, k, v, gk, rk, gv, rv),
             MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-            **_warps(k, v, gv, backward=True),
+            **_warps(k, v, gv, "backward"),
         )  # fmt: skip
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
@@ -151,7 +151,7 @@ def step(
     V, HQ = v.shape[-1], q.shape[2]
     tensors = (q, k, v, gk, rk, gv, rv)
     rows, heads = ([0 if x is None else x.stride(axis) for x in tensors] for axis in (0, 2))
-    BK, BV = (max(16, triton.next_power_of_2(D)) for D in (K, V))
+    BK, BV = _padded(K), _padded(V)
     with torch.cuda.device_of(k):
         decode_kernel[(N * H,)](
             *tensors, mask, S, m, weight, bias, o,
@@ -163,22 +163,24 @@ def step(
     return o
 
 
-def _states_before(inputs: Inputs, parts: int, part: int, safe_exp: bool, decaying: bool) -> tuple[Tensor, Tensor]:
-    """The state [N parts, H, K, V] and m [N parts, H] before each of the `parts` segments, of `part` chunks, of every
-    sequence."""
+def _states_before(
+    inputs: Inputs, parts: int, part: int, cut: int, safe_exp: bool, decaying: bool
+) -> tuple[Tensor, Tensor]:
+    """The state [N parts, H, K, V] and m [N parts, H] before each of the `parts` segments, of `part` chunks and `cut`
+    pieces, of every sequence."""
     q, k, v, gk, rk, gv, rv, mask, _, initial_state, before, norm = _in_order(inputs)
-    (N, T, H, K), V = k.shape, v.shape[-1]
-    states, decay_k, decay_v = (k.new_empty(N * parts, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
-    m = k.new_empty(N * parts, H, 2, dtype=torch.float32)
+    (N, T, H, K), V, C = k.shape, v.shape[-1], _chunk(k, v)
+    states, decay_k, decay_v = (k.new_empty(N * parts * cut, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
+    m = k.new_empty(N * parts * cut, H, 2, dtype=torch.float32)
     common = _common(norm, q, k, v, gk, rk, gv, rv)
     del common["G"]
     with torch.cuda.device_of(k):
-        state_kernel[H, N * parts](
+        state_kernel[H, N * parts * cut](
             k, v, gk, rk, gv, rv, *_weights(norm), mask, states, decay_k, decay_v, m,
-            _eps(norm), T, part * _chunk(k, v), parts, H, *map(_step, (k, v, gk, rk, gv, rv)),
-            SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, gv, backward=True),
+            _eps(norm), T, part // cut * C, parts * cut, (parts - 1) * part * C, H, *map(_step, (k, v, gk, rk, gv, rv)),
+            SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, gv, "segments"),
         )  # fmt: skip
-    return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts)
+    return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts, cut)
 
 
 def _gradients_behind(
@@ -189,22 +191,23 @@ def _gradients_behind(
     lower: Tensor,
     parts: int,
     part: int,
+    cut: int,
     scale: float,
     safe_exp: bool,
 ) -> Tensor:
     """The gradient of the state after each of the `parts` segments of every sequence, [N parts, H, K, V], lifted."""
     q, k, v, gk, rk, gv, rv, mask, *_, norm = _in_order(inputs)
-    (N, T, H, K), V = k.shape, v.shape[-1]
-    states, decay_k, decay_v = (k.new_empty(N * parts, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
+    (N, T, H, K), V, C = k.shape, v.shape[-1], _chunk(k, v)
+    states, decay_k, decay_v = (k.new_empty(N * parts * cut, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
     with torch.cuda.device_of(k):
-        gradient_kernel[H, N * parts](
+        gradient_kernel[H, N * parts * cut](
             q, gk, rk, gv, rv, *_weights(norm), mask, m, lower, d_o, states, decay_k, decay_v,
-            scale, _eps(norm), T, part * _chunk(k, v), parts, H, *map(_step, (q, gk, rk, gv, rv)),
+            scale, _eps(norm), T, part // cut * C, parts * cut, part * C, H, *map(_step, (q, gk, rk, gv, rv)),
             SAFE_EXP=safe_exp, **_common(norm, q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
-            **_warps(k, v, gv, backward=True),
+            **_warps(k, v, gv, "segments"),
         )  # fmt: skip
     lift = GRADIENT_LIFT.value if safe_exp else 0.0
-    return _chain(d_final, None, states, decay_k, decay_v, None, parts, reverse=True, lift=lift)[0]
+    return _chain(d_final, None, states, decay_k, decay_v, None, parts, cut, reverse=True, lift=lift)[0]
 
 
 def _chain(
@@ -215,18 +218,19 @@ def _chain(
     decay_v: Tensor,
     m: Tensor | None,
     parts: int,
+    cut: int,
     *,
     reverse: bool = False,
     lift: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(the state before every segment, m before it to the base 2), or of the gradient of the state the one after it
     (`reverse`). `start`, which `states` are 2^lift times as large as, is the first."""
-    segments, H, K, V = states.shape
-    chained, chained_m = torch.empty_like(states), states.new_empty(segments, H)
+    pieces, H, K, V = states.shape
+    chained, chained_m = states.new_empty(pieces // cut, H, K, V), states.new_empty(pieces // cut, H)
     rows = 8
     with torch.cuda.device_of(states):
-        chain_kernel[H, segments // parts, triton.cdiv(K, rows)](
-            start, before, states, decay_k, decay_v, m, chained, chained_m, parts, H,
+        chain_kernel[H, pieces // (parts * cut), triton.cdiv(K, rows)](
+            start, before, states, decay_k, decay_v, m, chained, chained_m, parts, cut, H,
             K=K, V=V, R=rows, BV=triton.next_power_of_2(V),
             MOVING=m is not None, INITIAL=start is not None, REVERSE=reverse, LIFT=lift, num_warps=2,
         )  # fmt: skip
@@ -248,7 +252,7 @@ def _norm_gradient(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None, d
     with torch.cuda.device_of(x):
         norm_gradient_kernel[(programs,)](
             d, x, mask, weight, of_programs, eps, rows, heads, _step(d), _step(x),
-            K=K, BK=max(16, triton.next_power_of_2(K)), R=block, MASKED=mask is not None,
+            K=K, BK=_padded(K), R=block, MASKED=mask is not None,
         )  # fmt: skip
     d_weight.copy_(of_programs.sum(0))
 
@@ -284,18 +288,25 @@ def _sequence_of_slot(cu_seqlens: Tensor | None, C: int, slots: int) -> Tensor |
 
 def _chunk(k: Tensor, v: Tensor) -> int:
     """32, or as many as float32 operands leave room for."""
-    return 16 if v.dtype == torch.float32 and max(k.shape[-1], v.shape[-1]) > 64 else 32
+    return 16 if v.dtype == torch.float32 and _wide(k, v) else 32
 
 
-def _segments(heads: int, chunks: int, *, packed: bool) -> tuple[int, int]:
-    """(segments of a sequence, chunks of a segment, of the last perhaps fewer), where `heads` are those of all
-    sequences: one segment, but several where heads are so few that their programs would mostly wait for each other."""
-    part = chunks
+def _segments(heads: int, chunks: int, *, wide: bool, packed: bool) -> tuple[int, int, int]:
+    """(segments of a sequence, chunks of a segment, of the last perhaps fewer, pieces of a segment), where `heads` are
+    those of all sequences: one segment, but several where heads are so few that their programs would mostly wait for
+    each other."""
+    part, cut = chunks, 1
     if not packed:
-        if heads <= _FEW_HEADS and chunks >= 8 * _SHORTEST:
-            part = max(_SHORTEST, triton.cdiv(chunks * heads, _SIDE_BY_SIDE))
-        part = min(part, 65_535)  # programs along the last axis of a grid
-    return triton.cdiv(chunks, part), part
+        if heads <= _FEW_HEADS[wide] and chunks >= 16 * _SHORTEST:
+            piece = max(_SHORTEST, triton.cdiv(chunks * heads, _PIECES[wide]))
+            cut = max(1, round(chunks * heads / (_SIDE_BY_SIDE[wide] * piece)))
+            part = piece * cut
+        part = min(part, 65_535 // cut * cut)  # programs along the last axis of a grid
+    return triton.cdiv(chunks, part), part, cut
+
+
+def _wide(k: Tensor, v: Tensor) -> bool:
+    return max(k.shape[-1], v.shape[-1]) > 64
 
 
 def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int, ...]:
@@ -303,16 +314,15 @@ def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int
     return (H, segments, chunks) if slots is None else (H * len(slots),)
 
 
-def _warps(k: Tensor, v: Tensor, gv: Tensor | None, *, backward: bool) -> dict[str, int | None]:
+def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, int | None]:
     """Warps of a program, and registers of a thread: as few as let several programs share a multiprocessor.
 
     By measurement, see docs/kernels.md.
     """
-    if v.dtype == torch.float32 or max(k.shape[-1], v.shape[-1]) > 64:
+    if v.dtype == torch.float32 or _wide(k, v):
         return {"num_warps": 8}
-    if backward:
-        return {"num_warps": 4, "maxnreg": None}
-    return {"num_warps": 4, "maxnreg": 128 if gv is None else 168}
+    registers = {"forward": 128 if gv is None else 168, "backward": None, "segments": 128}
+    return {"num_warps": 4, "maxnreg": registers[kernel]}
 
 
 def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:
@@ -331,8 +341,8 @@ def _common(norm: QKNorm | None, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor
         "G": q.shape[2] // k.shape[2],
         "K": K,
         "V": V,
-        "BK": max(16, triton.next_power_of_2(K)),
-        "BV": max(16, triton.next_power_of_2(V)),
+        "BK": _padded(K),
+        "BV": _padded(V),
         "C": _chunk(k, v),
         "NORM": norm is not None,
         "KEY": gate_kind(gk, rk),
@@ -341,6 +351,10 @@ def _common(norm: QKNorm | None, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor
         "ONE_PATH": v.dtype == torch.float32,  # shared memory holds the operands of one path
         "num_stages": 1,
     }
+
+
+def _padded(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
 
 
 def _step(x: Tensor | None) -> int:

@@ -2,15 +2,16 @@
 
 A chunk waits for the state from the chunk before it. Where there are many sequences and heads, other programs have
 work meanwhile; where there are few, the waits are all the time there is. So a sequence is cut into segments: a first
-kernel computes what each adds to the state and how far it lets one decay, a second one the state before each, and the
-kernels of one sequence then take segments. Backward does the same with the gradient of the state.
+kernel computes what each piece of a segment adds to the state and how far it lets one decay, a second one the state
+before each segment, and the kernels of one sequence then take segments. Backward does the same with the gradient of the
+state.
 
-What a segment by itself leaves is, with R_t the log-decay of a channel over (t, end] (R^v measured from that of the
-slowest value channel, f_t) and m the stabiliser at the segment's end,
+What a piece by itself leaves is, with R_t the log-decay of a channel over (t, end] (R^v measured from that of the
+slowest value channel, f_t) and m the stabiliser at the piece's end,
 
     S_kv = sum_t 2^(k_t + R^k_t + f_t - m) v_t 2^(R^v_t)
 
-and its gradient, with B_t the log-decay from the segment's beginning on (B^k measured from that of the slowest key
+and its gradient, with B_t the log-decay from the piece's beginning on (B^k measured from that of the slowest key
 channel, b_t), sum_t (q_t 2^(B^k_t)) (d_t 2^(b_t + B^v_t)). No exponent is above 0; sums run from the end where
 R is wanted.
 
@@ -65,23 +66,24 @@ def fade(x, exponent):
     return x * half * half
 
 
-@triton.jit(do_not_specialize=["T", "L", "parts"])
+@triton.jit(do_not_specialize=["T", "L", "pieces", "last"])
 def state_kernel(
     k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr,
-    eps, T, L, parts, H, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    eps, T, L, pieces, last, H, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
-    """What a segment of L tokens leaves of nothing: the state [K, V], the log2-decay of every channel, and of the
-    stabiliser (A, M), where it is max(m + A, M) at the end. Not of a sequence's last segment: nobody asks for it."""
+    """What a piece of L tokens leaves of nothing: the state [K, V], the log2-decay of every channel, and of the
+    stabiliser (A, M), where it is max(m + A, M) at the end. Not from the token `last` of a sequence on, where its last
+    segment begins: nobody asks for it."""
     h, n = tl.program_id(0), tl.program_id(1)
-    past = (n % parts) * L
-    if past + L < T:
+    past = (n % pieces) * L
+    if past < last:
         lift: tl.constexpr = LIFT if SAFE_EXP and VALUE != "none" else 0.0  # of the values; keys have theirs
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
         dtype = v_ptr.dtype.element_ty
-        begin = (n // parts).to(tl.int64) * T + past
+        begin = (n // pieces).to(tl.int64) * T + past
         k_ptr += h * K
         v_ptr += h * V
         state = tl.zeros([BK, BV], tl.float32)
@@ -93,7 +95,7 @@ def state_kernel(
         _qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
         unit: tl.constexpr = 1.0 if NORM else LOG2E
         t = tl.arange(0, C)
-        for j in range(L // C):
+        for j in tl.range(L // C, num_stages=2):
             start = begin + (L - (j + 1) * C)
             valid = t >= 0
             if MASKED:
@@ -145,21 +147,21 @@ def state_kernel(
         tl.store(m_ptr + head * 2 + 1, m)
 
 
-@triton.jit(do_not_specialize=["T", "L", "parts"])
+@triton.jit(do_not_specialize=["T", "L", "pieces", "first"])
 def gradient_kernel(
     q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, do_ptr,
     states_ptr, decay_k_ptr, decay_v_ptr,
-    scale, eps, T, L, parts, H, q_step, gk_step, rk_step, gv_step, rv_step,
+    scale, eps, T, L, pieces, first, H, q_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
-    """What a segment's outputs give to the state before it, [K, V], with SAFE_EXP lifted as backward has it, and the
-    log2-decay of every channel, in units of the stabiliser. Not of a sequence's first segment, whose gradients the
-    backward kernel passes on."""
+    """What a piece's outputs give to the state before it, [K, V], with SAFE_EXP lifted as backward has it, and the
+    log2-decay of every channel, in units of the stabiliser. Not up to the token `first` of a sequence, where its second
+    segment begins: those the backward kernel passes on. What is left of a last segment may be nothing."""
     h, n = tl.program_id(0), tl.program_id(1)
-    past = (n % parts) * L
-    if past > 0:
+    past = (n % pieces) * L
+    if past >= first:
         KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
         VALUED: tl.constexpr = VALUE != "none"
         lift: tl.constexpr = LIFT if SAFE_EXP else 0.0  # of the queries; d_o the less, for a product as backward has it
@@ -168,15 +170,15 @@ def gradient_kernel(
         qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
         dtype = do_ptr.dtype.element_ty
-        begin = (n // parts).to(tl.int64) * T + past
-        length = tl.minimum(L, T - past)
+        begin = (n // pieces).to(tl.int64) * T + past
+        length = tl.maximum(tl.minimum(L, T - past), 0)
         q_ptr += h * G * K
         do_ptr += h * G * V
         state = tl.zeros([BK, BV], tl.float32)
         decay_k = tl.zeros([BK], tl.float32)
         decay_v = tl.zeros([BV], tl.float32)
         t = tl.arange(0, C)
-        for j in range((length + C - 1) // C):
+        for j in tl.range((length + C - 1) // C, num_stages=2):
             start = begin + j * C
             inside = t < length - j * C
             valid = inside
@@ -226,14 +228,31 @@ def gradient_kernel(
         tl.store(decay_v_ptr + head * V + vi, decay_v, mask=vi < V)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit
+def of_piece(
+    head, asked, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr, at, mask, ki, vi,
+    K: tl.constexpr, V: tl.constexpr, MOVING: tl.constexpr,
+):  # fmt: skip
+    """(what a piece leaves, the decay of every number of a state over it, of the stabiliser A and M)."""
+    left = tl.load(states_ptr + head.to(tl.int64) * K * V + at, mask=mask & asked, other=0.0)
+    decay = tl.load(decay_k_ptr + head * K + ki, mask=(ki < K) & asked, other=0.0)[:, None]
+    decay += tl.load(decay_v_ptr + head * V + vi, mask=(vi < V) & asked, other=0.0)[None, :]
+    step, top = 0.0, 0.0
+    if MOVING:
+        step = tl.load(m_ptr + head * 2, mask=asked, other=0.0)
+        top = tl.load(m_ptr + head * 2 + 1, mask=asked, other=0.0)
+    return left, decay, step, top
+
+
+@triton.jit(do_not_specialize=["parts", "cut"])
 def chain_kernel(
-    initial_ptr, before_ptr, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr, chained_ptr, chained_m_ptr, parts, H,
+    initial_ptr, before_ptr, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr, chained_ptr, chained_m_ptr, parts, cut, H,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr,
     MOVING: tl.constexpr, INITIAL: tl.constexpr, REVERSE: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """The state before every segment (REVERSE: the gradient of the one after it), R rows of it, from what segments
-    leave of nothing and let decay; MOVING: and the stabiliser, to the base 2. The first is read times 2^LIFT."""
+    """The state before every segment (REVERSE: the gradient of the one after it), R rows of it, from what its pieces,
+    `cut` of a segment, leave of nothing and let decay; MOVING: and the stabiliser, to the base 2. The first is read
+    times 2^LIFT."""
     h, sequence = tl.program_id(0), tl.program_id(1)
     ki, vi = tl.program_id(2) * R + tl.arange(0, R), tl.arange(0, BV)
     at = ki[:, None] * V + vi[None, :]
@@ -245,21 +264,29 @@ def chain_kernel(
         x = tl.load(initial_ptr + head.to(tl.int64) * K * V + at, mask=mask, other=0.0) * 2.0**LIFT
         if MOVING:
             m = tl.load(before_ptr + head) * LOG2E
-    for j in range(parts):
-        s = parts - 1 - j if REVERSE else j
-        head = (sequence * parts + s) * H + h
-        here = head.to(tl.int64) * K * V + at
-        more = j + 1 < parts
-        left = tl.load(states_ptr + here, mask=mask & more, other=0.0)
-        decay = tl.load(decay_k_ptr + head * K + ki, mask=(ki < K) & more, other=0.0)[:, None]
-        decay += tl.load(decay_v_ptr + head * V + vi, mask=(vi < V) & more, other=0.0)[None, :]
-        tl.store(chained_ptr + here, x, mask=mask)
-        if MOVING:
-            if tl.program_id(2) == 0:
-                tl.store(chained_m_ptr + head, m)
-            m_left = tl.load(m_ptr + head * 2 + 1, mask=more, other=0.0)
-            higher = tl.maximum(m + tl.load(m_ptr + head * 2, mask=more, other=0.0), m_left)
-            x = fade(x, decay + (m - higher)) + fade(left, m_left - higher)
-            m = higher
-        else:
-            x = fade(x, decay) + left
+    last = (parts - 1) * cut  # pieces to be read
+    ahead: tl.constexpr = 4  # at once: one after the other, they would be waited for one by one
+    for j in range(0, last + 1, ahead):
+        some = ()
+        for i in tl.static_range(ahead):
+            s = parts * cut - 1 - (j + i) if REVERSE else j + i
+            head = (sequence * parts * cut + s) * H + h
+            asked = j + i < last
+            piece = of_piece(
+                head, asked, states_ptr, decay_k_ptr, decay_v_ptr, m_ptr, at, mask, ki, vi, K, V, MOVING
+            )  # fmt: skip
+            some += (piece,)  # type: ignore[assignment]
+        for i in tl.static_range(ahead):
+            left, decay, step, top = some[i]  # type: ignore[var-annotated]
+            done = (j + i) // cut
+            here = (j + i == done * cut) & (done < parts)
+            segment = parts - 1 - done if REVERSE else done
+            head = (sequence * parts + segment) * H + h
+            tl.store(chained_ptr + head.to(tl.int64) * K * V + at, x, mask=mask & here)
+            if MOVING:
+                tl.store(chained_m_ptr + head, m, mask=here & (tl.program_id(2) == 0))
+                higher = tl.maximum(m + step, top)
+                x = fade(x, decay + (m - higher)) + fade(left, top - higher)
+                m = higher
+            else:
+                x = fade(x, decay) + left

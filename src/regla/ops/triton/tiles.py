@@ -57,14 +57,14 @@ def store_tile(ptr, token, inside, step, column, width, x):
 
 
 @triton.jit
-def as_read(x, ptr, never):
-    """x, laid out over the threads as a tile that is read from ptr: a read of nothing (`never` is false, which the
-    compiler does not know), in place of which x is given.
+def as_read(x, ptr):
+    """x, laid out over the threads as a tile that is read from ptr: a read of nothing, in place of which x is given, in
+    a case that never comes, which the compiler finds out only after it has laid everything out.
 
     By itself the compiler keeps a product's layout through sums with what is read and what is written, converts those,
     and makes the sum the product's first summand, so that it is computed only after the read.
     """
-    return tl.load(ptr, mask=tl.full(x.shape, 0, tl.int1) | never, other=x)
+    return tl.load(ptr, mask=tl.full(x.shape, 0, tl.int1) | (tl.program_id(0) < 0), other=x)
 
 
 @triton.jit
@@ -399,69 +399,6 @@ def factors(B, total, limit, EXACT: tl.constexpr, FAR: tl.constexpr):
 def to_the_end(g, PRECISION: tl.constexpr):
     """The decay over (s, end of the chunk], [C, D]."""
     return exp2(later(floored(g), PRECISION))
-
-
-@triton.jit
-def wait_until(flag_ptr, count):
-    """Spin until the flag has reached `count`; what its writer stored before is visible then."""
-    if INTERPRETED:
-        seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
-        while seen < count:
-            seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
-    else:  # every thread by itself: of an atomic operation one thread would tell the others, over two barriers
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred not_yet;
-            spin:
-            ld.acquire.gpu.global.s32 $0, [$1];
-            setp.lt.s32 not_yet, $0, $2;
-            @not_yet bra spin;
-            }""",
-            "=&r,l,r",
-            [flag_ptr, count],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def wait_for_number(ptr):
-    """Spin until a number of `publish_number` is there, and return it."""
-    if INTERPRETED:
-        word = tl.atomic_add(ptr, 0, sem="relaxed", scope="gpu")
-        while word == 0:
-            word = tl.atomic_add(ptr, 0, sem="relaxed", scope="gpu")
-    else:
-        word = tl.inline_asm_elementwise(
-            """{
-            .reg .pred there;
-            spin:
-            ld.relaxed.gpu.global.s64 $0, [$1];
-            setp.ne.s64 there, $0, 0;
-            @!there bra spin;
-            }""",
-            "=&l,l",
-            [ptr],
-            dtype=tl.int64,
-            is_pure=False,
-            pack=1,
-        )
-    return word.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def publish_number(ptr, x):
-    """Write x such that who sees it needs to see nothing else: into 64 bits that were 0, with a bit above its own."""
-    word = (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | 0x100000000
-    tl.atomic_xchg(ptr, word, sem="relaxed", scope="gpu")
-
-
-@triton.jit
-def publish(flag_ptr, count):
-    """Set the flag, after everything that this program has stored."""
-    tl.debug_barrier()
-    tl.atomic_xchg(flag_ptr, count, sem="release", scope="gpu")
 
 
 @triton.jit

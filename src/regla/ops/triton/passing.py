@@ -1,0 +1,162 @@
+"""How states pass from the program of a chunk to that of the next: through memory, without flags.
+
+Each sequence and head has two places for a state, which passings use in turn. In memory a state consists of units of
+four float32 numbers, which threads read and write as one (16 bytes, single-copy atomic). The three lowest bits of each
+number are replaced by a tag of the unit, 12 bits that count the passings through its place from 0, what is there before
+the first: zeros. So a unit says by itself whether it is the one that is waited for, and a chunk has the state as soon
+as it is in memory. (With a flag behind the state the writer waits until all of it is there, and the reader reads it
+only after it has seen the flag.)
+
+What a chunk has read, the next one writes over, once it has what this one passes on; this one passes nothing on before
+all of it is read (a barrier). A tag comes again after 4,096 passings through a place, 8,192 chunks on: more than a GPU
+has programs under way at once.
+
+The tag is an error of up to 2^-20 of a number, but with a mean near 0; of a zero it makes at most 7 x 2^-149, which is
+nothing in products of bfloat16 (`untagged` makes it zero again). With EXACT numbers are rounded to 21 bits, and read
+without their tags.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from regla.ops.triton.tiles import INTERPRETED, as_read
+
+
+@triton.constexpr_function
+def _take(n):
+    """Assembly that waits for n units: 4 n words, from n addresses, the tag, and the address of a unit that tends to
+    come last, which is looked at alone while it is not there."""
+    lines = [".reg .pred stale;", ".reg .b64 low, high;", ".reg .b32 part<4>, differs, x;", f".reg .b128 unit<{n}>;"]
+    lines += [f"shr.u32 part{i}, ${5 * n}, {3 * i};" for i in range(4)]
+    lines += ["bra look;", "spin:", f"ld.relaxed.gpu.global.b32 x, [${6 * n}];", "xor.b32 differs, x, part0;"]
+    lines += ["and.b32 differs, differs, 7;", "setp.ne.u32 stale, differs, 0;", "@stale bra spin;", "look:"]
+    lines += [f"ld.relaxed.gpu.global.b128 unit{i}, [${4 * n + i}];" for i in range(n)]
+    lines += ["mov.b32 differs, 0;"]
+    for i in range(n):
+        lines += [f"mov.b128 {{low, high}}, unit{i};"]
+        lines += [f"mov.b64 {{${i}, ${n + i}}}, low;", f"mov.b64 {{${2 * n + i}, ${3 * n + i}}}, high;"]
+        for word in range(4):
+            lines += [f"xor.b32 x, ${word * n + i}, part{word};", "or.b32 differs, differs, x;"]
+    lines += ["and.b32 differs, differs, 7;", "setp.ne.u32 stale, differs, 0;", "@stale bra spin;"]
+    return "{" + "\n".join(lines) + "}"
+
+
+@triton.constexpr_function
+def _take_constraints(n):
+    return ",".join(["=&r"] * (4 * n) + ["l"] * n + ["r"] * n + ["l"] * n)
+
+
+@triton.jit
+def numbers_at(ptr, BK: tl.constexpr, BV: tl.constexpr):
+    """Pointers to the numbers of a place, [BK, BV]."""
+    return ptr + (tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :])
+
+
+@triton.jit
+def _units_at(ptr, BK: tl.constexpr, BV: tl.constexpr):
+    return ptr + (tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV // 4)[None, :] * 4)
+
+
+@triton.jit
+def take_state(ptr, passing, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr):
+    """The state [BK, BV] of this passing, of 0 zeros, else what `pass_state` passes, for which it waits."""
+    ptr += (passing & 1) * BK * BV
+    if INTERPRETED:
+        S = tl.load(numbers_at(ptr, BK, BV))
+    else:
+        n: tl.constexpr = max(BK * BV // (4 * tl.extra.cuda.num_threads()), 1)
+        a, b, c, d = tl.inline_asm_elementwise(
+            _take(n),
+            _take_constraints(n),
+            [_units_at(ptr, BK, BV), (passing + 1) >> 1, ptr + (BK * BV - 4)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=n,
+        )
+        tl.debug_barrier()
+        words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(BK, BV)
+        if EXACT:
+            words &= -8
+        S = as_read(words.to(tl.float32, bitcast=True), numbers_at(ptr, BK, BV))
+    return S
+
+
+@triton.jit
+def pass_state(ptr, passing, x, EXACT: tl.constexpr):
+    """Pass x [BK, BV] on as the passing's state, from 1 on."""
+    BK: tl.constexpr = x.shape[0]
+    BV: tl.constexpr = x.shape[1]
+    ptr += (passing & 1) * BK * BV
+    if INTERPRETED:
+        tl.store(numbers_at(ptr, BK, BV), x)
+    else:
+        words = x.to(tl.int32, bitcast=True)
+        if EXACT:
+            words += 4
+        ac, bd = words.reshape(BK, BV // 4, 2, 2).split()
+        a, c = ac.split()
+        b, d = bd.split()
+        count = (passing + 1) >> 1
+        tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d;
+            .reg .b64 low, high;
+            .reg .b128 unit;
+            lop3.b32 a, $2, 7, $6, 0xb8;
+            lop3.b32 b, $3, 7, $7, 0xb8;
+            lop3.b32 c, $4, 7, $8, 0xb8;
+            lop3.b32 d, $5, 7, $9, 0xb8;
+            mov.b64 low, {a, b};
+            mov.b64 high, {c, d};
+            mov.b128 unit, {low, high};
+            st.relaxed.gpu.global.b128 [$1], unit;
+            mov.b32 $0, 0;
+            }""",  # 0xb8: the third where the second has bits, else the first
+            "=r,l,r,r,r,r,r,r,r,r",
+            [_units_at(ptr, BK, BV), a, b, c, d, count, count >> 3, count >> 6, count >> 9],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def untagged(x, EXACT: tl.constexpr):
+    """x, and zero where it is what a tag makes of zero."""
+    if EXACT:
+        return x
+    return (x.to(tl.int32, bitcast=True) & -8).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def wait_for_number(ptr):
+    """Spin until a number of `publish_number` is there, and return it."""
+    if INTERPRETED:
+        word = tl.atomic_add(ptr, 0, sem="relaxed", scope="gpu")
+        while word == 0:
+            word = tl.atomic_add(ptr, 0, sem="relaxed", scope="gpu")
+    else:
+        word = tl.inline_asm_elementwise(
+            """{
+            .reg .pred there;
+            spin:
+            ld.relaxed.gpu.global.s64 $0, [$1];
+            setp.ne.s64 there, $0, 0;
+            @!there bra spin;
+            }""",
+            "=&l,l",
+            [ptr],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def publish_number(ptr, x):
+    """Write x such that who sees it needs to see nothing else: into 64 bits that were 0, with a bit above its own."""
+    word = (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | 0x100000000
+    tl.atomic_xchg(ptr, word, sem="relaxed", scope="gpu")
