@@ -168,7 +168,8 @@ BENCH_DECODE = """\
 Time `generate` with a static cache that holds a context already: tokens per second of all sequences together, with the
 floor (weights and cache moved once), peak memory and size of the cache. Where memory runs out, the row says so.
 
-A case is called MODEL/batchN/contextN, such as regla/batch64/context16384.
+A case is called MODEL/batchN/contextN, such as regla/batch64/context16384. regla/batchN/in_turns repeats all contexts
+in turns, so that a host whose pace changes does not decide which is faster.
 
 examples:
   regla bench decode --out benchmarks/gpu/h100.jsonl

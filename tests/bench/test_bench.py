@@ -14,6 +14,7 @@ from regla.bench.models import build, configs
 from regla.bench.train import IdentityMixer, _model
 from regla.cli import main
 from regla.ops.backends import why_not_native
+from regla.report.benches import benches_table
 
 CPU = torch.device("cpu")
 EVERY_ROW = {"benchmark", "subject", "setting", "p20_us", "p50_us", "p80_us", "repeats", "timing", "against"}
@@ -107,11 +108,13 @@ def test_a_backend_that_takes_too_long_has_no_row(
 
 def test_decode(tmp_path: Path) -> None:
     rows = bench("decode --quick --device cpu --only */batch2/*", tmp_path / "rows.jsonl")
-    assert [(row["subject"], row["setting"]["context"]) for row in rows] == [
-        ("softmax", 16),
-        ("regla", 16),
-        ("softmax", 64),
-        ("regla", 64),
+    assert [(row["subject"], row["setting"]["context"], row["setting"].get("in_turns", False)) for row in rows] == [
+        ("softmax", 16, False),
+        ("regla", 16, False),
+        ("softmax", 64, False),
+        ("regla", 64, False),
+        ("regla", 16, True),
+        ("regla", 64, True),
     ]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(2e6 / row["p50_us"]) and row["setting"]["compiled"] is False
@@ -119,6 +122,7 @@ def test_decode(tmp_path: Path) -> None:
     assert size["regla", 16] == size["regla", 64]
     assert size["softmax", 16] < size["softmax", 64]
     assert set(rows[3]["against"]) == {"softmax"}
+    assert "ReGLA, contexts in turns" in benches_table(rows)
     parameters = [row["parameters"] for row in rows]
     assert parameters[1] == pytest.approx(parameters[0], rel=0.005)
 

@@ -5,6 +5,9 @@ from there. The time of a token is (t(long) - t(short)) / (long - short) of two 
 what a call costs once, the first token included, does not count. Between calls the cache's count of tokens is set back
 to the context, so that every call sees the same length. On a GPU `generate` compiles the model's step by itself.
 
+In turns. The pace of a host that calls a GPU changes by more than what a context costs a model of linear layers. So
+one more case has one cache with room for the longest context, and takes the contexts in turns, each repeat all of them.
+
 The floor of a step is the time in which a plain copy moves what every step must: the weights but the embeddings read
 once, the cache read once, and the states of linear layers written once.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +46,8 @@ def cases(
     eager: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[Case]:
-    """Every batch size and context with the softmax model, then with ReGLA; `overrides` as in `configs`."""
+    """Every batch size and context with the softmax model, then with ReGLA, and that with all contexts in turns;
+    `overrides` as in `configs`."""
     configs(max_length=1, quick=quick, overrides=overrides)  # what does not fit is found before anything is measured
     batches, contexts, long = ((1, 2), (16, 64), _SHORT + 8) if quick else (BATCHES, CONTEXTS, _LONG)
     found = []
@@ -51,15 +55,17 @@ def cases(
         for context in contexts:
             for model in ("softmax", "regla"):
                 name = f"{model}/batch{batch}/context{context}"
-                measure = partial(_measure, model, batch, context, device, dtype, quick, eager, long, overrides)
+                measure = partial(_measure, model, batch, [context], device, dtype, quick, eager, long, overrides)
                 found.append(Case(name, measure))
+        measure = partial(_measure, "regla", batch, contexts, device, dtype, quick, eager, long, overrides)
+        found.append(Case(f"regla/batch{batch}/in_turns", measure))
     return found
 
 
 def _measure(
     name: str,
     batch: int,
-    context: int,
+    contexts: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
     quick: bool,
@@ -70,37 +76,41 @@ def _measure(
     from transformers import StaticCache
 
     compiled = device.type == "cuda" and not eager
-    row: Row = {
-        "benchmark": BENCHMARK,
-        "subject": name,
-        "setting": {"batch": batch, "context": context, "dtype": dtype_name(dtype), "compiled": compiled},
-    }
-    if overrides and name != "softmax":
-        row["overrides"] = dict(overrides)
+    longest = max(contexts)
+    own = {"overrides": dict(overrides)} if overrides and name != "softmax" else {}
+
+    def row(context: int) -> Row:
+        setting = {"batch": batch, "context": context, "dtype": dtype_name(dtype), "compiled": compiled}
+        if len(contexts) > 1:
+            setting["in_turns"] = True
+        return {"benchmark": BENCHMARK, "subject": name, "setting": setting, **own}
+
     if compiled:
         torch.compiler.reset()  # else a second length makes the compiler give up fixed shapes
     try:
         rate = copy_rate(device, quick=quick)
-        config = configs(max_length=context + new_tokens, quick=quick, overrides=overrides)[name]
+        config = configs(max_length=longest + new_tokens, quick=quick, overrides=overrides)[name]
         model = build(config, device, dtype).eval()
-        row["parameters"] = model.num_parameters()
-        cache = StaticCache(config=config, max_cache_len=context + new_tokens)
-        fill(model, cache, batch, context)
-        timing, peak = _time_generate(model, cache, batch, context, new_tokens, eager, 5 if quick else _REPEATS)
+        cache = StaticCache(config=config, max_cache_len=longest + new_tokens)
+        fill(model, cache, batch, longest)
+        timings, peak = _time_generate(model, cache, batch, contexts, new_tokens, eager, 5 if quick else _REPEATS)
     except torch.OutOfMemoryError:
-        yield row | {"out_of_memory": True}
+        for context in contexts:
+            yield row(context) | {"out_of_memory": True}
         return
     held, moved = _cache_bytes(cache)
     moved += sum(p.numel() * p.element_size() for p in model.parameters())
     embeddings = model.get_input_embeddings().weight
     moved -= embeddings.numel() * embeddings.element_size()
-    yield (
-        row
-        | timing.as_row()
-        | {"tokens_per_second": batch / timing.p50_us * 1e6}
-        | floor_columns(moved, rate, timing.p50_us)
-        | {"peak_bytes": peak, "cache_bytes": held}
-    )
+    for context, timing in zip(contexts, timings, strict=True):
+        yield (
+            row(context)
+            | {"parameters": model.num_parameters()}
+            | timing.as_row()
+            | {"tokens_per_second": batch / timing.p50_us * 1e6}
+            | floor_columns(moved, rate, timing.p50_us)
+            | {"peak_bytes": peak, "cache_bytes": held}
+        )
 
 
 @torch.no_grad()
@@ -113,14 +123,20 @@ def fill(model: ReGLAForCausalLM, cache: Cache, batch: int, context: int) -> Non
 
 
 def _time_generate(
-    model: ReGLAForCausalLM, cache: Cache, batch: int, context: int, new_tokens: int, eager: bool, repeats: int
-) -> tuple[Timing, int | None]:
-    """(time of a step, peak memory of the device in bytes or None)."""
+    model: ReGLAForCausalLM,
+    cache: Cache,
+    batch: int,
+    contexts: Sequence[int],
+    new_tokens: int,
+    eager: bool,
+    repeats: int,
+) -> tuple[list[Timing], int | None]:
+    """(time of a step behind each context, peak memory of the device in bytes or None)."""
     cuda = model.device.type == "cuda"
     ids_B1 = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)
-    mask_BL = torch.ones(batch, context + 1, dtype=torch.long, device=model.device)
 
-    def seconds(tokens: int) -> float:
+    def seconds(context: int, tokens: int) -> float:
+        mask_BL = torch.ones(batch, context + 1, dtype=torch.long, device=model.device)
         set_length(cache, context)
         if cuda:
             torch.cuda.synchronize()
@@ -136,11 +152,15 @@ def _time_generate(
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):  # compiles, captures
-        seconds(_SHORT)
-    seconds(new_tokens)
-    each = [(seconds(new_tokens) - seconds(_SHORT)) / (new_tokens - _SHORT) for _ in range(repeats)]
-    return quantiles(each, "clock"), torch.cuda.max_memory_allocated() if cuda else None
+    for context in contexts:
+        for _ in range(2):  # compiles, captures
+            seconds(context, _SHORT)
+        seconds(context, new_tokens)
+    each: list[list[float]] = [[] for _ in contexts]
+    for _ in range(repeats):
+        for context, found in zip(contexts, each, strict=True):
+            found.append((seconds(context, new_tokens) - seconds(context, _SHORT)) / (new_tokens - _SHORT))
+    return [quantiles(found, "clock") for found in each], torch.cuda.max_memory_allocated() if cuda else None
 
 
 def _generate(

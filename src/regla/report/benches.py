@@ -161,7 +161,8 @@ def _panels(rows: Sequence[Row], across: str | None, along: str) -> dict[str, di
 
 def _name(row: Row) -> str:
     own = [f"{name} {value}" for name, value in row.get("overrides", {}).items()]
-    return ", ".join([_NAMES[row["subject"]], *own, *([] if row["setting"]["compiled"] else ["not compiled"])])
+    turns = ["contexts in turns"] if row["setting"].get("in_turns") else []
+    return ", ".join([_NAMES[row["subject"]], *own, *turns, *([] if row["setting"]["compiled"] else ["not compiled"])])
 
 
 def _time(row: Row, unit: str, of_us: float) -> dict[str, str]:

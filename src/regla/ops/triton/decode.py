@@ -37,6 +37,20 @@ def axis_decays(g_ptr, r_ptr, column, width, real, GATE: tl.constexpr):
 
 
 @triton.jit
+def load_query(
+    q_ptr, weight_ptr, bias_ptr, n, query, q_row, q_head, inside, ki, vi, V: tl.constexpr, NORM: tl.constexpr
+):
+    """What belongs to a query head by itself: (q, weight and bias of the norm)."""
+    q = tl.load(q_ptr + n * q_row + query * q_head + ki, mask=inside, other=float("-inf")).to(tl.float32)
+    weight, bias = 0.0, 0.0
+    if NORM != "none":
+        weight = tl.load(weight_ptr + query * V + vi, mask=vi < V, other=0.0).to(tl.float32)
+    if NORM == "layernorm":
+        bias = tl.load(bias_ptr + query * V + vi, mask=vi < V, other=0.0).to(tl.float32)
+    return q, weight, bias
+
+
+@triton.jit
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, S_ptr, m_ptr, weight_ptr, bias_ptr, o_ptr,
     scale, eps, H,
@@ -59,6 +73,10 @@ def decode_kernel(
     key_inside, value_inside = (ki < K) & real, (vi < V) & real
     k = tl.load(k_ptr + n * k_row + h * k_head + ki, mask=key_inside, other=float("-inf")).to(tl.float32)
     v = tl.load(v_ptr + n * v_row + h * v_head + vi, mask=value_inside, other=0.0).to(tl.float32)
+    # Before the state is written: the compiler moves no read ahead of a write.
+    q, weight, bias = load_query(
+        q_ptr, weight_ptr, bias_ptr, n, h * G, q_row, q_head, key_inside, ki, vi, V, NORM
+    )  # fmt: skip
     gk, slowest_k = axis_decays(
         gk_ptr + (n * gk_row + h * gk_head) if KEY != "none" else gk_ptr,
         rk_ptr + (n * rk_row + h * rk_head) if KEY == "refined" else rk_ptr,
@@ -94,7 +112,6 @@ def decode_kernel(
 
     for j in range(G):
         query = h * G + j
-        q = tl.load(q_ptr + n * q_row + query * q_head + ki, mask=key_inside, other=float("-inf")).to(tl.float32)
         phi_q = tl.where(key_inside, tl.exp2((q - tl.max(q, 0)) * LOG2E), 0.0)
         out = scale * tl.sum(S * phi_q[:, None], 0)
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
@@ -106,10 +123,14 @@ def decode_kernel(
             if NORM == "layernorm":
                 out = tl.where(vi < V, out - tl.sum(out, 0) / V, 0.0)
             out *= tl.rsqrt(tl.sum(out * out, 0) / V + eps)
-            out *= tl.load(weight_ptr + query * V + vi, mask=vi < V, other=0.0).to(tl.float32)
+            out *= weight
             if NORM == "layernorm":
-                out += tl.load(bias_ptr + query * V + vi, mask=vi < V, other=0.0).to(tl.float32)
+                out += bias
         tl.store(o_ptr + (n * H * G + query) * V + vi, out.to(o_ptr.dtype.element_ty), mask=vi < V)
+        if j + 1 < G:
+            q, weight, bias = load_query(
+                q_ptr, weight_ptr, bias_ptr, n, query + 1, q_row, q_head, key_inside, ki, vi, V, NORM
+            )  # fmt: skip
 
 
 def num_warps(BK: int, BV: int) -> int:

@@ -18,6 +18,7 @@ from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kerne
 from regla.ops.triton.tiles import RANGE
 
 _NORM_PROGRAMS = 1056  # eight for each multiprocessor of an H100
+_AT_ONCE = 792  # six for each
 # Of segments, for heads of up to 64 channels and for wider ones: heads of all sequences up to which there are several,
 # how many to aim for of these and of their pieces. And chunks of the shortest piece. By measurement, see
 # docs/kernels.md.
@@ -158,7 +159,7 @@ def step(
             scale, eps, H, *rows, 0 if mask is None else mask.stride(0), *heads,
             G=HQ // H, K=K, V=V, BK=BK, BV=BV, KEY=gate_kind(gk, rk), VALUE=gate_kind(gv, rv), DECAYING=decaying,
             MASKED=mask is not None, NORM="none" if weight is None else "rmsnorm" if bias is None else "layernorm",
-            num_warps=num_warps(BK, BV),
+            num_warps=num_warps(BK, BV), maxnreg=_step_registers(N * H, BK * BV, gv),
         )  # fmt: skip
     return o
 
@@ -323,6 +324,14 @@ def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, in
         return {"num_warps": 8}
     registers = {"forward": 128 if gv is None else 168, "backward": None, "segments": 128}
     return {"num_warps": 4, "maxnreg": registers[kernel]}
+
+
+def _step_registers(heads: int, state: int, gv: Tensor | None) -> int | None:
+    """Of a thread of the decode kernel: with decay on the key axis alone as few as let all heads have their programs at
+    once, or where there are too many five of them on a multiprocessor. By measurement, see docs/kernels.md."""
+    if gv is not None or state != 64 * 64:
+        return None
+    return 80 if heads <= _AT_ONCE else 96
 
 
 def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:
