@@ -320,10 +320,12 @@ def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, in
 
     By measurement, see docs/kernels.md.
     """
+    # A unit of a state (regla.ops.triton.passing) is one thread's: two would pass it on twice.
+    units = _padded(k.shape[-1]) * _padded(v.shape[-1]) // 4
     if v.dtype == torch.float32 or _wide(k, v):
-        return {"num_warps": 8}
+        return {"num_warps": min(8, units // 32)}
     registers = {"forward": 128 if gv is None else 168, "backward": None, "segments": 128}
-    return {"num_warps": 4, "maxnreg": registers[kernel]}
+    return {"num_warps": min(4, units // 32), "maxnreg": registers[kernel]}
 
 
 def _step_registers(heads: int, state: int, gv: Tensor | None) -> int | None:

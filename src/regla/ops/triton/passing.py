@@ -11,9 +11,10 @@ What a chunk has read, the next one writes over, once it has what this one passe
 all of it is read (a barrier). A tag comes again after 4,096 passings through a place, 8,192 chunks on: more than a GPU
 has programs under way at once.
 
-The tag is an error of up to 2^-20 of a number, but with a mean near 0; of a zero it makes at most 7 x 2^-149, which is
-nothing in products of bfloat16 (`untagged` makes it zero again). With EXACT numbers are rounded to 21 bits, and read
-without their tags.
+The tag is an error of up to 2^-20 of a number at each passing (of each fourth column's, whose part of the tag changes
+with every 512th passing through a place only, always to the same side meanwhile); of a zero it makes at most
+7 x 2^-149, which is nothing in products of bfloat16 (`untagged` makes it zero again), and of infinity nan. With EXACT
+numbers are rounded to 21 bits, and read without their tags.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def pass_state(ptr, passing, x, EXACT: tl.constexpr):
     else:
         words = x.to(tl.int32, bitcast=True)
         if EXACT:
-            words += 4
+            words = tl.where(x == x, words + 4, words)  # of the largest nan 4 more would be zero
         ac, bd = words.reshape(BK, BV // 4, 2, 2).split()
         a, c = ac.split()
         b, d = bd.split()
