@@ -151,6 +151,7 @@ def test_what_is_cut(operation, wide):
     for heads, chunks in ((1, 1), (1, 127), (33, 10_000), (96, 64)):
         assert operation._segments(heads, chunks, wide=wide, packed=False) == (1, chunks, 1)
     assert operation._segments(1, 10_000, wide=wide, packed=True) == (1, 10_000, 1)
+    assert (operation._segments(28, 1024, wide=wide, packed=False)[0] == 1) is wide
     for heads, chunks in ((1, 128), (12, 1024), (24, 1023), (7, 3333), (1, 10**7), (96, 10**6)):
         parts, part, pieces = operation._segments(heads, chunks, wide=wide, packed=False)
         assert parts > 1 and (parts - 1) * part < chunks <= parts * part and part <= 65_535 and part % pieces == 0

@@ -163,6 +163,17 @@ def test_nothing_leaves_nothing(axis):
     assert (h == 0).all() and (S == 0).all() and (m == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", AXES)
+def test_a_nan_stays_one(axis, dtype):
+    """In its channel, in every later chunk and in the state."""
+    inputs = [x.to(dtype) for x in make(100, (1, 1, 16, 16), axis, "plain")]
+    inputs[2][0, 5, 0, 3] = torch.nan
+    h, (S, _m) = fused(*inputs, gate_axis=axis)
+    assert h[0, 5:, 0, 3].isnan().all() and S[0, 0, :, 3].isnan().all()
+    assert not h[0, :, 0, :3].isnan().any() and not S[0, 0, :, :3].isnan().any()
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_packing_equals_separate_sequences(axis):
     lengths = [1, 32, 33, 2]

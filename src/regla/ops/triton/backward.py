@@ -210,13 +210,14 @@ def finish(
         keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
     U = nothing
     if D_FINAL == "none":
-        if tl.program_id(0) >= 0:
+        if tl.program_id(0) >= 0:  # always, see the forward kernel
             U = take_state(passed_ptr, passing, BK, BV, EXACT)
     elif i + 1 == count:
         U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0)
         U *= 2.0 ** (0.0 if D_FINAL == "lifted" else lift)
     else:
         U = take_state(passed_ptr, passing, BK, BV, EXACT)
+    # Not by way of what is kept, which is wanted again below: held until then, it would cost registers.
     if KEYED and VALUED:
         dS = tl.fma(U * keep_k, keep_v, dS)
     elif KEYED:

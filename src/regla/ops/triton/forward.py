@@ -193,7 +193,7 @@ def finish(
         keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
     S = nothing
     if not INITIAL:
-        if tl.program_id(0) >= 0:
+        if tl.program_id(0) >= 0:  # always. As a branch's result the state keeps its layout in what follows
             S = take_state(passed_ptr, i, BK, BV, EXACT)
     elif i == 0:
         S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)

@@ -316,7 +316,8 @@ def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int
 
 
 def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, int | None]:
-    """Warps of a program, and registers of a thread: as few as let several programs share a multiprocessor.
+    """Warps of a program, and registers of a thread, of the kernel "forward" or "backward" or those of "segments": as
+    few as let several programs share a multiprocessor.
 
     By measurement, see docs/kernels.md.
     """

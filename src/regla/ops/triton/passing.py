@@ -62,12 +62,12 @@ def _units_at(ptr, BK: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def take_state(ptr, passing, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr):
-    """The state [BK, BV] of this passing, of 0 zeros, else what `pass_state` passes, for which it waits."""
+    """The state [BK, BV], float32, of this passing: of 0 zeros, else what `pass_state` passes, for which it waits."""
     ptr += (passing & 1) * BK * BV
     if INTERPRETED:
         S = tl.load(numbers_at(ptr, BK, BV))
     else:
-        n: tl.constexpr = max(BK * BV // (4 * tl.extra.cuda.num_threads()), 1)
+        n: tl.constexpr = BK * BV // (4 * tl.extra.cuda.num_threads())  # at least 1: no unit has two threads
         a, b, c, d = tl.inline_asm_elementwise(
             _take(n),
             _take_constraints(n),
@@ -86,7 +86,7 @@ def take_state(ptr, passing, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.const
 
 @triton.jit
 def pass_state(ptr, passing, x, EXACT: tl.constexpr):
-    """Pass x [BK, BV] on as the passing's state, from 1 on."""
+    """Pass x [BK, BV], float32, on as the passing's state, from 1 on."""
     BK: tl.constexpr = x.shape[0]
     BV: tl.constexpr = x.shape[1]
     ptr += (passing & 1) * BK * BV

@@ -95,7 +95,7 @@ def state_kernel(
         _qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
         unit: tl.constexpr = 1.0 if NORM else LOG2E
         t = tl.arange(0, C)
-        for j in tl.range(L // C, num_stages=2):
+        for j in tl.range(L // C, num_stages=2):  # the next chunk is read meanwhile
             start = begin + (L - (j + 1) * C)
             valid = t >= 0
             if MASKED:
