@@ -9,6 +9,7 @@ gradients leave in buffers like them: those of a product that gave several input
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -127,9 +128,16 @@ def _unpack(buffers: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor | N
     HQ, H, K, V, *places = layout
     heads, sizes = (HQ, H, H, H, H, H, H), (K, K, V, K, K, V, V)
     return [
-        None if buffer < 0 else buffers[buffer][..., at : at + h * D].unflatten(-1, (h, D))
+        None if buffer < 0 else _heads(buffers[buffer], at, h, D)
         for buffer, at, h, D in zip(places[::2], places[1::2], heads, sizes, strict=True)
     ]
+
+
+def _heads(x: Tensor, at: int, heads: int, D: int) -> Tensor:
+    """The `heads` heads of D channels that x [B, T, channels] has from channel `at` on."""
+    row, token, channel = x.stride()
+    start = x.storage_offset() + at * channel
+    return x.as_strided((*x.shape[:2], heads, D), (row, token, D * channel, channel), start)
 
 
 def _inputs(buffers: Sequence[Tensor], layout: Sequence[int], *others: Any) -> Inputs:
@@ -149,6 +157,7 @@ def gate_kind(g: Tensor | None, r: Tensor | None) -> str:
     return "none" if g is None else "log" if r is None else "refined"
 
 
+@functools.cache
 def _engine(name: str) -> Any:
     return importlib.import_module(f"regla.ops.{name}.operation")
 

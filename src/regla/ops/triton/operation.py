@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from regla.ops.fused import Inputs, QKNorm, gate_kind
 from regla.ops.triton.backward import GRADIENT_LIFT, backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
+from regla.ops.triton.launch import launch
 from regla.ops.triton.norm import norm_gradient_kernel
 from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
 from regla.ops.triton.tiles import RANGE
@@ -44,24 +44,25 @@ def forward(
         final.zero_() if initial_state is None else final.copy_(initial_state)
         last.zero_() if before is None else last.copy_(before)
     N, chunks, all_chunks = _layout(k, v, cu_seqlens)
-    T, H, K = k.shape[1:]
+    T, H = k.shape[1:3]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
     parts, part, cut = _segments(N * H, chunks, wide=_wide(k, v), packed=cu_seqlens is not None)
     if parts > 1:
         initial_state, before = _states_before(inputs, parts, part, cut, safe_exp, decaying)
         final, last = final.new_empty(N * parts, *final.shape[1:]), last.new_empty(N * parts, H)
-    passed = k.new_zeros(N * parts * H, 2, _padded(K), _padded(v.shape[-1]), dtype=torch.float32)
-    passed_m = k.new_zeros(all_chunks, H, dtype=torch.int64)
-    with torch.cuda.device_of(k):
-        forward_kernel[_grid(H, N * parts, part, slots)](
-            q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, initial_state, before,
-            o, final, m, lower, states, last, passed, passed_m,
-            scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)),
-            SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
-            **_common(norm, q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
-            MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-            **_warps(k, v, gv, "forward"),
-        )  # fmt: skip
+    states_passed = _passed(k, v, N * parts)
+    passed = k.new_zeros(states_passed + 2 * all_chunks * H, dtype=torch.float32)
+    passed_m = passed[states_passed:].view(torch.int64)
+    launch(
+        forward_kernel, _grid(H, N * parts, part, slots),
+        (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, initial_state, before,
+         o, final, m, lower, states, last, passed, passed_m),
+        (scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv))),
+        SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
+        **_common(norm, q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
+        MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
+        **_warps(k, v, gv, "forward"),
+    )  # fmt: skip
     if parts > 1:
         filled[1].copy_(final[parts - 1 :: parts])
         if safe_exp:
@@ -108,25 +109,24 @@ def backward(
     if cu_seqlens is not None:
         d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
     N, chunks, _ = _layout(k, v, cu_seqlens)
-    T, H, K = k.shape[1:]
+    T, H = k.shape[1:3]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
     parts, part, cut = _segments(N * H, chunks, wide=_wide(k, v), packed=cu_seqlens is not None)
     d_initials = d_initial
     if parts > 1:
         d_final = _gradients_behind(d_o, d_final, inputs, m, lower, parts, part, cut, scale, safe_exp)
         d_initials = d_initial.new_empty(N * parts, *d_initial.shape[1:])
-    passed = k.new_zeros(N * parts * H, 2, _padded(K), _padded(v.shape[-1]), dtype=torch.float32)
-    with torch.cuda.device_of(k):
-        backward_kernel[_grid(H, N * parts, part, slots)](
-            q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before,
-            m, lower, states, d_o, d_final,
-            *grads, d_initials, passed,
-            scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads),
-            SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
-            **_common(norm, q, k, v, gk, rk, gv, rv),
-            MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-            **_warps(k, v, gv, "backward"),
-        )  # fmt: skip
+    passed = k.new_zeros(_passed(k, v, N * parts), dtype=torch.float32)
+    launch(
+        backward_kernel, _grid(H, N * parts, part, slots),
+        (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before, m, lower, states, d_o, d_final,
+         *grads, d_initials, passed),
+        (scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads)),
+        SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
+        **_common(norm, q, k, v, gk, rk, gv, rv),
+        MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
+        **_warps(k, v, gv, "backward"),
+    )  # fmt: skip
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
     if norm is not None:
@@ -153,14 +153,13 @@ def step(
     tensors = (q, k, v, gk, rk, gv, rv)
     rows, heads = ([0 if x is None else x.stride(axis) for x in tensors] for axis in (0, 2))
     BK, BV = _padded(K), _padded(V)
-    with torch.cuda.device_of(k):
-        decode_kernel[(N * H,)](
-            *tensors, mask, S, m, weight, bias, o,
-            scale, eps, H, *rows, 0 if mask is None else mask.stride(0), *heads,
-            G=HQ // H, K=K, V=V, BK=BK, BV=BV, KEY=gate_kind(gk, rk), VALUE=gate_kind(gv, rv), DECAYING=decaying,
-            MASKED=mask is not None, NORM="none" if weight is None else "rmsnorm" if bias is None else "layernorm",
-            num_warps=num_warps(BK, BV), maxnreg=_step_registers(N * H, BK * BV, gv),
-        )  # fmt: skip
+    launch(
+        decode_kernel, (N * H, 1, 1), (*tensors, mask, S, m, weight, bias, o),
+        (scale, eps, H, *rows, 0 if mask is None else mask.stride(0), *heads),
+        G=HQ // H, K=K, V=V, BK=BK, BV=BV, KEY=gate_kind(gk, rk), VALUE=gate_kind(gv, rv), DECAYING=decaying,
+        MASKED=mask is not None, NORM="none" if weight is None else "rmsnorm" if bias is None else "layernorm",
+        num_warps=num_warps(BK, BV), maxnreg=_step_registers(N * H, BK * BV, gv),
+    )  # fmt: skip
     return o
 
 
@@ -175,12 +174,13 @@ def _states_before(
     m = k.new_empty(N * parts * cut, H, 2, dtype=torch.float32)
     common = _common(norm, q, k, v, gk, rk, gv, rv)
     del common["G"]
-    with torch.cuda.device_of(k):
-        state_kernel[H, N * parts * cut](
-            k, v, gk, rk, gv, rv, *_weights(norm), mask, states, decay_k, decay_v, m,
-            _eps(norm), T, part // cut * C, parts * cut, (parts - 1) * part * C, H, *map(_step, (k, v, gk, rk, gv, rv)),
-            SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, gv, "segments"),
-        )  # fmt: skip
+    launch(
+        state_kernel, (H, N * parts * cut, 1),
+        (k, v, gk, rk, gv, rv, *_weights(norm), mask, states, decay_k, decay_v, m),
+        (_eps(norm), T, part // cut * C, parts * cut, (parts - 1) * part * C, H,
+         *map(_step, (k, v, gk, rk, gv, rv))),
+        SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, gv, "segments"),
+    )  # fmt: skip
     return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts, cut)
 
 
@@ -200,13 +200,13 @@ def _gradients_behind(
     q, k, v, gk, rk, gv, rv, mask, *_, norm = _in_order(inputs)
     (N, T, H, K), V, C = k.shape, v.shape[-1], _chunk(k, v)
     states, decay_k, decay_v = (k.new_empty(N * parts * cut, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
-    with torch.cuda.device_of(k):
-        gradient_kernel[H, N * parts * cut](
-            q, gk, rk, gv, rv, *_weights(norm), mask, m, lower, d_o, states, decay_k, decay_v,
-            scale, _eps(norm), T, part // cut * C, parts * cut, part * C, H, *map(_step, (q, gk, rk, gv, rv)),
-            SAFE_EXP=safe_exp, **_common(norm, q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
-            **_warps(k, v, gv, "segments"),
-        )  # fmt: skip
+    launch(
+        gradient_kernel, (H, N * parts * cut, 1),
+        (q, gk, rk, gv, rv, *_weights(norm), mask, m, lower, d_o, states, decay_k, decay_v),
+        (scale, _eps(norm), T, part // cut * C, parts * cut, part * C, H, *map(_step, (q, gk, rk, gv, rv))),
+        SAFE_EXP=safe_exp, **_common(norm, q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
+        **_warps(k, v, gv, "segments"),
+    )  # fmt: skip
     lift = GRADIENT_LIFT.value if safe_exp else 0.0
     return _chain(d_final, None, states, decay_k, decay_v, None, parts, cut, reverse=True, lift=lift)[0]
 
@@ -229,12 +229,12 @@ def _chain(
     pieces, H, K, V = states.shape
     chained, chained_m = states.new_empty(pieces // cut, H, K, V), states.new_empty(pieces // cut, H)
     rows = 8
-    with torch.cuda.device_of(states):
-        chain_kernel[H, pieces // (parts * cut), triton.cdiv(K, rows)](
-            start, before, states, decay_k, decay_v, m, chained, chained_m, parts, cut, H,
-            K=K, V=V, R=rows, BV=triton.next_power_of_2(V),
-            MOVING=m is not None, INITIAL=start is not None, REVERSE=reverse, LIFT=lift, num_warps=2,
-        )  # fmt: skip
+    launch(
+        chain_kernel, (H, pieces // (parts * cut), _cdiv(K, rows)),
+        (start, before, states, decay_k, decay_v, m, chained, chained_m), (parts, cut, H),
+        K=K, V=V, R=rows, BV=_power_of_2(V),
+        MOVING=m is not None, INITIAL=start is not None, REVERSE=reverse, LIFT=lift, num_warps=2,
+    )  # fmt: skip
     return chained, chained_m
 
 
@@ -248,13 +248,13 @@ def _norm_gradient(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None, d
     """Make d, the gradient of the normalised x [B, T, heads, K], that of x, and fill the weight's."""
     B, T, heads, K = x.shape
     rows, block = B * T * heads, 32
-    programs = min(triton.cdiv(rows, block), _NORM_PROGRAMS)
+    programs = min(_cdiv(rows, block), _NORM_PROGRAMS)
     of_programs = d_weight.new_empty(programs, K)
-    with torch.cuda.device_of(x):
-        norm_gradient_kernel[(programs,)](
-            d, x, mask, weight, of_programs, eps, rows, heads, _step(d), _step(x),
-            K=K, BK=_padded(K), R=block, MASKED=mask is not None,
-        )  # fmt: skip
+    launch(
+        norm_gradient_kernel, (programs, 1, 1),
+        (d, x, mask, weight, of_programs), (eps, rows, heads, _step(d), _step(x)),
+        K=K, BK=_padded(K), R=block, MASKED=mask is not None,
+    )  # fmt: skip
     d_weight.copy_(of_programs.sum(0))
 
 
@@ -266,12 +266,17 @@ def _eps(norm: QKNorm | None) -> float:
     return 0.0 if norm is None else norm.eps
 
 
+def _passed(k: Tensor, v: Tensor, sequences: int) -> int:
+    """Float32 numbers of the places through which states pass: two for every head."""
+    return 2 * sequences * k.shape[2] * _padded(k.shape[-1]) * _padded(v.shape[-1])
+
+
 def _layout(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
     """Sequences; chunks of each, with packing of all (a bound: `_sequence_of_slot`); slots of states."""
     B, T = k.shape[:2]
     C = _chunk(k, v)
     if cu_seqlens is None:
-        return B, -(-T // C), B * -(-T // C)
+        return B, _cdiv(T, C), B * _cdiv(T, C)
     slots = T // C + cu_seqlens.numel() - 1
     return cu_seqlens.numel() - 1, slots, slots
 
@@ -299,20 +304,20 @@ def _segments(heads: int, chunks: int, *, wide: bool, packed: bool) -> tuple[int
     part, cut = chunks, 1
     if not packed:
         if heads <= _FEW_HEADS[wide] and chunks >= 16 * _SHORTEST:
-            piece = max(_SHORTEST, triton.cdiv(chunks * heads, _PIECES[wide]))
+            piece = max(_SHORTEST, _cdiv(chunks * heads, _PIECES[wide]))
             cut = max(1, round(chunks * heads / (_SIDE_BY_SIDE[wide] * piece)))
             part = piece * cut
         part = min(part, 65_535 // cut * cut)  # programs along the last axis of a grid
-    return triton.cdiv(chunks, part), part, cut
+    return _cdiv(chunks, part), part, cut
 
 
 def _wide(k: Tensor, v: Tensor) -> bool:
     return max(k.shape[-1], v.shape[-1]) > 64
 
 
-def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int, ...]:
+def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int, int, int]:
     """Programs: those of a sequence ascend with its chunks."""
-    return (H, segments, chunks) if slots is None else (H * len(slots),)
+    return (H, segments, chunks) if slots is None else (H * len(slots), 1, 1)
 
 
 def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, int | None]:
@@ -366,7 +371,16 @@ def _common(norm: QKNorm | None, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor
 
 
 def _padded(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
+    return max(16, _power_of_2(D))
+
+
+# Triton's own functions of these are meant for kernels, and slow outside.
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _step(x: Tensor | None) -> int:
