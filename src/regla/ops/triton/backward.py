@@ -28,7 +28,14 @@ import triton
 import triton.language as tl
 
 from regla.ops.triton.forward import place
-from regla.ops.triton.inputs import ask_for_chunk, features_and_decays, load_queries, queries
+from regla.ops.triton.inputs import (
+    ask_for_chunk,
+    features_and_decays,
+    gradient_operand,
+    load_queries,
+    load_state,
+    query_operand,
+)
 from regla.ops.triton.norm import load_norm
 from regla.ops.triton.passing import numbers_at, pass_state, take_state, untagged
 from regla.ops.triton.tiles import (
@@ -58,28 +65,25 @@ from regla.ops.triton.tree import levels, read_over_tree, score_over_tree, score
 
 @triton.jit
 def value_side(
-    q_ptr, do_ptr, lower_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S,
+    q_ptr, do_ptr, lower_ptr, norm, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Ek, Ev, kd, x, S,
     begin, h, scale, H, q_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr, FAR: tl.constexpr,
+    PRECISION: tl.constexpr, SLICED: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """What the outputs of a chunk give to x (over the tree to v), to Bv, and, over the tree, to the last head's
-    scores."""
+    scores. P: the scores, where SLICED."""
     dtype = S.dtype
-    dx = tl.zeros([C, BV], tl.float32)
-    dBv = tl.zeros([C, BV], tl.float32)
+    dx = tl.zeros([C, BS], tl.float32)
+    dBv = tl.zeros([C, BS], tl.float32)
     dP = tl.zeros([C, C], tl.float32)
     for j in range(G):
         if G > 1:
             q, do, qd, d = load_queries(
                 q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-                dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, NORM,
+                dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
-        if KEYED and FAR:
-            Pd = scores_over_tree(q, k, gk, levels(C), dtype, PRECISION).to(dtype)
-        else:
-            Pd = scores(qd, kd, PRECISION).to(dtype)
+        Pd = P if SLICED else scores_of(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
             if not FAR:
@@ -95,18 +99,28 @@ def value_side(
 
 
 @triton.jit
+def scores_of(q, qd, k, kd, gk, KEYED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr):
+    if KEYED and FAR:
+        P = scores_over_tree(q, k, gk, levels(k.shape[0]), kd.dtype, PRECISION)
+    else:
+        P = scores(qd, kd, PRECISION)
+    return P.to(kd.dtype)
+
+
+@triton.jit
 def key_side(
     q_ptr, do_ptr, lower_ptr, dq_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S, dP_tree,
-    begin, h, scale, H, q_step, dq_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    dq_read, begin, h, scale, H, q_step, dq_step,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr, FAR: tl.constexpr,
+    PRECISION: tl.constexpr, SLICED: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to kd (over the tree to k) and to Bk, and dq, written."""
+    """What the outputs of a chunk give to kd (over the tree to k) and to Bk, and dq, written. Where SLICED, dP_tree is
+    what the scores get of all slices, and dq_read what qd gets of the state."""
     rows = tl.arange(0, C)
     ki = tl.arange(0, BK)
     causal = rows[:, None] >= rows[None, :]
-    dtype = S.dtype
+    dtype = kd.dtype
     lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
     dkd = tl.zeros([C, BK], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
@@ -114,16 +128,18 @@ def key_side(
         if G > 1:
             q, do, qd, d = load_queries(
                 q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-                dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, NORM,
+                dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
-        if VALUED and FAR:
+        if SLICED:
+            dP = dP_tree
+        elif VALUED and FAR:
             if G > 1:  # of this head; the other results are not used
                 _dv, _dBv, dP_tree = read_over_tree(tl.zeros([C, C], dtype), do, v, gv, v, v, PRECISION)
             dP = dP_tree
         else:
             dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         dPd = tl.where(causal, dP, 0.0).to(dtype)
-        dq = tl.dot(d, tl.trans(S), input_precision=PRECISION)
+        dq = dq_read if SLICED else tl.dot(d, tl.trans(S), input_precision=PRECISION)
         if not (KEYED and FAR):
             dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
             dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
@@ -145,14 +161,14 @@ def key_side(
 
 @triton.jit
 def finish(
-    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
+    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, states_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
-    q, do, factor, S, k, v, gk, gv, norm, t, inside, valid, begin, head, h, i, count, scale, H,
+    q, dos, factor, S_next, k, vs, gk, gv, norm, t, inside, valid, begin, head, h, i, count, at, scale, H,
     q_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, D_FINAL: tl.constexpr,
-    PRECISION: tl.constexpr, FAR: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunk, and pass on that of the state before it.
 
@@ -161,16 +177,16 @@ def finish(
     """
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
+    SLICED: tl.constexpr = SLICES > 1
+    tl.static_assert(not SLICED or (G == 1 and not VALUED))
+    BS: tl.constexpr = BV // SLICES
     lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
     unit: tl.constexpr = 2.0 ** (-lift)
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    dtype = S.dtype
-    state_at = ki[:, None] * V + vi[None, :]
-    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    here = head.to(tl.int64) * K * V + state_at
+    ki = tl.arange(0, BK)
+    dtype = S_next.dtype
     EXACT: tl.constexpr = dtype == tl.float32
-    Ek, Ev, Wk, Wv = 0.0, 0.0, 0.0, 0.0
-    kd, x = k.to(dtype), v.to(dtype)
+    Ek, Wk = 0.0, 0.0
+    kd = k.to(dtype)
     if KEYED:
         Bk, total_k = cumulative(gk, EXACT, FAR)
         if FAR:
@@ -178,114 +194,139 @@ def finish(
         else:
             Ek, Wk, ck = factors(Bk, total_k, 0, EXACT, False)
             kd = (k * Wk).to(dtype)
-    if VALUED:
-        Bv, total_v = cumulative(gv, EXACT, FAR)
-        if FAR:
-            Ev = exp2(Bv)
-        else:
-            Ev, Wv, cv = factors(Bv, total_v, 0, EXACT, False)
-            x = (v * Wv).to(dtype)
-    # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
-    q, do, qd, d = queries(q, do, factor, norm, valid, Ek, Ev, scale, dtype, K, KEYED, VALUED, SAFE_EXP, NORM)
-    dS = tl.dot(tl.trans(qd), d, input_precision=PRECISION)
-    for j in range(1, G):
-        _q2, _do2, qd2, d2 = load_queries(
-            q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-            dtype, G, K, V, BK, BV, KEYED, VALUED, SAFE_EXP, NORM,
-        )  # fmt: skip
-        dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
-    if KEYED and not FAR:  # q E and d_o E are 2^c too large
-        dS *= exp2(-ck)[:, None]
-    if VALUED and not FAR:
-        dS *= exp2(-cv)[None, :]
+    worth_k = tl.zeros([BK], tl.float32)
+    P, dq_read, dP_sum, dk_end = 0.0, 0.0, 0.0, 0.0
     passed_ptr += head.to(tl.int64) * 2 * BK * BV
-    laid_out = numbers_at(passed_ptr, BK, BV)
-    if not (KEYED and VALUED):  # with both that costs registers which there are not
-        dS = as_read(dS, laid_out)
     passing = count - 1 - i
-    nothing = tl.zeros([BK, BV], tl.float32)
-    if KEYED:
-        keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
-    if VALUED:
-        keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
-    U = nothing
-    if D_FINAL == "none":
-        if tl.program_id(0) >= 0:  # always, see the forward kernel
-            U = take_state(passed_ptr, passing, BK, BV, EXACT)
-    elif i + 1 == count:
-        U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0)
-        U *= 2.0 ** (0.0 if D_FINAL == "lifted" else lift)
-    else:
-        U = take_state(passed_ptr, passing, BK, BV, EXACT)
-    # Not by way of what is kept, which is wanted again below: held until then, it would cost registers.
-    if KEYED and VALUED:
-        dS = tl.fma(U * keep_k, keep_v, dS)
-    elif KEYED:
-        dS = tl.fma(U, keep_k, dS)
-    elif VALUED:
-        dS = tl.fma(U, keep_v, dS)
-    else:
-        dS += U
-    if i > 0:
-        pass_state(passed_ptr, passing + 1, dS, EXACT)
-    else:
-        tl.store(d_initial_ptr + here, untagged(dS, EXACT) * unit, mask=state_mask)
-    S = once(S.to(tl.float32))
-    kept = U * S  # what the state's decay is worth
-    if KEYED:
-        kept *= keep_k
-    if VALUED:
-        kept *= keep_v
-    if KEYED:
-        worth_k = tl.sum(kept, 1)
-        if not FAR:
-            S *= exp2(-ck)[:, None]
-    if VALUED:
-        worth_v = tl.sum(kept, 0)
-        if not FAR:
-            S *= exp2(-cv)[None, :]
-    Sd = S.to(dtype)
-    # The forward kernel's k_end and v_end, and of U the factor that v_end lacks where no token is far.
-    k_end, v_end = kd, x
-    if KEYED:
-        if FAR:
-            to_end_k = to_the_end(gk, PRECISION)
-            k_end = (k * to_end_k).to(dtype)
+    for s in tl.static_range(SLICES):
+        v, do, S = vs[s].to(tl.float32), dos[s], S_next
+        vi = tl.arange(0, BS) + s * BS
+        here = head.to(tl.int64) * K * V + ki[:, None] * V + vi[None, :]
+        state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+        Ev, Wv = 0.0, 0.0
+        x = v.to(dtype)
+        if VALUED:
+            Bv, total_v = cumulative(gv, EXACT, FAR)
+            if FAR:
+                Ev = exp2(Bv)
+            else:
+                Ev, Wv, cv = factors(Bv, total_v, 0, EXACT, False)
+                x = (v * Wv).to(dtype)
+        # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
+        if s == 0:
+            q, qd = query_operand(q, Ek, norm, valid, dtype, K, KEYED, SAFE_EXP, NORM)
+            if SLICED:
+                P = scores_of(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
+                dq_read = tl.zeros([C, BK], tl.float32)
+                dP_sum = tl.zeros([C, C], tl.float32)
+                dk_end = tl.zeros([C, BK], tl.float32)
+        do, d = gradient_operand(do, factor, Ev, scale, dtype, VALUED, SAFE_EXP)
+        dS = tl.dot(tl.trans(qd), d, input_precision=PRECISION)
+        for j in range(1, G):
+            _q2, _do2, qd2, d2 = load_queries(
+                q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
+                dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
+            )  # fmt: skip
+            dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
+        if KEYED and not FAR:  # q E and d_o E are 2^c too large
+            dS *= exp2(-ck)[:, None]
+        if VALUED and not FAR:
+            dS *= exp2(-cv)[None, :]
+        passed_at = passed_ptr + s * BS
+        laid_out = numbers_at(passed_at, BK, BS, BV)
+        if not (KEYED and VALUED):  # with both that costs registers which there are not
+            dS = as_read(dS, laid_out)
+        nothing = tl.zeros([BK, BS], tl.float32)
+        if KEYED:
+            keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
+        if VALUED:
+            keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
+        U = nothing
+        if D_FINAL == "none":
+            if tl.program_id(0) >= 0:  # always, see the forward kernel
+                U = take_state(passed_at, passing, BK, BS, BV, EXACT)
+        elif i + 1 == count:
+            U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0)
+            U *= 2.0 ** (0.0 if D_FINAL == "lifted" else lift)
         else:
-            k_end = (kd.to(tl.float32) * exp2(total_k + ck)[None, :]).to(dtype)
-    if VALUED and FAR:
-        to_end_v = to_the_end(gv, PRECISION)
-        v_end = (v * to_end_v).to(dtype)
-    if VALUED and not FAR:
-        U *= exp2(total_v + cv)[None, :]
-    Ud = U.to(dtype)
-    dv, dBv, dP_tree = value_side(
-        q_ptr, do_ptr, lower_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
-        begin, h, scale, H, q_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, FAR,
-    )  # fmt: skip
-    gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
-    dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
-    if FAR:
-        dv_end = finite(dv_end)
-    if VALUED:
-        written = v_end.to(tl.float32) * dv_end
-        after = (worth_v + tl.sum(written, 0)) * unit
-        dgv = sums(dBv - written, unit, True, EXACT) + after[None, :]
-        store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, dgv_step, drv_step, vi, V, gate, refine, dgv, VALUE)
-    if VALUED and FAR:
-        dv += dv_end * to_end_v
-    else:
-        dv += dv_end
-        if VALUED:  # of x so far
-            dv *= Wv
-    store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
+            U = take_state(passed_at, passing, BK, BS, BV, EXACT)
+        # Not by way of what is kept, which is wanted again below: held until then, it would cost registers.
+        if KEYED and VALUED:
+            dS = tl.fma(U * keep_k, keep_v, dS)
+        elif KEYED:
+            dS = tl.fma(U, keep_k, dS)
+        elif VALUED:
+            dS = tl.fma(U, keep_v, dS)
+        else:
+            dS += U
+        if i > 0:
+            pass_state(passed_at, passing + 1, dS, BV, EXACT)
+        else:
+            tl.store(d_initial_ptr + here, untagged(dS, EXACT) * unit, mask=state_mask)
+        if s + 1 < SLICES:
+            S_next = load_state(states_ptr, at, s + 1, K, V, BK, BS)
+        S = once(S.to(tl.float32))
+        kept = U * S  # what the state's decay is worth
+        if KEYED:
+            kept *= keep_k
+        if VALUED:
+            kept *= keep_v
+        if KEYED:
+            worth_k += tl.sum(kept, 1)
+            if not FAR:
+                S *= exp2(-ck)[:, None]
+        if VALUED:
+            worth_v = tl.sum(kept, 0)
+            if not FAR:
+                S *= exp2(-cv)[None, :]
+        Sd = S.to(dtype)
+        # The forward kernel's k_end and v_end, and of U the factor that v_end lacks where no token is far.
+        k_end, v_end = kd, x
+        if KEYED:
+            if FAR:
+                to_end_k = to_the_end(gk, PRECISION)
+                k_end = (k * to_end_k).to(dtype)
+            else:
+                k_end = (kd.to(tl.float32) * exp2(total_k + ck)[None, :]).to(dtype)
+        if VALUED and FAR:
+            to_end_v = to_the_end(gv, PRECISION)
+            v_end = (v * to_end_v).to(dtype)
+        if VALUED and not FAR:
+            U *= exp2(total_v + cv)[None, :]
+        Ud = U.to(dtype)
+        if SLICED:
+            dq_read = tl.dot(d, tl.trans(Sd), dq_read, input_precision=PRECISION)
+            dk_end = tl.dot(v_end, tl.trans(Ud), dk_end, input_precision=PRECISION)
+            dP_sum = tl.dot(d, tl.trans(x), dP_sum, input_precision=PRECISION)
+        dv, dBv, dP = value_side(
+            q_ptr, do_ptr, lower_ptr, norm, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Ek, Ev, kd, x, Sd,
+            begin, h, scale, H, q_step, G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
+        )  # fmt: skip
+        gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
+        dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
+        if FAR:
+            dv_end = finite(dv_end)
+        if VALUED:
+            written = v_end.to(tl.float32) * dv_end
+            after = (worth_v + tl.sum(written, 0)) * unit
+            dgv = sums(dBv - written, unit, True, EXACT) + after[None, :]
+            store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, dgv_step, drv_step, vi, V, gate, refine, dgv, VALUE)
+        if VALUED and FAR:
+            dv += dv_end * to_end_v
+        else:
+            dv += dv_end
+            if VALUED:  # of x so far
+                dv *= Wv
+        store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
         q_ptr, do_ptr, lower_ptr, dq_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
-        dP_tree,
-        begin, h, scale, H, q_step, dq_step, G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, FAR,
+        dP_sum if SLICED else dP, dq_read,
+        begin, h, scale, H, q_step, dq_step,
+        G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
     )  # fmt: skip
     gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
-    dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
+    if not SLICED:
+        dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
     if FAR:
         dk_end = finite(dk_end)
     if KEYED:
@@ -319,6 +360,7 @@ def finish_with_tree(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     MASKED: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk with far tokens; see the one of the forward kernel."""
     t = tl.arange(0, C)
@@ -326,23 +368,23 @@ def finish_with_tree(
     valid = inside
     if MASKED:
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-    q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before = ask_for_chunk(
+    q, dos, factor, S, k, vs, gk, rk, gv, rv, m, m_before = ask_for_chunk(
         q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
         t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-        G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
+        G, K, V, BK, BV, SLICES, KEY, VALUE, SAFE_EXP, NORM,
     )  # fmt: skip
     qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
     norm = qw, kw, eps
-    k, v, gk, gv = features_and_decays(
-        k, v, gk, rk, gv, rv, m, m_before, norm, valid, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM, INITIAL
+    k, gk, gv = features_and_decays(
+        k, gk, rk, gv, rv, m, m_before, norm, valid, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM, INITIAL
     )
     finish(
-        q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, d_final_ptr,
+        q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, states_ptr, d_final_ptr,
         dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
-        q, do, factor, S, k, v, gk, gv, norm, t, inside, valid, begin, head, h, i, count, scale, H,
+        q, dos, factor, S, k, vs, gk, gv, norm, t, inside, valid, begin, head, h, i, count, at, scale, H,
         q_step, gk_step, rk_step, gv_step, rv_step,
         dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-        G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, D_FINAL, PRECISION, True,
+        G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, D_FINAL, PRECISION, SLICES, True,
     )  # fmt: skip
 
 
@@ -357,7 +399,7 @@ def backward_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
-    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     n, h, i, count, begin, length, past, slot = place(
         cu_ptr, slot_ptr, T, chunks, part, parts, H, C, VARLEN, SPLIT, True
@@ -386,10 +428,10 @@ def backward_kernel(
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
         at = (slot * H + h) * K * V
-        q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before = ask_for_chunk(
+        q, dos, factor, S, k, vs, gk, rk, gv, rv, m, m_before = ask_for_chunk(
             q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, m_ptr, lower_ptr, states_ptr, do_ptr, before,
             t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-            G, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
+            G, K, V, BK, BV, SLICES, KEY, VALUE, SAFE_EXP, NORM,
         )  # fmt: skip
         far = False
         if not ONE_PATH:
@@ -410,19 +452,20 @@ def backward_kernel(
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, MASKED, INITIAL, D_FINAL, PRECISION,
+                SLICES,
             )  # fmt: skip
         else:
             qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
             norm = qw, kw, eps
-            features, values, decays_k, decays_v = features_and_decays(
-                k, v, gk, rk, gv, rv, m, m_before, norm, valid, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM, INITIAL
+            features, decays_k, decays_v = features_and_decays(
+                k, gk, rk, gv, rv, m, m_before, norm, valid, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM, INITIAL
             )
             finish(
-                q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, d_final_ptr,
+                q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, states_ptr, d_final_ptr,
                 dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
-                q, do, factor, S, features, values, decays_k, decays_v, norm,
-                t, inside, valid, begin, head, h, i, count, scale, H,
+                q, dos, factor, S, features, vs, decays_k, decays_v, norm,
+                t, inside, valid, begin, head, h, i, count, at, scale, H,
                 q_step, gk_step, rk_step, gv_step, rv_step,
                 dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, D_FINAL, PRECISION, ONE_PATH,
+                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, D_FINAL, PRECISION, SLICES, ONE_PATH,
             )  # fmt: skip

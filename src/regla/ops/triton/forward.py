@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.inputs import key_features, load_chunk, query_features, relative_decays
+from regla.ops.triton.inputs import key_features, load_chunk, load_query, query_features, relative_decays
 from regla.ops.triton.norm import load_norm
 from regla.ops.triton.passing import numbers_at, pass_state, publish_number, take_state, untagged, wait_for_number
 from regla.ops.triton.tiles import (
@@ -21,13 +21,13 @@ from regla.ops.triton.tiles import (
     NO_KEY,
     RANGE,
     as_read,
+    columns,
     cumulative,
     exp2,
     factors,
     faint,
     gate_at,
     limits,
-    load_tile,
     lowest_decay,
     may_reach,
     reciprocal,
@@ -84,11 +84,11 @@ def levels_if(far):
 
 
 @triton.jit
-def inside_chunk(
-    q, k, gk, Bk, limit, Ek, kd, x, norm, valid, K: tl.constexpr,
+def scores_of(
+    q, k, gk, Bk, limit, Ek, kd, norm, valid, K: tl.constexpr,
     KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """(q E, scores, what they read of x = v W), from q as it is in memory: all without the state."""
+    """(q E, scores), from q as it is in memory."""
     dtype = kd.dtype
     q = query_features(q, norm, valid, K, NORM) if SAFE_EXP else q.to(tl.float32)
     qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
@@ -96,17 +96,13 @@ def inside_chunk(
     if KEYED and FAR:
         far = limit[:, None] > Bk
         P += scores_over_tree(q, tl.where(far, k, 0.0), gk, levels_if(far), dtype, PRECISION)
-    Pd = P.to(dtype)
-    return qd, Pd, tl.dot(Pd, x, input_precision=PRECISION)
+    return qd, P.to(dtype)
 
 
 @triton.jit
-def write_outputs(
-    o_ptr, lower_ptr, t, inside, valid, qd, Pd, out, v, gv, Bv, limit, Ev, S, edge, begin, h, j, scale, H,
-    G: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
-):  # fmt: skip
-    """The outputs of the j-th head of the group, from what `inside_chunk` gave and the state S before the chunk."""
+def read_columns(qd, Pd, x, v, gv, Bv, limit, Ev, S, VALUED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr):
+    """What a head reads [C, D] of columns, v of the values and S of the state before the chunk."""
+    out = tl.dot(Pd, x, input_precision=PRECISION)
     out = tl.dot(qd, S, out, input_precision=PRECISION)
     if VALUED:
         out *= Ev
@@ -116,20 +112,32 @@ def write_outputs(
                 joined, X = tree_level(level, gv, PRECISION)
                 x = tl.where(far, v * X, 0.0).to(Pd.dtype)
                 out += X * tl.dot(tl.where(joined, Pd, 0.0).to(Pd.dtype), x, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def write_outputs(
+    o_ptr, lower_ptr, t, inside, valid, outs, edge, begin, h, j, scale, H,
+    G: tl.constexpr, V: tl.constexpr, BS: tl.constexpr, SLICES: tl.constexpr,
+    SAFE_EXP: tl.constexpr, STORE: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """Write the outputs of the j-th head of the group, from what it has read: slices [C, BS]."""
+    factor = scale
     if SAFE_EXP:
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
-        largest = tl.maximum(tl.max(tl.abs(out), 1) * tl.abs(scale), 7.888609052210118e-31)
+        largest = tl.full([t.shape[0]], 7.888609052210118e-31, tl.float32)
+        for s in tl.static_range(SLICES):
+            largest = tl.maximum(tl.max(tl.abs(outs[s]), 1) * tl.abs(scale), largest)
         factor = tl.maximum(2.0**-12 * reciprocal(largest), 1.0) * 2.0**-48
-        out *= (factor * scale)[:, None]
         if STORE:  # and with it, in its sign, whether the backward pass is to go over the tree
             over_tree = factor > edge
             if not FAR:
                 over_tree &= valid  # nobody reads what a masked token gives
-            factor = tl.where(over_tree, -factor, factor)
-            tl.store(lower_ptr + (begin + t) * (H * G) + h * G + j, factor, mask=inside)
-    else:
-        out *= scale
-    store_tile(o_ptr + j * V, t, inside, H * G * V, tl.arange(0, BV), V, out)
+            at = lower_ptr + (begin + t) * (H * G) + h * G + j
+            tl.store(at, tl.where(over_tree, -factor, factor), mask=inside)
+        factor = (factor * scale)[:, None]
+    for s in tl.static_range(SLICES):
+        store_tile(o_ptr + j * V, t, inside, H * G * V, tl.arange(0, BS) + s * BS, V, outs[s] * factor)
 
 
 @triton.jit
@@ -154,79 +162,90 @@ def finish(
     q, k, v, gk, gv, norm, limit, edge, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
-    INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
+    INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Add the chunk to the state, pass that on, and write its outputs. edge: factors of outputs beyond which the
-    backward pass is to go over the tree."""
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    backward pass is to go over the tree. SLICES: of the state's columns, taken one after the other."""
+    ki = tl.arange(0, BK)
     dtype = o_ptr.dtype.element_ty
-    state_at = ki[:, None] * V + vi[None, :]
-    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
     # Where no token is far, the state after the chunk is
     # 2^total_v (2^total_k S + 2^c (2^(total_k + c) k W)^T (v W)), c of each axis its own: v W, which the outputs take
     # too, can do without its factor until after the product; k W as well could leave float32.
     EXACT: tl.constexpr = dtype == tl.float32
-    Bk, Bv, Ek, Ev = gk, gv, 0.0, 0.0
-    kd, x = k.to(dtype), v.to(dtype)
-    k_end, v_end = kd, x
+    Bk, Ek = gk, 0.0
+    kd = k.to(dtype)
+    k_end = kd
     if KEYED:
         Bk, total_k = cumulative(gk, EXACT, FAR)
         Ek, Wk, ck = factors(Bk, total_k, limit, EXACT, FAR)
         kd = (k * Wk).to(dtype)
         k_end = (k * (to_the_end(gk, PRECISION) if FAR else Wk * exp2(total_k + ck)[None, :])).to(dtype)
-    if VALUED:
-        Bv, total_v = cumulative(gv, EXACT, FAR)
-        Ev, Wv, cv = factors(Bv, total_v, limit, EXACT, FAR)
-        x = (v * Wv).to(dtype)
-        v_end = (v * to_the_end(gv, PRECISION)).to(dtype) if FAR else x
     passed_ptr += head.to(tl.int64) * 2 * BK * BV
-    laid_out = numbers_at(passed_ptr, BK, BV)
-    written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), laid_out)
-    if VALUED and not FAR:
-        written *= exp2(total_v + cv)[None, :]
-    # The state before the chunk, and at once the one after it for the next.
-    # Before the wait, where it costs the next chunk nothing.
-    nothing = tl.zeros([BK, BV], tl.float32)
-    if KEYED:
-        keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
-    if VALUED:
-        keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
-    S = nothing
-    if not INITIAL:
-        if tl.program_id(0) >= 0:  # always. As a branch's result the state keeps its layout in what follows
-            S = take_state(passed_ptr, i, BK, BV, EXACT)
-    elif i == 0:
-        S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
-    else:
-        S = take_state(passed_ptr, i, BK, BV, EXACT)
-    kept = S
-    if KEYED:
-        kept *= keep_k
-    if VALUED:
-        kept *= keep_v
-    written += kept
-    if i + 1 < count:
-        pass_state(passed_ptr, i + 1, written, EXACT)
-    else:
-        final_at = final_ptr + head.to(tl.int64) * K * V + state_at
-        tl.store(final_at, untagged(written, EXACT), mask=state_mask)
-    if STORE:
-        tl.store(states_ptr + at + tl.max_contiguous(state_at, [1, 4]), S.to(dtype), mask=state_mask)
-    if KEYED:  # in the units of q E, and of v W
-        S *= exp2(-ck)[:, None]
-    if VALUED:
-        S *= exp2(-cv)[None, :]
-    Sd = S.to(dtype)
+    tl.static_assert(SLICES == 1 or not VALUED)
+    BS: tl.constexpr = BV // SLICES
+    nothing = tl.zeros([BK, BS], tl.float32)
+    vs = columns(v, SLICES)
+    Bv, Ev = gv, 0.0
+    xs, Ss = (), ()
+    for s in tl.static_range(SLICES):
+        vi = tl.arange(0, BS) + s * BS
+        state_at = ki[:, None] * V + vi[None, :]
+        state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+        x = vs[s].to(dtype)
+        v_end = x
+        if VALUED:
+            Bv, total_v = cumulative(gv, EXACT, FAR)
+            Ev, Wv, cv = factors(Bv, total_v, limit, EXACT, FAR)
+            x = (v * Wv).to(dtype)
+            v_end = (v * to_the_end(gv, PRECISION)).to(dtype) if FAR else x
+        passed_at = passed_ptr + s * BS
+        laid_out = numbers_at(passed_at, BK, BS, BV)
+        written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), laid_out)
+        if VALUED and not FAR:
+            written *= exp2(total_v + cv)[None, :]
+        # The state before the chunk, and at once the one after it for the next.
+        # Before the wait, where it costs the next chunk nothing.
+        if KEYED:
+            keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
+        if VALUED:
+            keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
+        S = nothing
+        if not INITIAL:
+            if tl.program_id(0) >= 0:  # always. As a branch's result the state keeps its layout in what follows
+                S = take_state(passed_at, i, BK, BS, BV, EXACT)
+        elif i == 0:
+            S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
+        else:
+            S = take_state(passed_at, i, BK, BS, BV, EXACT)
+        kept = S
+        if KEYED:
+            kept *= keep_k
+        if VALUED:
+            kept *= keep_v
+        written += kept
+        if i + 1 < count:
+            pass_state(passed_at, i + 1, written, BV, EXACT)
+        else:
+            final_at = final_ptr + head.to(tl.int64) * K * V + state_at
+            tl.store(final_at, untagged(written, EXACT), mask=state_mask)
+        if STORE:
+            tl.store(states_ptr + at + tl.max_contiguous(state_at, [1, 4]), S.to(dtype), mask=state_mask)
+        if KEYED:  # in the units of q E, and of v W
+            S *= exp2(-ck)[:, None]
+        if VALUED:
+            S *= exp2(-cv)[None, :]
+        xs, Ss = xs + (x,), Ss + (S.to(dtype),)
     for j in range(G):
-        qd, Pd, out = inside_chunk(
-            q, k, gk, Bk, limit, Ek, kd, x, norm, valid, K, KEYED, SAFE_EXP, NORM, PRECISION, FAR
-        )
+        qd, Pd = scores_of(q, k, gk, Bk, limit, Ek, kd, norm, valid, K, KEYED, SAFE_EXP, NORM, PRECISION, FAR)
         if G > 1:
-            empty: tl.constexpr = float("-inf") if SAFE_EXP and not NORM else 0.0
-            q = load_tile(q_ptr + (j + 1) * K, t, valid & (j + 1 < G), q_step, ki, K, empty)
+            q = load_query(q_ptr, j + 1, t, valid & (j + 1 < G), q_step, K, BK, SAFE_EXP, NORM)
+        outs = ()
+        for s in tl.static_range(SLICES):
+            out = read_columns(qd, Pd, xs[s], v, gv, Bv, limit, Ev, Ss[s], VALUED, PRECISION, FAR)
+            outs = outs + (out,)
         write_outputs(
-            o_ptr, lower_ptr, t, inside, valid, qd, Pd, out, v, gv, Bv, limit, Ev, Sd, edge, begin, h, j, scale, H,
-            G, V, BV, C, VALUED, SAFE_EXP, STORE, PRECISION, FAR,
+            o_ptr, lower_ptr, t, inside, valid, outs, edge, begin, h, j, scale, H, G, V, BS, SLICES,
+            SAFE_EXP, STORE, FAR,
         )  # fmt: skip
 
 
@@ -238,7 +257,8 @@ def finish_with_tree(
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
-    MASKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    MASKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr,
+    REACH: tl.constexpr,
 ):  # fmt: skip
     """`finish` of a chunk with far tokens.
 
@@ -267,7 +287,7 @@ def finish_with_tree(
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
         q, k, v, gk, gv, norm, limit, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
-        G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, NORM, INITIAL, STORE, PRECISION, True,
+        G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, NORM, INITIAL, STORE, PRECISION, SLICES, True,
     )  # fmt: skip
 
 
@@ -281,7 +301,7 @@ def forward_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
-    PRECISION: tl.constexpr, ONE_PATH: tl.constexpr, REACH: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES: tl.constexpr, ONE_PATH: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     # The stabiliser's change of unit is a decay too, of the key axis where the value axis has none.
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
@@ -352,12 +372,12 @@ def forward_kernel(
                 before, begin, length, head, h, i, count, at, scale, eps, H,
                 q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
                 G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, DECAYING, MASKED, INITIAL, STORE, PRECISION,
-                REACH,
+                SLICES, REACH,
             )  # fmt: skip
         else:
             finish(
                 q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
                 q, k, v, gk, gv, norm, limits(faint(k, v, valid, K, VALUED), REACH), edge,
                 t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, INITIAL, STORE, PRECISION, ONE_PATH,
+                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, INITIAL, STORE, PRECISION, SLICES, ONE_PATH,
             )  # fmt: skip

@@ -15,6 +15,7 @@ from regla.ops.triton.tiles import (
     decays,
     exp2,
     load_gate,
+    load_slices,
     load_tile,
 )
 
@@ -57,18 +58,26 @@ def relative_decays(
 
 
 @triton.jit
-def load_tokens(
-    k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+def load_keys_and_gates(
+    k_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, gk_step, rk_step, gv_step, rv_step,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """(k [C, K], v [C, V], gate and refine of the key axis, of the value axis) as they are in memory."""
+    """(k [C, K], gate and refine of the key axis, of the value axis) as they are in memory."""
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
     gk, rk = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
     gv, rv = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
     k = load_tile(k_ptr, t, valid, k_step, ki, K, float("-inf") if SAFE_EXP and not NORM else 0.0)
-    v = load_tile(v_ptr, t, valid, v_step, vi, V, 0.0)
-    return k, v, gk, rk, gv, rv
+    return k, gk, rk, gv, rv
+
+
+@triton.jit
+def load_query(
+    q_ptr, j, t, valid, q_step, K: tl.constexpr, BK: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr
+):
+    """q of the j-th head of the group, as it is in memory."""
+    empty: tl.constexpr = float("-inf") if SAFE_EXP and not NORM else 0.0
+    return load_tile(q_ptr + j * K, t, valid, q_step, tl.arange(0, BK), K, empty)
 
 
 @triton.jit
@@ -79,49 +88,45 @@ def load_chunk(
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """(q of the first head as it is in memory, `logits` of k, v, log2-decays of both axes), all asked for at once."""
-    ki = tl.arange(0, BK)
-    k, v, gk, rk, gv, rv = load_tokens(
-        k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    k, gk, rk, gv, rv = load_keys_and_gates(
+        k_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, gk_step, rk_step, gv_step, rv_step,
         K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
     )  # fmt: skip
-    q = load_tile(q_ptr, t, valid, q_step, ki, K, float("-inf") if SAFE_EXP and not NORM else 0.0)
+    v = load_tile(v_ptr, t, valid, v_step, tl.arange(0, BV), V, 0.0)
+    q = load_query(q_ptr, 0, t, valid, q_step, K, BK, SAFE_EXP, NORM)
     gk = decays(gk, rk, t.shape[0], BK, KEY)
     gv = decays(gv, rv, t.shape[0], BV, VALUE)
     return q, logits(k, norm[1], norm[2], valid, K, NORM), v.to(tl.float32), gk, gv
 
 
 @triton.jit
-def queries(
-    q, do, factor, norm, valid, Ek, Ev, scale, dtype: tl.constexpr, K: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
+def query_operand(
+    q, Ek, norm, valid, dtype: tl.constexpr, K: tl.constexpr,
+    KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """(features of q, d_o in units of the state's gradient, and both in the factors E and in `dtype`)."""
-    do = do.to(tl.float32)
-    if SAFE_EXP:
-        q = query_features(q, norm, valid, K, NORM)
-        do *= (tl.abs(factor) * (scale * 2.0**GRADIENT_LIFT))[:, None]
-    else:
-        q = q.to(tl.float32)
-        do *= scale
-    qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-    d = (do * Ev).to(dtype) if VALUED else do.to(dtype)
-    return q, do, qd, d
+    """(features of q, and these in the factors E and in `dtype`)."""
+    q = query_features(q, norm, valid, K, NORM) if SAFE_EXP else q.to(tl.float32)
+    return q, (q * Ek).to(dtype) if KEYED else q.to(dtype)
 
 
 @triton.jit
-def ask_for_queries(
-    q_ptr, do_ptr, lower_ptr, j, t, inside, valid, begin, h, H, q_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """(q, d_o, factor of the outputs) of the j-th head of the group, as they are in memory."""
-    empty: tl.constexpr = float("-inf") if SAFE_EXP and not NORM else 0.0
-    q = load_tile(q_ptr + j * K, t, valid, q_step, tl.arange(0, BK), K, empty)
-    do = load_tile(do_ptr + j * V, t, valid, H * G * V, tl.arange(0, BV), V, 0.0)
+def gradient_operand(do, factor, Ev, scale, dtype: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr):
+    """(d_o in units of the state's gradient, and that in the factors E and in `dtype`)."""
+    do = do.to(tl.float32)
+    if SAFE_EXP:
+        do *= (tl.abs(factor) * (scale * 2.0**GRADIENT_LIFT))[:, None]
+    else:
+        do *= scale
+    return do, (do * Ev).to(dtype) if VALUED else do.to(dtype)
+
+
+@triton.jit
+def load_factor(lower_ptr, t, inside, begin, h, j, H, G: tl.constexpr, SAFE_EXP: tl.constexpr):
+    """The factors of the outputs of the j-th head of the group, [C]; 1 without the safe exponential."""
     factor = 1.0
     if SAFE_EXP:
         factor = tl.load(lower_ptr + (begin + t) * (H * G) + h * G + j, mask=inside, other=0.0)
-    return q, do, factor
+    return factor
 
 
 @triton.jit
@@ -130,55 +135,65 @@ def load_queries(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """`queries` of the j-th head of the group."""
-    q, do, factor = ask_for_queries(
-        q_ptr, do_ptr, lower_ptr, j, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP, NORM
-    )
-    return queries(q, do, factor, norm, valid, Ek, Ev, scale, dtype, K, KEYED, VALUED, SAFE_EXP, NORM)
+    """(`query_operand`, `gradient_operand`) of the j-th head of the group."""
+    q = load_query(q_ptr, j, t, valid, q_step, K, BK, SAFE_EXP, NORM)
+    do = load_tile(do_ptr + j * V, t, valid, H * G * V, tl.arange(0, BV), V, 0.0)
+    factor = load_factor(lower_ptr, t, inside, begin, h, j, H, G, SAFE_EXP)
+    q, qd = query_operand(q, Ek, norm, valid, dtype, K, KEYED, SAFE_EXP, NORM)
+    do, d = gradient_operand(do, factor, Ev, scale, dtype, VALUED, SAFE_EXP)
+    return q, do, qd, d
+
+
+@triton.jit
+def load_state(states_ptr, at, s, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr):
+    """Columns s BS .. of the state before the chunk, as they are in memory."""
+    ki, vi = tl.arange(0, BK), tl.arange(0, BS) + s * BS
+    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+    # Four in a row at most, as of the float32 gradient that is passed on: the same layout over the threads.
+    state_at = tl.max_contiguous(ki[:, None] * V + vi[None, :], [1, 4])
+    return tl.load(states_ptr + at + state_at, mask=state_mask, other=0.0)
 
 
 @triton.jit
 def ask_for_chunk(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before, t, inside, valid,
     begin, h, past, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """(q, d_o and factor of the first head, the state before the chunk, k, v, gate and refine of the key axis, of the
-    value axis, stabilisers m_t and m_{t-1}), as they are in memory. past: chunks of the sequence before this one."""
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    k, v, gk, rk, gv, rv = load_tokens(
-        k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
+    """What a chunk reads from memory, as it is there: (q of the first head, d_o of it in slices, factor of its outputs,
+    first slice of the state before the chunk, k, v in slices, gate and refine of the key axis, of the value axis,
+    stabilisers m_t and m_{t-1}). past: chunks of the sequence before this one."""
+    k, gk, rk, gv, rv = load_keys_and_gates(
+        k_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, gk_step, rk_step, gv_step, rv_step,
         K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
     )  # fmt: skip
+    vs = load_slices(v_ptr, t, valid, v_step, V, BV, SLICES)
     m, m_before = 0.0, 0.0
     if SAFE_EXP:
         m = tl.load(m_ptr + t * H, mask=inside, other=0.0)
         earlier = tl.load(m_ptr + (t - 1) * H, mask=inside & (t + past > 0), other=0.0)
         m_before = tl.where(inside, tl.where(t + past > 0, earlier, before), 0.0)
-    q, do, factor = ask_for_queries(
-        q_ptr, do_ptr, lower_ptr, 0, t, inside, valid, begin, h, H, q_step, G, K, V, BK, BV, SAFE_EXP, NORM
-    )
-    state_mask = (ki < K)[:, None] & (vi < V)[None, :]
-    # Four in a row at most, as of the float32 gradient that is passed on: the same layout over the threads.
-    state_at = tl.max_contiguous(ki[:, None] * V + vi[None, :], [1, 4])
-    S = tl.load(states_ptr + at + state_at, mask=state_mask, other=0.0)
-    return q, do, factor, S, k, v, gk, rk, gv, rv, m, m_before
+    q = load_query(q_ptr, 0, t, valid, q_step, K, BK, SAFE_EXP, NORM)
+    dos = load_slices(do_ptr, t, valid, H * G * V, V, BV, SLICES)
+    factor = load_factor(lower_ptr, t, inside, begin, h, 0, H, G, SAFE_EXP)
+    S = load_state(states_ptr, at, 0, K, V, BK, BV // SLICES)
+    return q, dos, factor, S, k, vs, gk, rk, gv, rv, m, m_before
 
 
 @triton.jit
 def features_and_decays(
-    k, v, gk, rk, gv, rv, m, m_before, norm, valid,
+    k, gk, rk, gv, rv, m, m_before, norm, valid,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """(features of k, v, log2-decays of both axes in units of the stabiliser), of what `ask_for_chunk` gave."""
+    """(features of k, log2-decays of both axes in units of the stabiliser), of what `ask_for_chunk` gave."""
     gk = decays(gk, rk, k.shape[0], BK, KEY)
     gv = decays(gv, rv, k.shape[0], BV, VALUE)
-    k, v = logits(k, norm[1], norm[2], valid, K, NORM), v.to(tl.float32)
+    k = logits(k, norm[1], norm[2], valid, K, NORM)
     if SAFE_EXP:
         k = key_features(k, m, NORM)
         gk, gv = relative_decays(
             gk, gv, m, m_before, K, V, tl.arange(0, BK), tl.arange(0, BV), KEY != "none", VALUE != "none", INITIAL
         )
-    return k, v, gk, gv
+    return k, gk, gv

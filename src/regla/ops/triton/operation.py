@@ -61,7 +61,7 @@ def forward(
         SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
         **_common(norm, q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
         MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-        **_warps(k, v, gv, "forward"),
+        SLICES=_slices(k, v, gv), **_warps(k, v, gv, "forward"),
     )  # fmt: skip
     if parts > 1:
         filled[1].copy_(final[parts - 1 :: parts])
@@ -125,7 +125,7 @@ def backward(
         SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
         **_common(norm, q, k, v, gk, rk, gv, rv),
         MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-        **_warps(k, v, gv, "backward"),
+        SLICES=_slices(k, v, gv) if q.shape[2] == H else 1, **_warps(k, v, gv, "backward"),
     )  # fmt: skip
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
@@ -315,6 +315,13 @@ def _wide(k: Tensor, v: Tensor) -> bool:
     return max(k.shape[-1], v.shape[-1]) > 64
 
 
+def _slices(k: Tensor, v: Tensor, gv: Tensor | None) -> int:
+    """How many slices of its columns a program takes a state in, one after the other: where the value axis decays, too,
+    that would be slower. See docs/kernels.md."""
+    whole = gv is not None or v.dtype == torch.float32 or min(_padded(k.shape[-1]), _padded(v.shape[-1])) <= 64
+    return 1 if whole else 2
+
+
 def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int, int, int]:
     """Programs: those of a sequence ascend with its chunks."""
     return (H, segments, chunks) if slots is None else (H * len(slots), 1, 1)
@@ -329,7 +336,8 @@ def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, in
     # A unit of a state (regla.ops.triton.passing) is one thread's: two would pass it on twice.
     units = _padded(k.shape[-1]) * _padded(v.shape[-1]) // 4
     if v.dtype == torch.float32 or _wide(k, v):
-        return {"num_warps": min(8, units // 32)}
+        in_slices = kernel == "forward" and _slices(k, v, gv) > 1
+        return {"num_warps": 4 if in_slices else min(8, units // 32)}
     registers = {"forward": 128 if gv is None else 168, "backward": None, "segments": 128}
     return {"num_warps": min(4, units // 32), "maxnreg": registers[kernel]}
 

@@ -2,8 +2,8 @@
 
 Each sequence and head has two places for a state, which passings use in turn. In memory a state consists of units of
 four float32 numbers, which threads read and write as one (16 bytes, single-copy atomic). The three lowest bits of each
-number are replaced by a tag of the unit, 12 bits that count the passings through its place from 0, what is there before
-the first: zeros. So a unit says by itself whether it is the one that is waited for, and a chunk has the state as soon
+number are replaced by a tag of the unit, 12 bits that tell the passings through its place apart, zero for what is there
+before the first. So a unit says by itself whether it is the one that is waited for, and a chunk has the state as soon
 as it is in memory. (With a flag behind the state the writer waits until all of it is there, and the reader reads it
 only after it has seen the flag.)
 
@@ -11,10 +11,9 @@ What a chunk has read, the next one writes over, once it has what this one passe
 all of it is read (a barrier). A tag comes again after 4,096 passings through a place, 8,192 chunks on: more than a GPU
 has programs under way at once.
 
-The tag is an error of up to 2^-20 of a number at each passing (of each fourth column's, whose part of the tag changes
-with every 512th passing through a place only, always to the same side meanwhile); of a zero it makes at most
-7 x 2^-149, which is nothing in products of bfloat16 (`untagged` makes it zero again), and of infinity nan. With EXACT
-numbers are rounded to 21 bits, and read without their tags.
+The tag is an error of up to 2^-20 of a number at each passing, now to one side, now to the other; of a zero it makes at
+most 7 x 2^-149, which is nothing in products of bfloat16 (`untagged` makes it zero again), and of infinity nan. With
+EXACT numbers are rounded to 21 bits, and read without their tags.
 """
 
 from __future__ import annotations
@@ -50,28 +49,36 @@ def _take_constraints(n):
 
 
 @triton.jit
-def numbers_at(ptr, BK: tl.constexpr, BV: tl.constexpr):
-    """Pointers to the numbers of a place, [BK, BV]."""
-    return ptr + (tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :])
+def _tag(passing):
+    """Of what is passed on as the passing's state, its 12 lowest bits, of 0 zero: the count of the passings through a
+    place, from 0, times an odd number, so that all of the tag's parts change with each."""
+    return ((passing + 1) >> 1) * 2531
 
 
 @triton.jit
-def _units_at(ptr, BK: tl.constexpr, BV: tl.constexpr):
-    return ptr + (tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV // 4)[None, :] * 4)
+def numbers_at(ptr, BK: tl.constexpr, BV: tl.constexpr, ROW: tl.constexpr):
+    """Pointers to the numbers [BK, BV] of a place whose rows have ROW numbers."""
+    return ptr + (tl.arange(0, BK)[:, None] * ROW + tl.arange(0, BV)[None, :])
 
 
 @triton.jit
-def take_state(ptr, passing, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr):
-    """The state [BK, BV], float32, of this passing: of 0 zeros, else what `pass_state` passes, for which it waits."""
-    ptr += (passing & 1) * BK * BV
+def _units_at(ptr, BK: tl.constexpr, BV: tl.constexpr, ROW: tl.constexpr):
+    return ptr + (tl.arange(0, BK)[:, None] * ROW + tl.arange(0, BV // 4)[None, :] * 4)
+
+
+@triton.jit
+def take_state(ptr, passing, BK: tl.constexpr, BV: tl.constexpr, ROW: tl.constexpr, EXACT: tl.constexpr):
+    """The state [BK, BV], float32, of this passing: of 0 zeros, else what `pass_state` passes, for which it waits. Or
+    columns of it, BV of ROW, from ptr on."""
+    ptr += (passing & 1) * BK * ROW
     if INTERPRETED:
-        S = tl.load(numbers_at(ptr, BK, BV))
+        S = tl.load(numbers_at(ptr, BK, BV, ROW))
     else:
         n: tl.constexpr = BK * BV // (4 * tl.extra.cuda.num_threads())  # at least 1: no unit has two threads
         a, b, c, d = tl.inline_asm_elementwise(
             _take(n),
             _take_constraints(n),
-            [_units_at(ptr, BK, BV), (passing + 1) >> 1, ptr + (BK * BV - 4)],
+            [_units_at(ptr, BK, BV, ROW), _tag(passing), ptr + ((BK - 1) * ROW + BV - 4)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=n,
@@ -80,18 +87,18 @@ def take_state(ptr, passing, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.const
         words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(BK, BV)
         if EXACT:
             words &= -8
-        S = as_read(words.to(tl.float32, bitcast=True), numbers_at(ptr, BK, BV))
+        S = as_read(words.to(tl.float32, bitcast=True), numbers_at(ptr, BK, BV, ROW))
     return S
 
 
 @triton.jit
-def pass_state(ptr, passing, x, EXACT: tl.constexpr):
-    """Pass x [BK, BV], float32, on as the passing's state, from 1 on."""
+def pass_state(ptr, passing, x, ROW: tl.constexpr, EXACT: tl.constexpr):
+    """Pass x [BK, BV], float32, on as the passing's state, from 1 on, or as columns of it, BV of ROW."""
     BK: tl.constexpr = x.shape[0]
     BV: tl.constexpr = x.shape[1]
-    ptr += (passing & 1) * BK * BV
+    ptr += (passing & 1) * BK * ROW
     if INTERPRETED:
-        tl.store(numbers_at(ptr, BK, BV), x)
+        tl.store(numbers_at(ptr, BK, BV, ROW), x)
     else:
         words = x.to(tl.int32, bitcast=True)
         if EXACT:
@@ -99,7 +106,7 @@ def pass_state(ptr, passing, x, EXACT: tl.constexpr):
         ac, bd = words.reshape(BK, BV // 4, 2, 2).split()
         a, c = ac.split()
         b, d = bd.split()
-        count = (passing + 1) >> 1
+        tag = _tag(passing)
         tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, c, d;
@@ -116,7 +123,7 @@ def pass_state(ptr, passing, x, EXACT: tl.constexpr):
             mov.b32 $0, 0;
             }""",  # 0xb8: the third where the second has bits, else the first
             "=r,l,r,r,r,r,r,r,r,r",
-            [_units_at(ptr, BK, BV), a, b, c, d, count, count >> 3, count >> 6, count >> 9],
+            [_units_at(ptr, BK, BV, ROW), a, b, c, d, tag, tag >> 3, tag >> 6, tag >> 9],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.inputs import load_tokens, query_features, relative_decays
+from regla.ops.triton.inputs import load_keys_and_gates, query_features, relative_decays
 from regla.ops.triton.norm import load_norm, logits
 from regla.ops.triton.tiles import (
     GRADIENT_LIFT,
@@ -102,11 +102,11 @@ def state_kernel(
                 valid = tl.load(mask_ptr + start + t) != 0
             gk_at, rk_at = gate_at(gk_ptr, rk_ptr, start, h, gk_step, rk_step, K, KEY)
             gv_at, rv_at = gate_at(gv_ptr, rv_ptr, start, h, gv_step, rv_step, V, VALUE)
-            k, v, gk, rk, gv, rv = load_tokens(
-                k_ptr + start * k_step, v_ptr + start * v_step, gk_at, rk_at, gv_at, rv_at, t, valid,
-                k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP,
-                NORM,
+            k, gk, rk, gv, rv = load_keys_and_gates(
+                k_ptr + start * k_step, gk_at, rk_at, gv_at, rv_at, t, valid,
+                k_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
             )  # fmt: skip
+            v = load_tile(v_ptr + start * v_step, t, valid, v_step, vi, V, 0.0)
             k, v = logits(k, kw, eps, valid, K, NORM), v.to(tl.float32)
             step = tl.zeros([C], tl.float32)
             to_end = tl.zeros([C], tl.float32)

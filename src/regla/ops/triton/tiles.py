@@ -51,9 +51,29 @@ def load_tile(ptr, token, valid, step, column, width, other):
 
 
 @triton.jit
+def load_slices(ptr, token, valid, step, width: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr):
+    """`load_tile` of all channels, padded to BLOCK, in slices [C, BLOCK / SLICES]: a tuple of SLICES."""
+    slices = ()
+    for s in tl.static_range(SLICES):
+        column = tl.arange(0, BLOCK // SLICES) + s * (BLOCK // SLICES)
+        slices = slices + (load_tile(ptr, token, valid, step, column, width, 0.0),)
+    return slices
+
+
+@triton.jit
 def store_tile(ptr, token, inside, step, column, width, x):
     mask = inside[:, None] & (column < width)[None, :]
     tl.store(ptr + (token[:, None] * step + column[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def columns(x, SLICES: tl.constexpr):
+    """x [C, D] in slices [C, D / SLICES], 1 or 2: a tuple."""
+    tl.static_assert(SLICES == 1 or SLICES == 2)
+    slices = (x,)
+    if SLICES == 2:
+        slices = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+    return slices
 
 
 @triton.jit
