@@ -255,7 +255,7 @@ def _norm_gradient(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None, d
         (d, x, mask, weight, of_programs), (eps, rows, heads, _step(d), _step(x)),
         K=K, BK=_padded(K), R=block, MASKED=mask is not None,
     )  # fmt: skip
-    d_weight.copy_(of_programs.sum(0))
+    torch.sum(of_programs, 0, out=d_weight)
 
 
 def _weights(norm: QKNorm | None) -> tuple[Tensor | None, Tensor | None]:
@@ -306,6 +306,7 @@ def _segments(heads: int, chunks: int, *, wide: bool, packed: bool) -> tuple[int
         if heads <= _FEW_HEADS[wide] and chunks >= 16 * _SHORTEST:
             piece = max(_SHORTEST, _cdiv(chunks * heads, _PIECES[wide]))
             cut = max(1, round(chunks * heads / (_SIDE_BY_SIDE[wide] * piece)))
+            cut = _cdiv(_cdiv(chunks, _cdiv(chunks, piece * cut)), piece)  # the last segment is hardly shorter
             part = piece * cut
         part = min(part, 65_535 // cut * cut)  # programs along the last axis of a grid
     return _cdiv(chunks, part), part, cut
