@@ -169,7 +169,8 @@ Time `generate` with a static cache that holds a context already: tokens per sec
 floor (weights and cache moved once), peak memory and size of the cache. Where memory runs out, the row says so.
 
 A case is called MODEL/batchN/contextN, such as regla/batch64/context16384. regla/batchN/in_turns repeats all contexts
-in turns, so that a host whose pace changes does not decide which is faster.
+in turns, so that a host whose pace changes does not decide which is faster; "x shortest" is the median of a context's
+time over the shortest one's in the same turn.
 
 examples:
   regla bench decode --out benchmarks/gpu/h100.jsonl

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regla.bench import ops, run
+from regla.bench import decode, ops, run
 from regla.bench.decode import fill, set_length
 from regla.bench.measure import Case, Row, floor_columns, quantiles, time_call
 from regla.bench.models import build, configs
@@ -123,8 +123,19 @@ def test_decode(tmp_path: Path) -> None:
     assert size["softmax", 16] < size["softmax", 64]
     assert set(rows[3]["against"]) == {"softmax"}
     assert "ReGLA, contexts in turns" in benches_table(rows)
+    assert [row.get("of_shortest") for row in rows[:5]] == [None] * 4 + [1.0]
     parameters = [row["parameters"] for row in rows]
     assert parameters[1] == pytest.approx(parameters[0], rel=0.005)
+
+
+def test_contexts_in_turns_on_a_host_of_two_paces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn is compared with itself: half of them twice as slow changes no ratio, as it does the medians'."""
+    paces = [[1.0, 2.0, 2.0, 1.0, 1.0], [1.1, 2.2, 2.2, 2.2, 1.1]]
+    monkeypatch.setattr(decode, "_time_generate", lambda *_: (paces, None))
+    rows = bench("decode --quick --device cpu --only regla/batch2/in_turns", tmp_path / "rows.jsonl")
+    assert [row["of_shortest"] for row in rows] == [1.0, pytest.approx(1.1)]
+    assert rows[1]["p50_us"] / rows[0]["p50_us"] == pytest.approx(2.2)
+    assert "| x shortest |" in benches_table(rows)
 
 
 @pytest.mark.parametrize("name", ["softmax", "regla"])

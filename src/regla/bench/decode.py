@@ -6,7 +6,8 @@ what a call costs once, the first token included, does not count. Between calls 
 to the context, so that every call sees the same length. On a GPU `generate` compiles the model's step by itself.
 
 In turns. The pace of a host that calls a GPU changes by more than what a context costs a model of linear layers. So
-one more case has one cache with room for the longest context, and takes the contexts in turns, each repeat all of them.
+one more case has one cache with room for the longest context, and takes the contexts in turns, each repeat all of them:
+its rows have the median, over the turns, of a context's time in units of the shortest one's in the same turn.
 
 The floor of a step is the time in which a plain copy moves what every step must: the weights but the embeddings read
 once, the cache read once, and the states of linear layers written once.
@@ -15,6 +16,7 @@ once, the cache read once, and the states of linear layers written once.
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regla.bench.measure import Case, Row, Timing, copy_rate, dtype_name, floor_columns, quantiles
+from regla.bench.measure import Case, Row, copy_rate, dtype_name, floor_columns, quantiles
 from regla.bench.models import build, configs
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def _measure(
         model = build(config, device, dtype).eval()
         cache = StaticCache(config=config, max_cache_len=longest + new_tokens)
         fill(model, cache, batch, longest)
-        timings, peak = _time_generate(model, cache, batch, contexts, new_tokens, eager, 5 if quick else _REPEATS)
+        each, peak = _time_generate(model, cache, batch, contexts, new_tokens, eager, 5 if quick else _REPEATS)
     except torch.OutOfMemoryError:
         for context in contexts:
             yield row(context) | {"out_of_memory": True}
@@ -102,11 +104,14 @@ def _measure(
     moved += sum(p.numel() * p.element_size() for p in model.parameters())
     embeddings = model.get_input_embeddings().weight
     moved -= embeddings.numel() * embeddings.element_size()
-    for context, timing in zip(contexts, timings, strict=True):
+    for context, found in zip(contexts, each, strict=True):
+        timing = quantiles(found, "clock")
+        ratios = [x / shortest for x, shortest in zip(found, each[0], strict=True)]
         yield (
             row(context)
             | {"parameters": model.num_parameters()}
             | timing.as_row()
+            | ({"of_shortest": statistics.median(ratios)} if len(contexts) > 1 else {})
             | {"tokens_per_second": batch / timing.p50_us * 1e6}
             | floor_columns(moved, rate, timing.p50_us)
             | {"peak_bytes": peak, "cache_bytes": held}
@@ -130,8 +135,8 @@ def _time_generate(
     new_tokens: int,
     eager: bool,
     repeats: int,
-) -> tuple[list[Timing], int | None]:
-    """(time of a step behind each context, peak memory of the device in bytes or None)."""
+) -> tuple[list[list[float]], int | None]:
+    """(seconds of a step behind each context in each turn, peak memory of the device in bytes or None)."""
     cuda = model.device.type == "cuda"
     ids_B1 = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)
 
@@ -160,7 +165,7 @@ def _time_generate(
     for _ in range(repeats):
         for context, found in zip(contexts, each, strict=True):
             found.append((seconds(context, new_tokens) - seconds(context, _SHORT)) / (new_tokens - _SHORT))
-    return [quantiles(found, "clock") for found in each], torch.cuda.max_memory_allocated() if cuda else None
+    return each, torch.cuda.max_memory_allocated() if cuda else None
 
 
 def _generate(

@@ -69,12 +69,14 @@ def _ops_cells(row: Row) -> dict[str, str]:
 
 def _decode_cells(row: Row) -> dict[str, str]:
     setting = row["setting"]
+    turns = {"x shortest": _number(row, "of_shortest", ".3f")} if setting.get("in_turns") else {}
     return {
         "model": _name(row),
         "batch": str(setting["batch"]),
         "context": f"{setting['context']:,}",
         "tokens/s": _number(row, "tokens_per_second", ",.0f"),
         **_time(row, "ms", 1e-3),
+        **turns,
         "of floor": _number(row, "of_floor", ".0%"),
         "peak memory": _memory(row.get("peak_bytes")),
         "cache": _memory(row.get("cache_bytes")),
