@@ -69,7 +69,7 @@ def _ops_cells(row: Row) -> dict[str, str]:
 
 def _decode_cells(row: Row) -> dict[str, str]:
     setting = row["setting"]
-    turns = {"x shortest": _number(row, "of_shortest", ".3f")} if setting.get("in_turns") else {}
+    turns = {"x shortest": _number(row, "of_shortest", ".3f")} if "of_shortest" in row else {}
     return {
         "model": _name(row),
         "batch": str(setting["batch"]),
@@ -129,7 +129,7 @@ def plot_bench(rows: Sequence[Row], file: str | Path) -> None:
     else:
         panels, unit, along = _panels(measured, None, "length"), "tokens per second", "tokens of a sequence"
         title = "Training, end to end"
-    plot_lengths(panels, file, title=f"{title}, {rows[0]['device']}", along=along, unit=unit)
+    plot_lengths(panels, file, title=f"{title}, {rows[0]['device']}", along=along, unit=unit, steepest=2.0)
 
 
 def _panels_of_ops(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:

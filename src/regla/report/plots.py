@@ -55,11 +55,18 @@ def plot_decoding(
 
 
 def plot_lengths(
-    panels: Mapping[str, Mapping[str, Curve]], file: str | Path, *, title: str, along: str, unit: str
+    panels: Mapping[str, Mapping[str, Curve]],
+    file: str | Path,
+    *,
+    title: str,
+    along: str,
+    unit: str,
+    steepest: float = 1.0,
 ) -> None:
     """Panels side by side, by title: values in `unit` over the length, a curve by its name; logarithmic.
 
-    At most six curves in a panel.
+    At most six curves in a panel. Values that differ by less than the factor `steepest` do not fill its height, so that
+    noise does not look like a cliff.
     """
     from matplotlib.figure import Figure
 
@@ -68,6 +75,9 @@ def plot_lengths(
     for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _contexts(axes, curves, title=name, unit=unit, along=along)
         axes.set_yscale("log")
+        values = [value for curve in curves.values() for _, value in curve]
+        if max(values) < steepest * min(values):
+            axes.set_ylim(min(values) / steepest, max(values) * steepest)
     figure.savefig(file)
 
 
