@@ -129,7 +129,7 @@ def test_decode(tmp_path: Path) -> None:
 
 
 def test_contexts_in_turns_on_a_host_of_two_paces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each turn is compared with itself: half of them twice as slow changes no ratio, as it does the medians'."""
+    """Each turn is compared with itself: slow turns do not change the median of the ratios, but the medians' ratio."""
     paces = [[1.0, 2.0, 2.0, 1.0, 1.0], [1.1, 2.2, 2.2, 2.2, 1.1]]
     monkeypatch.setattr(decode, "_time_generate", lambda *_: (paces, None))
     rows = bench("decode --quick --device cpu --only regla/batch2/in_turns", tmp_path / "rows.jsonl")

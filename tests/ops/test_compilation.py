@@ -27,13 +27,10 @@ class NoGPU:
         return 0
 
 
-def compile_all(axis, dtype, packed, T):
+def compile_all(axis, dtype, packed, T, HQ, K, V):
     """Forward, backward and the next token, with every launch stopped after its compilation."""
     import triton
     from triton.runtime.jit import JITFunction
-
-    from regla.ops.fused import Inputs
-    from regla.ops.triton import operation
 
     triton.runtime.driver.set_active(NoGPU())
     run = JITFunction.run
@@ -43,7 +40,54 @@ def compile_all(axis, dtype, packed, T):
         print(self.__name__)
 
     JITFunction.run = only_compile
-    q, k, v, gk, rk, gv, rv = (torch.zeros(1, T, 1, 64, dtype=dtype) for _ in range(7))
+    call_all(axis, dtype, packed, T, HQ, K, V)
+
+
+def launch_all_twice():
+    """Forward, backward and the next token, by Triton's own launches and by direct ones, which must give a compiled
+    kernel's launcher the same."""
+    import triton
+    from triton.compiler import CompiledKernel
+    from triton.compiler.compiler import LazyDict
+    from triton.runtime.jit import JITFunction
+
+    triton.runtime.driver.set_active(NoGPU())
+    launched, through_triton = [], []
+
+    def no_handles(self):
+        self.module, self.function = "module", self.metadata.name
+        self._run = lambda *arguments: launched.append(arguments)
+
+    run = JITFunction.run
+
+    def counted(self, *args, **options):
+        through_triton.append(self.__name__)
+        return run(self, *args, **options)
+
+    CompiledKernel._init_handles, JITFunction.run = no_handles, counted
+    setting = "key", torch.bfloat16, False, 64, 1, 64, 64
+    call_all(*setting)
+    call_all(*setting)
+    assert through_triton == ["forward_kernel", "backward_kernel", "decode_kernel"], through_triton
+    assert len(launched) == 6
+
+    def shown(x):
+        if isinstance(x, LazyDict):  # for hooks
+            return x.get()
+        return (x.shape, x.dtype, x.stride()) if torch.is_tensor(x) else x
+
+    for first, second in zip(launched[:3], launched[3:], strict=True):
+        assert [shown(x) for x in first] == [shown(x) for x in second]
+        assert any(torch.is_tensor(x) for x in first)
+
+
+def call_all(axis, dtype, packed, T, HQ, K, V):
+    from regla.ops.fused import Inputs
+    from regla.ops.triton import operation
+
+    q = torch.zeros(1, T, HQ, K, dtype=dtype)
+    k, gk, rk = (torch.zeros(1, T, 1, K, dtype=dtype) for _ in range(3))
+    v, gv, rv = (torch.zeros(1, T, 1, V, dtype=dtype) for _ in range(3))
     gates = (*((None, None) if axis == "value" else (gk, rk)), *((None, None) if axis == "key" else (gv, rv)))
     cu_seqlens = torch.tensor([0, T]) if packed else None
     inputs = Inputs(q, k, v, *gates, None, cu_seqlens, None, None)
@@ -52,33 +96,49 @@ def compile_all(axis, dtype, packed, T):
     operation.backward(o, None, inputs, m, lower, states, 0.125, True, True, grads, torch.empty_like(final))
     if not packed:
         one = Inputs(*(None if x is None else x[:, :1] for x in inputs[:7]), None, None, None, None)
-        operation.step(one, final, torch.zeros(1, 1), None, None, 0.125, True, 1e-6, torch.empty_like(v[:, :1]))
+        operation.step(one, final, torch.zeros(1, 1), None, None, 0.125, True, 1e-6, torch.empty_like(o[:, :1]))
 
 
 LONG = 8 * 16 * 32  # in segments
 EVERY = ["state_kernel", "chain_kernel", "forward_kernel", "gradient_kernel", "chain_kernel", "backward_kernel"]
+HEAD = (1, 64, 64)  # HQ, K, V
 CASES = [
-    ("key", "bfloat16", "whole", LONG),
-    pytest.param("value", "bfloat16", "whole", LONG, marks=pytest.mark.slow),
-    pytest.param("both", "bfloat16", "whole", LONG, marks=pytest.mark.slow),
-    pytest.param("value", "bfloat16", "packed", 64, marks=pytest.mark.slow),
-    pytest.param("both", "float32", "whole", 64, marks=pytest.mark.slow),
+    ("key", "bfloat16", "whole", LONG, HEAD),
+    ("key", "bfloat16", "whole", 64, (1, 128, 128)),  # states in slices
+    pytest.param("key", "bfloat16", "whole", 64, (2, 128, 72), marks=pytest.mark.slow),
+    pytest.param("value", "bfloat16", "whole", LONG, HEAD, marks=pytest.mark.slow),
+    pytest.param("both", "bfloat16", "whole", LONG, HEAD, marks=pytest.mark.slow),
+    pytest.param("value", "bfloat16", "packed", 64, HEAD, marks=pytest.mark.slow),
+    pytest.param("both", "float32", "whole", 64, HEAD, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("axis", "dtype", "layout", "T"), CASES)
-def test_kernels_compile(axis, dtype, layout, T, tmp_path):
+def in_a_process_of_its_own(tmp_path, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, __file__, axis, dtype, layout, str(T)],
+        [sys.executable, __file__, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize(("axis", "dtype", "layout", "T", "head"), CASES)
+def test_kernels_compile(axis, dtype, layout, T, head, tmp_path):
     expected = EVERY if T == LONG else ["forward_kernel", "backward_kernel"]
-    assert result.stdout.split() == expected + ["decode_kernel"] * (layout == "whole")
+    found = in_a_process_of_its_own(tmp_path, axis, dtype, layout, T, *head)
+    assert found == expected + ["decode_kernel"] * (layout == "whole")
+
+
+def test_direct_launches_are_those_of_triton(tmp_path):
+    assert in_a_process_of_its_own(tmp_path, "launch") == []
 
 
 if __name__ == "__main__":
-    compile_all(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3] == "packed", int(sys.argv[4]))
+    if sys.argv[1] == "launch":
+        launch_all_twice()
+    else:
+        axis, dtype, layout, *sizes = sys.argv[1:]
+        compile_all(axis, getattr(torch, dtype), layout == "packed", *map(int, sizes))

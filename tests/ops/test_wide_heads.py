@@ -1,5 +1,7 @@
 """Heads of 128 channels in bfloat16, whose states the kernels take in slices where the value axis does not decay."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -60,10 +62,20 @@ def test_which_states_are_taken_in_slices(operation):
         torch.ones(1, 1, 1, 64).bfloat16(),
         torch.ones(1, 1, 1, 128),
     )
-    assert operation._slices(wide, wide, None) == 2
+    assert operation._slices(wide, wide, None) == 2 and operation._slices(wide, wide, None, 2) == 1
     assert [operation._slices(*x) for x in ((wide, wide, wide), (wide, narrow, None), (float32, float32, None))] == [
         1
     ] * 3
+
+
+def test_every_part_of_a_tag_changes_with_every_passing():
+    """So that the errors of all numbers cancel: see regla.ops.triton.passing."""
+    from regla.ops.triton.passing import TAG_STEP
+
+    tags = [count * TAG_STEP.value % 4096 for count in range(4096)]
+    assert tags[0] == 0 and len(set(tags)) == 4096
+    for before, after in itertools.pairwise(tags):
+        assert all((before ^ after) >> 3 * part & 7 for part in range(4))
 
 
 @pytest.mark.parametrize("scenario", ["plain", "extreme", "outliers"])

@@ -4,12 +4,23 @@ import struct
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from regla.report.plots import moving_mean, plot_decoding, plot_losses
+from regla.report.plots import moving_mean, plot_decoding, plot_lengths, plot_losses
 
 
 def test_the_moving_mean_looks_back() -> None:
     assert moving_mean([4.0, 2.0, 6.0, 1.0], 3) == pytest.approx([4.0, 3.0, 4.0, 3.0])
+
+
+def test_noise_does_not_look_like_a_cliff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, _: ranges.extend(axes.get_ylim() for axes in self.axes))
+    panels = {"nearly flat": {"a": [(1024, 1.0), (4096, 1.1)]}, "steep": {"a": [(1024, 1.0), (4096, 8.0)]}}
+    plot_lengths(panels, tmp_path / "x.png", title="", along="", unit="", least_ratio=2.0)
+    (low, high), (steep_low, steep_high) = ranges
+    assert (low, high) == pytest.approx((0.5, 2.2))
+    assert 0.5 < steep_low < 1.0 and 8.0 < steep_high < 16.0
 
 
 def test_plots_are_png_files(tmp_path: Path) -> None:

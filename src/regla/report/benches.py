@@ -129,7 +129,7 @@ def plot_bench(rows: Sequence[Row], file: str | Path) -> None:
     else:
         panels, unit, along = _panels(measured, None, "length"), "tokens per second", "tokens of a sequence"
         title = "Training, end to end"
-    plot_lengths(panels, file, title=f"{title}, {rows[0]['device']}", along=along, unit=unit, steepest=2.0)
+    plot_lengths(panels, file, title=f"{title}, {rows[0]['device']}", along=along, unit=unit, least_ratio=2.0)
 
 
 def _panels_of_ops(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -61,12 +61,12 @@ def plot_lengths(
     title: str,
     along: str,
     unit: str,
-    steepest: float = 1.0,
+    least_ratio: float = 1.0,
 ) -> None:
     """Panels side by side, by title: values in `unit` over the length, a curve by its name; logarithmic.
 
-    At most six curves in a panel. Values that differ by less than the factor `steepest` do not fill its height, so that
-    noise does not look like a cliff.
+    At most six curves in a panel. Values that differ by less than the factor `least_ratio` do not fill its height, so
+    that noise does not look like a cliff.
     """
     from matplotlib.figure import Figure
 
@@ -76,8 +76,8 @@ def plot_lengths(
         _contexts(axes, curves, title=name, unit=unit, along=along)
         axes.set_yscale("log")
         values = [value for curve in curves.values() for _, value in curve]
-        if max(values) < steepest * min(values):
-            axes.set_ylim(min(values) / steepest, max(values) * steepest)
+        if max(values) < least_ratio * min(values):
+            axes.set_ylim(min(values) / least_ratio, max(values) * least_ratio)
     figure.savefig(file)
 
 

@@ -83,7 +83,7 @@ def value_side(
                 q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
-        Pd = P if SLICED else scores_of(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
+        Pd = P if SLICED else chunk_scores(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
             if not FAR:
@@ -99,7 +99,8 @@ def value_side(
 
 
 @triton.jit
-def scores_of(q, qd, k, kd, gk, KEYED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr):
+def chunk_scores(q, qd, k, kd, gk, KEYED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr):
+    """The scores of a chunk [C, C] as an operand, over the tree where FAR."""
     if KEYED and FAR:
         P = scores_over_tree(q, k, gk, levels(k.shape[0]), kd.dtype, PRECISION)
     else:
@@ -109,14 +110,14 @@ def scores_of(q, qd, k, kd, gk, KEYED: tl.constexpr, PRECISION: tl.constexpr, FA
 
 @triton.jit
 def key_side(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S, dP_tree,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S, dP_given,
     dq_read, begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     PRECISION: tl.constexpr, SLICED: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to kd (over the tree to k) and to Bk, and dq, written. Where SLICED, dP_tree is
-    what the scores get of all slices, and dq_read what qd gets of the state."""
+    """What the outputs of a chunk give to kd (over the tree to k) and to Bk, and dq, written. dP_given: what the
+    scores get, where SLICED, and over the tree of the values; dq_read: what qd gets of the state, where SLICED."""
     rows = tl.arange(0, C)
     ki = tl.arange(0, BK)
     causal = rows[:, None] >= rows[None, :]
@@ -131,11 +132,11 @@ def key_side(
                 dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
         if SLICED:
-            dP = dP_tree
+            dP = dP_given
         elif VALUED and FAR:
             if G > 1:  # of this head; the other results are not used
-                _dv, _dBv, dP_tree = read_over_tree(tl.zeros([C, C], dtype), do, v, gv, v, v, PRECISION)
-            dP = dP_tree
+                _dv, _dBv, dP_given = read_over_tree(tl.zeros([C, C], dtype), do, v, gv, v, v, PRECISION)
+            dP = dP_given
         else:
             dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         dPd = tl.where(causal, dP, 0.0).to(dtype)
@@ -216,7 +217,7 @@ def finish(
         if s == 0:
             q, qd = query_operand(q, Ek, norm, valid, dtype, K, KEYED, SAFE_EXP, NORM)
             if SLICED:
-                P = scores_of(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
+                P = chunk_scores(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
                 dq_read = tl.zeros([C, BK], tl.float32)
                 dP_sum = tl.zeros([C, C], tl.float32)
                 dk_end = tl.zeros([C, BK], tl.float32)
@@ -281,7 +282,7 @@ def finish(
                 S *= exp2(-cv)[None, :]
         Sd = S.to(dtype)
         # The forward kernel's k_end and v_end, and of U the factor that v_end lacks where no token is far.
-        k_end, v_end = kd, x
+        k_end, v_end = kd, x  # for each slice again: held, it would cost registers
         if KEYED:
             if FAR:
                 to_end_k = to_the_end(gk, PRECISION)

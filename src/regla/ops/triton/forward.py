@@ -204,7 +204,7 @@ def finish(
         if VALUED and not FAR:
             written *= exp2(total_v + cv)[None, :]
         # The state before the chunk, and at once the one after it for the next.
-        # Before the wait, where it costs the next chunk nothing.
+        # Before the wait (of the first slice), where it costs the next chunk nothing.
         if KEYED:
             keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
         if VALUED:

@@ -125,7 +125,7 @@ def backward(
         SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
         **_common(norm, q, k, v, gk, rk, gv, rv),
         MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
-        SLICES=_slices(k, v, gv) if q.shape[2] == H else 1, **_warps(k, v, gv, "backward"),
+        SLICES=_slices(k, v, gv, q.shape[2] // H), **_warps(k, v, gv, "backward"),
     )  # fmt: skip
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
@@ -316,11 +316,11 @@ def _wide(k: Tensor, v: Tensor) -> bool:
     return max(k.shape[-1], v.shape[-1]) > 64
 
 
-def _slices(k: Tensor, v: Tensor, gv: Tensor | None) -> int:
-    """How many slices of its columns a program takes a state in, one after the other: where the value axis decays, too,
-    that would be slower. See docs/kernels.md."""
-    whole = gv is not None or v.dtype == torch.float32 or min(_padded(k.shape[-1]), _padded(v.shape[-1])) <= 64
-    return 1 if whole else 2
+def _slices(k: Tensor, v: Tensor, gv: Tensor | None, G: int = 1) -> int:
+    """How many slices of its columns a program takes a state in, one after the other. G: of the backward pass, query
+    heads to a key head; several want the state whole. By measurement, see docs/kernels.md."""
+    narrow = min(_padded(k.shape[-1]), _padded(v.shape[-1])) <= 64
+    return 1 if narrow or gv is not None or v.dtype == torch.float32 or G > 1 else 2
 
 
 def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int, int, int]:

@@ -8,8 +8,8 @@ as it is in memory. (With a flag behind the state the writer waits until all of 
 only after it has seen the flag.)
 
 What a chunk has read, the next one writes over, once it has what this one passes on; this one passes nothing on before
-all of it is read (a barrier). A tag comes again after 4,096 passings through a place, 8,192 chunks on: more than a GPU
-has programs under way at once.
+all of it is read (a barrier). So it is with each slice of a state that is taken in slices, columns of one place. A tag
+comes again after 4,096 passings through a place, 8,192 chunks on: more than a GPU has programs under way at once.
 
 The tag is an error of up to 2^-20 of a number at each passing, now to one side, now to the other; of a zero it makes at
 most 7 x 2^-149, which is nothing in products of bfloat16 (`untagged` makes it zero again), and of infinity nan. With
@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 
 from regla.ops.triton.tiles import INTERPRETED, as_read
+
+TAG_STEP = tl.constexpr(1263)
 
 
 @triton.constexpr_function
@@ -51,8 +53,8 @@ def _take_constraints(n):
 @triton.jit
 def _tag(passing):
     """Of what is passed on as the passing's state, its 12 lowest bits, of 0 zero: the count of the passings through a
-    place, from 0, times an odd number, so that all of the tag's parts change with each."""
-    return ((passing + 1) >> 1) * 2531
+    place, from 0, times an odd number, with which all of the tag's four parts change with each."""
+    return ((passing + 1) >> 1) * TAG_STEP
 
 
 @triton.jit
@@ -67,43 +69,43 @@ def _units_at(ptr, BK: tl.constexpr, BV: tl.constexpr, ROW: tl.constexpr):
 
 
 @triton.jit
-def take_state(ptr, passing, BK: tl.constexpr, BV: tl.constexpr, ROW: tl.constexpr, EXACT: tl.constexpr):
-    """The state [BK, BV], float32, of this passing: of 0 zeros, else what `pass_state` passes, for which it waits. Or
-    columns of it, BV of ROW, from ptr on."""
+def take_state(ptr, passing, BK: tl.constexpr, BS: tl.constexpr, ROW: tl.constexpr, EXACT: tl.constexpr):
+    """The state [BK, BS], float32, of this passing: of 0 zeros, else what `pass_state` passes, for which it waits. Or
+    columns of it, BS of ROW, from ptr on."""
     ptr += (passing & 1) * BK * ROW
     if INTERPRETED:
-        S = tl.load(numbers_at(ptr, BK, BV, ROW))
+        S = tl.load(numbers_at(ptr, BK, BS, ROW))
     else:
-        n: tl.constexpr = BK * BV // (4 * tl.extra.cuda.num_threads())  # at least 1: no unit has two threads
+        n: tl.constexpr = BK * BS // (4 * tl.extra.cuda.num_threads())  # at least 1: no unit has two threads
         a, b, c, d = tl.inline_asm_elementwise(
             _take(n),
             _take_constraints(n),
-            [_units_at(ptr, BK, BV, ROW), _tag(passing), ptr + ((BK - 1) * ROW + BV - 4)],
+            [_units_at(ptr, BK, BS, ROW), _tag(passing), ptr + ((BK - 1) * ROW + BS - 4)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=n,
         )
         tl.debug_barrier()
-        words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(BK, BV)
+        words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(BK, BS)
         if EXACT:
             words &= -8
-        S = as_read(words.to(tl.float32, bitcast=True), numbers_at(ptr, BK, BV, ROW))
+        S = as_read(words.to(tl.float32, bitcast=True), numbers_at(ptr, BK, BS, ROW))
     return S
 
 
 @triton.jit
 def pass_state(ptr, passing, x, ROW: tl.constexpr, EXACT: tl.constexpr):
-    """Pass x [BK, BV], float32, on as the passing's state, from 1 on, or as columns of it, BV of ROW."""
+    """Pass x [BK, BS], float32, on as the passing's state, from 1 on, or as columns of it, BS of ROW."""
     BK: tl.constexpr = x.shape[0]
-    BV: tl.constexpr = x.shape[1]
+    BS: tl.constexpr = x.shape[1]
     ptr += (passing & 1) * BK * ROW
     if INTERPRETED:
-        tl.store(numbers_at(ptr, BK, BV, ROW), x)
+        tl.store(numbers_at(ptr, BK, BS, ROW), x)
     else:
         words = x.to(tl.int32, bitcast=True)
         if EXACT:
             words = tl.where(x == x, words + 4, words)  # of the largest nan 4 more would be zero
-        ac, bd = words.reshape(BK, BV // 4, 2, 2).split()
+        ac, bd = words.reshape(BK, BS // 4, 2, 2).split()
         a, c = ac.split()
         b, d = bd.split()
         tag = _tag(passing)
@@ -123,7 +125,7 @@ def pass_state(ptr, passing, x, ROW: tl.constexpr, EXACT: tl.constexpr):
             mov.b32 $0, 0;
             }""",  # 0xb8: the third where the second has bits, else the first
             "=r,l,r,r,r,r,r,r,r,r",
-            [_units_at(ptr, BK, BV, ROW), a, b, c, d, tag, tag >> 3, tag >> 6, tag >> 9],
+            [_units_at(ptr, BK, BS, ROW), a, b, c, d, tag, tag >> 3, tag >> 6, tag >> 9],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
