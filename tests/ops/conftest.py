@@ -1,5 +1,5 @@
 """Bfloat16 in Triton's interpreter, which keeps it as unsigned integers: there it multiplies them as such, and cuts
-off what it should round."""
+off what it should round. And where the kernels run at all."""
 
 import os
 
@@ -8,6 +8,18 @@ import pytest
 import torch
 
 from regla.ops import backends
+
+
+@pytest.fixture
+def operation():
+    """The launches of the kernels, where Triton runs them: on a GPU, or through its interpreter."""
+    x = torch.ones(1, 1, 1, 16)
+    reason = backends.why_not_triton(x, x)
+    if reason is not None:
+        pytest.skip(reason)
+    from regla.ops.triton import operation
+
+    return operation
 
 
 @pytest.fixture(autouse=True)

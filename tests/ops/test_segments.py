@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regla.ops import regla_attention
-from regla.ops.backends import MOST_SEQUENCES, step_engine, why_not_triton
+from regla.ops.backends import MOST_SEQUENCES, step_engine
 from regla.ops.fused import fused_attention
 
 from . import definition
@@ -28,21 +28,12 @@ from .test_triton import (
     slowly_forgotten_outlier,
 )
 
-pytestmark = [  # the interpreter's, where infinities are meant, and a loop's bound is a tensor
+pytestmark = [
+    # the interpreter's, where infinities are meant, and a loop's bound is a tensor
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("operation"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def operation():
-    x = torch.ones(1, 1, 1, 16)
-    reason = why_not_triton(x, x)
-    if reason is not None:
-        pytest.skip(reason)
-    from regla.ops.triton import operation
-
-    return operation
 
 
 @pytest.fixture

@@ -6,23 +6,16 @@ import pytest
 import torch
 
 from regla.ops import QKNorm, gated_linear_attention, regla_attention, safe_exp_attention
-from regla.ops.backends import why_not_triton
 
 from . import definition
 from .test_causality import change
 from .test_forms import make, normalised, some_state
 from .test_triton import fast_gates
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, where infinities are meant
-
-
-@pytest.fixture(autouse=True)
-def operation():
-    x = torch.ones(1, 1, 1, 16)
-    reason = why_not_triton(x, x)
-    if reason is not None:
-        pytest.skip(reason)
-    return pytest.importorskip("regla.ops.triton.operation")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, where infinities are meant
+    pytest.mark.usefixtures("operation"),
+]
 
 
 def assert_near_float32(attention, inputs, mask=None):
