@@ -173,6 +173,9 @@ def finish(
 ):  # fmt: skip
     """All gradients of the chunk, and pass on that of the state before it.
 
+    vs, dos: v and d_o of the first head in slices [C, BV / SLICES]. S_next: the first slice [BK, BV / SLICES] of the
+    state before the chunk; `at` is where that is in memory, for the others. SLICES: of the state's columns, taken one
+    after the other; what all of them give queries and keys is summed up meanwhile.
     D_FINAL: whether that of the state after the last chunk is "none", "given", or 2^lift times as large
     ("lifted").
     """
@@ -213,8 +216,7 @@ def finish(
             else:
                 Ev, Wv, cv = factors(Bv, total_v, 0, EXACT, False)
                 x = (v * Wv).to(dtype)
-        # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
-        if s == 0:
+        if s == 0:  # not before the values' factors: the compiler would need more instructions
             q, qd = query_operand(q, Ek, norm, valid, dtype, K, KEYED, SAFE_EXP, NORM)
             if SLICED:
                 P = chunk_scores(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
@@ -222,6 +224,7 @@ def finish(
                 dP_sum = tl.zeros([C, C], tl.float32)
                 dk_end = tl.zeros([C, BK], tl.float32)
         do, d = gradient_operand(do, factor, Ev, scale, dtype, VALUED, SAFE_EXP)
+        # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
         dS = tl.dot(tl.trans(qd), d, input_precision=PRECISION)
         for j in range(1, G):
             _q2, _do2, qd2, d2 = load_queries(
