@@ -28,7 +28,8 @@ class NoGPU:
 
 
 def compile_all(axis, dtype, packed, T, HQ, K, V):
-    """Forward, backward and the next token, with every launch stopped after its compilation."""
+    """Forward and backward of the recurrence and of the norm of what it gives, and the next token, with every launch
+    stopped after its compilation."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -68,22 +69,22 @@ def launch_all_twice():
     setting = "key", torch.bfloat16, False, 64, 1, 64, 64
     call_all(*setting)
     call_all(*setting)
-    assert through_triton == ["forward_kernel", "backward_kernel", "decode_kernel"], through_triton
-    assert len(launched) == 6
+    assert through_triton == ["forward_kernel", "backward_kernel", *NORM, "decode_kernel"], through_triton
+    assert len(launched) == 10
 
     def shown(x):
         if isinstance(x, LazyDict):  # for hooks
             return x.get()
         return (x.shape, x.dtype, x.stride()) if torch.is_tensor(x) else x
 
-    for first, second in zip(launched[:3], launched[3:], strict=True):
+    for first, second in zip(launched[:5], launched[5:], strict=True):
         assert [shown(x) for x in first] == [shown(x) for x in second]
         assert any(torch.is_tensor(x) for x in first)
 
 
 def call_all(axis, dtype, packed, T, HQ, K, V):
     from regla.ops.fused import Inputs
-    from regla.ops.triton import operation
+    from regla.ops.triton import operation, output_norm
 
     q = torch.zeros(1, T, HQ, K, dtype=dtype)
     k, gk, rk = (torch.zeros(1, T, 1, K, dtype=dtype) for _ in range(3))
@@ -94,12 +95,17 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
     o, final, _last, m, lower, states = operation.forward(inputs, 0.125, True, True, True)
     grads = [None if x is None else torch.empty_like(x) for x in inputs[:7]]
     operation.backward(o, None, inputs, m, lower, states, 0.125, True, True, grads, torch.empty_like(final))
+    weight, gate, eps = torch.ones(HQ, V), torch.zeros(1, T, HQ * V, dtype=dtype), 1e-6
+    bias = weight if axis == "key" else None
+    output_norm.forward(o, weight, bias, gate, "silu", eps, o)
+    output_norm.backward(o, o, weight, bias, gate, "silu", eps, o, gate, weight, weight)
     if not packed:
         one = Inputs(*(None if x is None else x[:, :1] for x in inputs[:7]), None, None, None, None)
         operation.step(one, final, torch.zeros(1, 1), None, None, 0.125, True, 1e-6, torch.empty_like(o[:, :1]))
 
 
 LONG = 8 * 16 * 32  # in segments
+NORM = ["output_norm_kernel", "output_norm_gradient_kernel"]
 EVERY = ["state_kernel", "chain_kernel", "forward_kernel", "gradient_kernel", "chain_kernel", "backward_kernel"]
 HEAD = (1, 64, 64)  # HQ, K, V
 CASES = [
@@ -129,7 +135,7 @@ def in_a_process_of_its_own(tmp_path, *arguments):
 def test_kernels_compile(axis, dtype, layout, T, head, tmp_path):
     expected = EVERY if T == LONG else ["forward_kernel", "backward_kernel"]
     found = in_a_process_of_its_own(tmp_path, axis, dtype, layout, T, *head)
-    assert found == expected + ["decode_kernel"] * (layout == "whole")
+    assert found == expected + NORM + ["decode_kernel"] * (layout == "whole")
 
 
 def test_direct_launches_are_those_of_triton(tmp_path):

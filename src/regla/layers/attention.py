@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from regla.layers.calibration import QKCalibration, QKTemperature
 from regla.layers.feature_maps import FEATURE_MAPS, SafeExp
 from regla.layers.gates import GATE_AXES, GATES, Decays
-from regla.layers.norms import NORMS, HeadLayerNorm, HeadRMSNorm
+from regla.layers.norms import NORMS, HeadRMSNorm
 from regla.layers.positions import ShortConvolution, apply_rotary
 from regla.layers.projection import is_plain, project
 from regla.ops import QKNorm
 from regla.ops.attention import safe_exp_step_
 from regla.ops.backends import step_engine
 from regla.ops.features import KEY_MAX
-
-OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
+from regla.ops.output_norm import ACTIVATIONS
 
 
 class ReGLAState(NamedTuple):
@@ -96,7 +95,7 @@ class ReGLAAttention(nn.Module):
         _one_of("gate_axis", gate_axis, GATE_AXES)
         _one_of("key_max", key_max, KEY_MAX)
         _one_of("norm", norm, NORMS)
-        _one_of("output_gate", output_gate, [None, *OUTPUT_GATES])
+        _one_of("output_gate", output_gate, [None, *ACTIVATIONS])
         num_kv_heads = num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of num_kv_heads = {num_kv_heads}")
@@ -122,7 +121,7 @@ class ReGLAAttention(nn.Module):
         self.feature_map = FEATURE_MAPS[feature_map](key_max, backend)
         self.norm = NORMS[norm](num_heads, V, norm_eps)
         self.output_gate = nn.Linear(hidden_size, num_heads * V, bias=False) if output_gate else None
-        self.output_activation = OUTPUT_GATES[output_gate] if output_gate else None
+        self.output_activation = output_gate
 
     def forward(
         self,
@@ -177,6 +176,7 @@ class ReGLAAttention(nn.Module):
             v = v * decays.write.to(v.dtype)
         v, decays = self.norm.prepare(v, decays)
         after = None if state is None else (state.S, state.m)
+        gate = None if self.output_gate is None else self.output_gate(x)
         o = self._step_(q, k, v, decays, mask, state) if overwrite_state and cu_seqlens is None else None
         if o is None:
             inputs = q, k, v, decays, mask, cu_seqlens, after, return_state
@@ -185,10 +185,13 @@ class ReGLAAttention(nn.Module):
                 h, after = self.feature_map(*inputs, together=together, qk_norm=qk_norm)
             else:
                 h, after = self.feature_map(*inputs)
-            o = self.norm(h)
+            if isinstance(self.norm, HeadRMSNorm):
+                o, gate = self.norm(h, gate, self.output_activation, self.feature_map.backend), None
+            else:
+                o = self.norm(h)
         o = o.flatten(2)
-        if self.output_gate is not None and self.output_activation is not None:
-            o = o * self.output_activation(self.output_gate(x))
+        if gate is not None and self.output_activation is not None:
+            o = o * ACTIVATIONS[self.output_activation](gate)
         y = self.o_proj(o)
         return y, ReGLAState(after[0], after[1], conv_state) if return_state and after is not None else None
 
@@ -223,10 +226,9 @@ class ReGLAAttention(nn.Module):
         if engine is None:
             return None
         weight, bias = None, None
-        if isinstance(self.norm, HeadRMSNorm | HeadLayerNorm) and self.norm.weight.device == v.device:
+        if isinstance(self.norm, HeadRMSNorm) and self.norm.weight.device == v.device:
             # Weights that are kept elsewhere come to the device when the norm itself is called.
-            weight = self.norm.weight
-            bias = self.norm.bias if isinstance(self.norm, HeadLayerNorm) else None
+            weight, bias = self.norm.weight, self.norm.bias
         h = safe_exp_step_(
             q,
             k,

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regla.layers.gates import Decays
-
-
-def prescale(h: Tensor) -> Tensor:
-    """h [..., V] -> h / max_i |h_i| in float32 at least; zeros stay zeros. The maximum takes no gradient."""
-    h = h.to(torch.promote_types(h.dtype, torch.float32))
-    largest = h.detach().abs().amax(-1, keepdim=True)
-    return h / torch.where(largest < torch.finfo(h.dtype).tiny, 1.0, largest)
+from regla.ops.output_norm import output_norm, prescale
 
 
 class OutputNorm(nn.Module):
@@ -36,31 +30,31 @@ class OutputNorm(nn.Module):
 
 
 class HeadRMSNorm(OutputNorm):
-    """o = w * x / sqrt(mean(x^2) + eps), x = prescale(h); per head, weight w [H, V]."""
+    """o = w * x / sqrt(mean(x^2) + eps), x = prescale(h); per head, weight w [H, V].
+
+    gate, activation and backend: see `regla.ops.output_norm`.
+    """
+
+    bias: nn.Parameter | None
 
     def __init__(self, num_heads: int, head_dim: int, eps: float):
         super().__init__(num_heads, head_dim, eps)
         self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.register_parameter("bias", None)
 
-    def forward(self, h: Tensor) -> Tensor:
-        x = prescale(h)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight).to(h.dtype)
+    def forward(
+        self, h: Tensor, gate: Tensor | None = None, activation: str | None = None, backend: str = "auto"
+    ) -> Tensor:
+        eps, weight, bias = self.eps, self.weight, self.bias
+        return output_norm(h, weight, bias, gate, activation=activation, eps=eps, backend=backend)
 
 
-class HeadLayerNorm(OutputNorm):
+class HeadLayerNorm(HeadRMSNorm):
     """o = w * (x - mean x) / sqrt(var x + eps) + b, x = prescale(h); per head, w, b [H, V] (the paper's choice)."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float):
         super().__init__(num_heads, head_dim, eps)
-        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
         self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
-
-    def forward(self, h: Tensor) -> Tensor:
-        x = prescale(h)
-        x = x - x.mean(-1, keepdim=True)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight + self.bias).to(h.dtype)
 
 
 class SumNorm(OutputNorm):

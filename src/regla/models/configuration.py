@@ -9,13 +9,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from regla.layers.attention import OUTPUT_GATES
 from regla.layers.feature_maps import FEATURE_MAPS
 from regla.layers.gates import GATE_AXES, GATES, HalfLife, check_gate_start, half_life_ends
 from regla.layers.norms import NORMS
 from regla.models.export import AUTO_MAP, write_hub_module
 from regla.ops.backends import BACKENDS
 from regla.ops.features import KEY_MAX
+from regla.ops.output_norm import ACTIVATIONS
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 SPREADS = ("channels", "layers")
@@ -232,8 +232,8 @@ KNOWN: dict[str, list[str | None]] = {
     "gate_axis": [*GATE_AXES],
     "key_max": [*KEY_MAX],
     "attention_norm": [*NORMS],
-    "output_gate": [None, *OUTPUT_GATES],
-    "softmax_output_gate": [None, *OUTPUT_GATES],
+    "output_gate": [None, *ACTIVATIONS],
+    "softmax_output_gate": [None, *ACTIVATIONS],
     "gate_half_life_over": [*SPREADS],
     "backend": ["auto", *BACKENDS],
 }

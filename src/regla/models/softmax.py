@@ -10,10 +10,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
-from regla.layers.attention import OUTPUT_GATES
 from regla.layers.norms import HeadRMSNorm
 from regla.layers.positions import ShortConvolution
 from regla.models.configuration import ReGLAConfig
+from regla.ops.output_norm import ACTIVATIONS
 
 
 class SoftmaxAttention(LlamaAttention):
@@ -39,7 +39,7 @@ class SoftmaxAttention(LlamaAttention):
         self.k_norm = nn.RMSNorm(D, config.rms_norm_eps) if config.softmax_qk_norm else None
         self.norm = HeadRMSNorm(heads, D, config.rms_norm_eps) if config.softmax_output_norm else None
         self.output_gate = nn.Linear(hidden_size, heads * D, bias=False) if gate else None
-        self.output_activation = OUTPUT_GATES[gate] if gate else None
+        self.output_activation = ACTIVATIONS[gate] if gate else None
 
     def forward(  # type: ignore[override]
         self,

@@ -104,6 +104,16 @@ def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay", *, any_batch: b
     return None
 
 
+def output_norm_kernel_runs(backend: str, h: Tensor, gate: Tensor | None) -> bool:
+    """Whether the norm of a recurrence's output h, and the gate on it, are computed by a kernel."""
+    kinds = {x.dtype for x in (h, gate) if x is not None}
+    if not _TRITON_IS_INSTALLED or h.numel() == 0 or not kinds <= {torch.bfloat16, torch.float16, torch.float32}:
+        return False
+    if backend == "triton" and not h.is_cuda:
+        return _is_interpreted() and kinds <= set(_INTERPRETED)
+    return h.is_cuda and backend in ("auto", "triton")
+
+
 def _is_interpreted() -> bool:
     """Whether Triton's own interpreter runs the kernels, on a CPU and slowly: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,175 @@
+"""The norm over a head's output and the gate on it (`regla.ops.output_norm`): everything about a token and head is in a
+program's registers at once, and read from memory once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from regla.ops.triton.launch import launch
+from regla.ops.triton.tiles import LOG2E
+
+_PROGRAMS = {"rms": 924, "layer": 528}  # of the backward pass: as many as an H100 runs at once
+_NUMBERS = 2048  # that a program takes at once
+
+
+@triton.jit
+def normalised(h_ptr, at, real, eps, V: tl.constexpr, CENTRED: tl.constexpr):
+    """(x r, r = 1 / sqrt(mean(x^2) + eps), max |h|), x [R, BV] = h / max |h|, minus its mean if CENTRED."""
+    h = tl.load(h_ptr + at, mask=real, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(h), 1)
+    largest = tl.where(largest < 1.1754943508222875e-38, 1.0, largest)[:, None]
+    x = h / largest
+    if CENTRED:
+        x = tl.where(real, x - (tl.sum(x, 1) * (1 / V))[:, None], 0.0)
+    r = tl.rsqrt(tl.sum(x * x, 1) * (1 / V) + eps)[:, None]
+    return x * r, r, largest
+
+
+@triton.jit
+def activated(gate_ptr, at, real, GATE: tl.constexpr):
+    """(activation(gate), its derivative)"""
+    g = tl.load(gate_ptr + at, mask=real, other=0.0).to(tl.float32)
+    s = 1 / (1 + tl.exp2(-g * LOG2E))
+    if GATE == "silu":
+        return g * s, s + g * s * (1 - s)
+    return s, s * (1 - s)
+
+
+@triton.jit
+def places(program, tokens, gate_step, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr):
+    """Of the R tokens of one head that a program takes: the head's first channel, where in h they are, where in the
+    gate's logits, and which of these there are."""
+    token = tl.arange(0, R).to(tl.int64) + program // H * R
+    first, vi = program % H * V, tl.arange(0, BV)
+    real = (token < tokens)[:, None] & (vi < V)[None, :]
+    channel = first + vi[None, :]
+    return first, token[:, None] * (H * V) + channel, token[:, None] * gate_step + channel, real
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def output_norm_kernel(
+    h_ptr, weight_ptr, bias_ptr, gate_ptr, o_ptr, eps, tokens, gate_step,
+    H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, CENTRED: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    first, at, gate_at, real = places(tl.program_id(0), tokens, gate_step, H, V, BV, R)
+    vi = tl.arange(0, BV)
+    o, _, _ = normalised(h_ptr, at, real, eps, V, CENTRED)
+    o *= tl.load(weight_ptr + first + vi, mask=vi < V, other=0.0).to(tl.float32)[None, :]
+    if CENTRED:
+        o += tl.load(bias_ptr + first + vi, mask=vi < V, other=0.0).to(tl.float32)[None, :]
+    if GATE != "none":
+        a, _ = activated(gate_ptr, gate_at, real, GATE)
+        o *= a
+    tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["tokens", "programs"])
+def output_norm_gradient_kernel(
+    d_o_ptr, h_ptr, weight_ptr, bias_ptr, gate_ptr, d_h_ptr, d_gate_ptr, d_weight_ptr, d_bias_ptr,
+    eps, tokens, programs, gate_step, d_gate_step,
+    H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, CENTRED: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """With y what is normalised, r / max |h| the factor from h to it, and d = activation(gate) d_o:
+
+        d_h = (w d - y mean(y w d)) r / max |h|, minus its mean if CENTRED     d_gate = activation'(gate) (w y + b) d_o
+        d_weight = sum of d y                                                                          d_bias = sum of d
+
+    Of `programs` for each head one takes every so-many-th block of R tokens, and writes a row of d_weight and d_bias.
+    """
+    program = tl.program_id(0)
+    vi = tl.arange(0, BV)
+    first = program % H * V
+    weight = tl.load(weight_ptr + first + vi, mask=vi < V, other=0.0).to(tl.float32)[None, :]
+    bias = 0.0
+    if CENTRED:
+        bias = tl.load(bias_ptr + first + vi, mask=vi < V, other=0.0).to(tl.float32)[None, :]
+    d_weight, d_bias = tl.zeros([R, BV], tl.float32), tl.zeros([R, BV], tl.float32)
+    blocks = H * tl.cdiv(tokens, R)
+    for block in range(program, blocks, H * programs):
+        _, at, gate_at, real = places(block, tokens, gate_step, H, V, BV, R)
+        y, r, largest = normalised(h_ptr, at, real, eps, V, CENTRED)
+        d = tl.load(d_o_ptr + at, mask=real, other=0.0).to(tl.float32)
+        if GATE != "none":
+            a, slope = activated(gate_ptr, gate_at, real, GATE)
+            d_gate = d * (y * weight + bias) * slope
+            _, _, d_gate_at, _ = places(block, tokens, d_gate_step, H, V, BV, R)
+            tl.store(d_gate_ptr + d_gate_at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=real)
+            d *= a
+        d_weight += d * y
+        if CENTRED:
+            d_bias += d
+        d *= weight
+        d -= y * (tl.sum(d * y, 1) * (1 / V))[:, None]
+        if CENTRED:
+            d -= (tl.sum(d, 1) * (1 / V))[:, None]
+        tl.store(d_h_ptr + at, (d * r / largest).to(d_h_ptr.dtype.element_ty), mask=real)
+    row = program // H * (H * V) + first + vi
+    tl.store(d_weight_ptr + row, tl.sum(d_weight, 0), mask=vi < V)
+    if CENTRED:
+        tl.store(d_bias_ptr + row, tl.sum(d_bias, 0), mask=vi < V)
+
+
+def forward(
+    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, eps: float, o: Tensor
+) -> None:
+    """Fill o."""
+    B, T, H, _V = h.shape
+    constants = _constants(h, bias, gate, activation)
+    launch(
+        output_norm_kernel, (H * triton.cdiv(B * T, constants["R"]), 1, 1),
+        (h, weight.contiguous(), _contiguous(bias), gate, o), (eps, B * T, _step(gate)), **constants,
+    )  # fmt: skip
+
+
+def backward(
+    d_o: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    eps: float,
+    d_h: Tensor,
+    d_gate: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+) -> None:
+    """Fill the gradients; of what there is not they are not looked at."""
+    B, T, H, V = h.shape
+    constants = _constants(h, bias, gate, activation)
+    programs = max(1, min(triton.cdiv(B * T, constants["R"]), _PROGRAMS["rms" if bias is None else "layer"] // H))
+    parts = d_weight.new_empty(2, programs, H, V) if bias is not None else d_weight.new_empty(1, programs, H, V)
+    launch(
+        output_norm_gradient_kernel, (H * programs, 1, 1),
+        (d_o, h, weight.contiguous(), _contiguous(bias), gate, d_h, d_gate, parts[0], parts[-1]),
+        (eps, B * T, programs, _step(gate), H * V), **constants,
+    )  # fmt: skip
+    torch.sum(parts[0], 0, out=d_weight)
+    if bias is not None:
+        torch.sum(parts[1], 0, out=d_bias)
+
+
+def _constants(h: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> dict[str, int | str | bool]:
+    H, V = h.shape[2:]
+    BV = triton.next_power_of_2(V)
+    return {
+        "H": H,
+        "V": V,
+        "BV": BV,
+        "R": max(1, _NUMBERS // BV),
+        "CENTRED": bias is not None,
+        "GATE": "none" if gate is None else activation,
+        "num_warps": 4,
+    }
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _step(gate: Tensor | None) -> int:
+    """From token to token; of one token a sequence, from sequence to sequence."""
+    return 0 if gate is None else gate.stride(1 if gate.shape[1] > 1 else 0)
