@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from regla.ops import regla_attention
-from regla.ops.backends import MOST_SEQUENCES, step_engine
 from regla.ops.fused import fused_attention
 
 from . import definition
@@ -150,11 +148,30 @@ def test_what_is_cut(operation, wide):
             assert parts * part - chunks < parts * part // pieces
 
 
-def test_more_sequences_than_a_grid_has_programs():
-    x = torch.zeros(MOST_SEQUENCES + 1, 2, 1, 16)
-    with pytest.raises(ValueError, match=r"the batch has 65,536 sequences, and the kernels take at most 65,535"):
-        regla_attention(x, x, x, x, x, backend="triton")
-    assert step_engine("triton", "decay", x[:, :1], x[:, :1]) == "triton"  # one token each: another grid
+@pytest.mark.parametrize("wide", [False, True])
+def test_groups_hold_all_sequences(operation, wide):
+    for segments, H in ((1, 1), (8, 12), (64, 12), (65, 12), (5, 500), (1_000_000, 1), (70_000, 300)):
+        heads, chunks, groups = operation._grid(H, segments, 7, None, wide=wide)
+        size = heads // H
+        assert heads == size * H and chunks == 7 and groups <= 65_535
+        assert size * (groups - 1) < segments <= size * groups
+        assert heads <= operation._IN_A_GROUP[wide] or size == 1 or segments > 65_535
+
+
+@pytest.mark.parametrize("axis", ["key", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("value", "both"))])
+def test_in_groups(axis, operation, monkeypatch):
+    """The same bits whatever the order of the sequences' chunks; the last group is smaller."""
+    leaves = [x.requires_grad_() for x in make(40, SMALL, axis, "noise", B=5)]
+    results = []
+    for most in (1000, 4):
+        monkeypatch.setattr(operation, "_IN_A_GROUP", (most, most))
+        grid = operation._grid(2, 5, 2, None, wide=False)
+        assert grid == ((10, 2, 1) if most == 1000 else (4, 2, 3))
+        h, (S, m) = fused(*leaves, gate_axis=axis)
+        torch.manual_seed(1)
+        loss = (h * torch.randn_like(h)).sum() + (S * torch.randn_like(S)).sum()
+        results.append([h, S, m, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_no_stabiliser_without_the_safe_exponential(cut):

@@ -18,8 +18,6 @@ WIDEST = 128
 WIDEST_STEP = 256
 WIDEST_CROWDED = 64  # more leaves no room in shared memory
 
-MOST_SEQUENCES = 65_535  # programs along the second axis of a grid
-
 NOT_CAUSAL = "key_max is 'sequence', which is not causal, and the kernels run forward in time"
 _INTERPRETED = (torch.float32,)  # what Triton's interpreter computes rightly
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -67,7 +65,7 @@ def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tenso
     chosen = backend == "triton" or (backend == "auto" and k.is_cuda)
     if not chosen or max(k.shape[-1], v.shape[-1]) > WIDEST_STEP:
         return None
-    return "triton" if why_not_triton(k, v, key_max, any_batch=True) is None else None
+    return "triton" if why_not_triton(k, v, key_max) is None else None
 
 
 def widest(q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None) -> int:
@@ -87,8 +85,8 @@ def why_not_native(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
     return why_missing()
 
 
-def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay", *, any_batch: bool = False) -> str | None:
-    """Why the GPU's kernels cannot run on these tensors; None if they can. `any_batch`: the decode kernel's."""
+def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
+    """Why the GPU's kernels cannot run on these tensors; None if they can."""
     if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     if key_max == "sequence":
@@ -99,8 +97,6 @@ def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay", *, any_batch: b
         return f"v is {v.dtype}, and the kernels take bfloat16 and float32"
     if not k.is_cuda and v.dtype not in _INTERPRETED:
         return "v is bfloat16, which Triton's interpreter multiplies as integers"
-    if k.shape[0] > MOST_SEQUENCES and not any_batch:
-        return f"the batch has {k.shape[0]:,} sequences, and the kernels take at most {MOST_SEQUENCES:,}"
     return None
 
 

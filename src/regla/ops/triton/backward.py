@@ -392,12 +392,12 @@ def finish_with_tree(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "part", "parts"])
+@triton.jit(do_not_specialize=["T", "chunks", "part", "parts", "segments"])
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, cu_ptr, slot_ptr, before_ptr,
     m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
-    scale, eps, T, chunks, part, parts, H,
+    scale, eps, T, chunks, part, parts, segments, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -406,7 +406,7 @@ def backward_kernel(
     PRECISION: tl.constexpr, SLICES: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     n, h, i, count, begin, length, past, slot = place(
-        cu_ptr, slot_ptr, T, chunks, part, parts, H, C, VARLEN, SPLIT, True
+        cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, C, VARLEN, SPLIT, True
     )
     if n >= 0:
         head = n * H + h

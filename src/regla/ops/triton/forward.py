@@ -41,13 +41,14 @@ from regla.ops.triton.tree import levels, scores_over_tree, tree_level
 
 @triton.jit
 def place(
-    cu_ptr, slot_ptr, T, chunks, part, parts, H,
+    cu_ptr, slot_ptr, T, chunks, part, parts, segments, H,
     C: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Which chunk of what this program takes: (segment n or -1 for none, head, chunk i of the segment, chunks of it,
     first token, length, chunks of the sequence before the segment, slot of its states).
 
-    A segment is a sequence or, with SPLIT, one of its `parts`, of `part` chunks, the last perhaps of fewer.
+    A segment is a sequence or, with SPLIT, one of its `parts`, of `part` chunks, the last perhaps of fewer. Programs
+    along the first axis are the heads of a group of segments, along the second their chunks, along the third groups.
     """
     if VARLEN:
         slot = tl.program_id(0) // H
@@ -59,9 +60,9 @@ def place(
         length = (tl.load(cu_ptr + tl.maximum(n, 0) + 1) - begin).to(tl.int32)
         i = slot - (begin // C).to(tl.int32) - n
         return n, h, i, tl.cdiv(length, C), begin, length, 0, slot.to(tl.int64)
-    h = tl.program_id(0)
-    n = tl.program_id(1)
-    i = tl.program_id(2)
+    h = tl.program_id(0) % H
+    n = tl.program_id(2) * (tl.num_programs(0) // H) + tl.program_id(0) // H
+    i = tl.program_id(1)
     past = 0
     sequence = n
     count = chunks
@@ -70,6 +71,7 @@ def place(
         past = (n - sequence * parts) * part
         count = tl.minimum(part, chunks - past)
         n = tl.where(i < count, n, -1)
+    n = tl.where(n < segments, n, -1)  # the last group may be smaller
     if REVERSE:
         i = count - 1 - i
     length = tl.minimum(T - past * C, count * C)
@@ -291,12 +293,12 @@ def finish_with_tree(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "part", "parts"])
+@triton.jit(do_not_specialize=["T", "chunks", "part", "parts", "segments"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, cu_ptr, slot_ptr,
     initial_ptr, before_ptr,
     o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr,
-    scale, eps, T, chunks, part, parts, H,
+    scale, eps, T, chunks, part, parts, segments, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
@@ -307,7 +309,7 @@ def forward_kernel(
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
     n, h, i, count, begin, length, _past, slot = place(
-        cu_ptr, slot_ptr, T, chunks, part, parts, H, C, VARLEN, SPLIT, False
+        cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, C, VARLEN, SPLIT, False
     )
     if n >= 0:
         head = n * H + h

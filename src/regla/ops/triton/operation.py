@@ -24,6 +24,9 @@ _AT_ONCE = 792  # six for each
 # docs/kernels.md.
 _FEW_HEADS, _SIDE_BY_SIDE, _PIECES = (32, 24), (96, 32), (768, 528)
 _SHORTEST = 8
+# Heads of all sequences whose chunks are computed side by side: the states that they pass on stay in the cache.
+_IN_A_GROUP = (192, 96)
+_PROGRAMS_OF_AN_AXIS = 65_535  # of a grid, but for its first
 
 
 def forward(
@@ -54,10 +57,10 @@ def forward(
     passed = k.new_zeros(states_passed + 2 * all_chunks * H, dtype=torch.float32)
     passed_m = passed[states_passed:].view(torch.int64)
     launch(
-        forward_kernel, _grid(H, N * parts, part, slots),
+        forward_kernel, _grid(H, N * parts, part, slots, wide=_wide(k, v)),
         (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, initial_state, before,
          o, final, m, lower, states, last, passed, passed_m),
-        (scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv))),
+        (scale, _eps(norm), T, chunks, part, parts, N * parts, H, *map(_step, (q, k, v, gk, rk, gv, rv))),
         SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
         **_common(norm, q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
         MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
@@ -118,10 +121,11 @@ def backward(
         d_initials = d_initial.new_empty(N * parts, *d_initial.shape[1:])
     passed = k.new_zeros(_passed(k, v, N * parts), dtype=torch.float32)
     launch(
-        backward_kernel, _grid(H, N * parts, part, slots),
+        backward_kernel, _grid(H, N * parts, part, slots, wide=_wide(k, v)),
         (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before, m, lower, states, d_o, d_final,
          *grads, d_initials, passed),
-        (scale, _eps(norm), T, chunks, part, parts, H, *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads)),
+        (scale, _eps(norm), T, chunks, part, parts, N * parts, H,
+         *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads)),
         SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
         **_common(norm, q, k, v, gk, rk, gv, rv),
         MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
@@ -308,7 +312,7 @@ def _segments(heads: int, chunks: int, *, wide: bool, packed: bool) -> tuple[int
             cut = max(1, round(chunks * heads / (_SIDE_BY_SIDE[wide] * piece)))
             cut = _cdiv(_cdiv(chunks, _cdiv(chunks, piece * cut)), piece)  # the last segment is hardly shorter
             part = piece * cut
-        part = min(part, 65_535 // cut * cut)  # programs along the last axis of a grid
+        part = min(part, _PROGRAMS_OF_AN_AXIS // cut * cut)
     return _cdiv(chunks, part), part, cut
 
 
@@ -323,9 +327,13 @@ def _slices(k: Tensor, v: Tensor, gv: Tensor | None, G: int = 1) -> int:
     return 1 if narrow or gv is not None or v.dtype == torch.float32 or G > 1 else 2
 
 
-def _grid(H: int, segments: int, chunks: int, slots: Tensor | None) -> tuple[int, int, int]:
-    """Programs: those of a sequence ascend with its chunks."""
-    return (H, segments, chunks) if slots is None else (H * len(slots), 1, 1)
+def _grid(H: int, segments: int, chunks: int, slots: Tensor | None, *, wide: bool) -> tuple[int, int, int]:
+    """Programs, in the order in which they start: group after group of segments, in each chunk after chunk of all."""
+    if slots is not None:
+        return (H * len(slots), 1, 1)
+    groups = min(_cdiv(segments * H, _IN_A_GROUP[wide]), _PROGRAMS_OF_AN_AXIS)
+    size = _cdiv(segments, groups)
+    return (H * size, chunks, _cdiv(segments, size))
 
 
 def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, int | None]:
