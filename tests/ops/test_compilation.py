@@ -70,20 +70,20 @@ def launch_all_twice():
     call_all(*setting)
     call_all(*setting)
     assert through_triton == ["forward_kernel", "backward_kernel", *NORM, "decode_kernel"], through_triton
-    assert len(launched) == 10
+    assert len(launched) == 12
 
     def shown(x):
         if isinstance(x, LazyDict):  # for hooks
             return x.get()
         return (x.shape, x.dtype, x.stride()) if torch.is_tensor(x) else x
 
-    for first, second in zip(launched[:5], launched[5:], strict=True):
+    for first, second in zip(launched[:6], launched[6:], strict=True):
         assert [shown(x) for x in first] == [shown(x) for x in second]
         assert any(torch.is_tensor(x) for x in first)
 
 
 def call_all(axis, dtype, packed, T, HQ, K, V):
-    from regla.ops.fused import Inputs
+    from regla.ops.fused import Inputs, QKNorm
     from regla.ops.triton import operation, output_norm
 
     q = torch.zeros(1, T, HQ, K, dtype=dtype)
@@ -95,6 +95,8 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
     o, final, _last, m, lower, states = operation.forward(inputs, 0.125, True, True, True)
     grads = [None if x is None else torch.empty_like(x) for x in inputs[:7]]
     operation.backward(o, None, inputs, m, lower, states, 0.125, True, True, grads, torch.empty_like(final))
+    norm = QKNorm(torch.ones(K), torch.ones(K), 1e-6)
+    operation._norm_gradient(q, k, norm, None, grads[0], grads[1], torch.empty(2, K))
     weight, gate, eps = torch.ones(HQ, V), torch.zeros(1, T, HQ * V, dtype=dtype), 1e-6
     bias = weight if axis == "key" else None
     output_norm.forward(o, weight, bias, gate, "silu", eps, o)
@@ -105,7 +107,7 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
 
 
 LONG = 8 * 16 * 32  # in segments
-NORM = ["output_norm_kernel", "output_norm_gradient_kernel"]
+NORM = ["norm_gradient_kernel", "output_norm_kernel", "output_norm_gradient_kernel"]
 EVERY = ["state_kernel", "chain_kernel", "forward_kernel", "gradient_kernel", "chain_kernel", "backward_kernel"]
 HEAD = (1, 64, 64)  # HQ, K, V
 CASES = [

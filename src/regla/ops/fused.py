@@ -185,7 +185,7 @@ def _(buffers, layout, mask, cu_seqlens, initial_state, before, weights, eps, sc
     schema=f"(Tensor d_o, Tensor? d_final, {_INPUTS}Tensor m, Tensor factors, Tensor states, {_OPTIONS}) -> Tensor[]",
 )
 def _backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of the buffers and, in float32, of the initial state and of the norm's weights."""
+    """Gradients of the buffers and, in float32, of the initial state and of the norm's weights in one."""
     d_o, d_final, buffers, layout, *others, m, factors, states, scale, safe_exp, decaying, engine = arguments
     inputs = _inputs(buffers, layout, *others)
     grads = _gradients_like(buffers, layout, inputs.cu_seqlens, others[-2])
@@ -207,7 +207,7 @@ def _gradients_like(
     _HQ, H, K, V, *_ = layout
     N = buffers[0].shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     like = [x.new_empty(x.shape) for x in buffers]
-    shapes = [(N, H, K, V), *(x.shape for x in weights)]
+    shapes = [(N, H, K, V), (len(weights), K)][: 2 if weights else 1]
     return like + [buffers[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
@@ -226,8 +226,8 @@ def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) ->
         d_o = buffers[0].new_zeros(*buffers[0].shape[:2], HQ, V)
     inputs = buffers, ctx.layout, mask, cu_seqlens, initial_state, before, weights, ctx.eps
     grads = _backward(d_o, d_final, *inputs, m, factors, states, *ctx.options)
-    d_buffers, (d_initial, *d_weights) = grads[: ctx.buffers], grads[ctx.buffers :]
-    d_weights = [d.to(x.dtype) for d, x in zip(d_weights, weights, strict=True)]
+    d_buffers, (d_initial, *of_weights) = grads[: ctx.buffers], grads[ctx.buffers :]
+    d_weights = [d.to(x.dtype) for of_both in of_weights for d, x in zip(of_both, weights, strict=True)]
     d_initial = None if initial_state is None else d_initial
     return d_buffers, None, None, None, d_initial, None, d_weights, *(None,) * 6
 

@@ -38,15 +38,35 @@ def logits(x, weight, eps, valid, K: tl.constexpr, NORM: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["tokens"])
 def norm_gradient_kernel(
+    dq_ptr, q_ptr, q_weight_ptr, dk_ptr, k_ptr, k_weight_ptr, mask_ptr, d_weights_ptr,
+    eps, tokens, HQ, H, dq_step, q_step, dk_step, k_step,
+    K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Put the gradient of queries and keys, as they are in memory, where that of their normalised logits is; and what
+    each program sums up for the weights into a row of d_weights [programs, 2, K]."""
+    d_weights_ptr += tl.program_id(0) * 2 * K
+    if tl.program_id(1) == 0:
+        _norm_gradient(
+            dq_ptr, q_ptr, mask_ptr, q_weight_ptr, d_weights_ptr, eps, tokens * HQ, HQ, dq_step, q_step,
+            K, BK, R, MASKED,
+        )  # fmt: skip
+    else:
+        _norm_gradient(
+            dk_ptr, k_ptr, mask_ptr, k_weight_ptr, d_weights_ptr + K, eps, tokens * H, H, dk_step, k_step,
+            K, BK, R, MASKED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _norm_gradient(
     d_ptr, x_ptr, mask_ptr, weight_ptr, d_weight_ptr, eps, rows, heads, d_step, x_step,
     K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Put the gradient of x, a query or key as it is in memory, where that of its normalised logits is, of all `rows`
-    (tokens times heads), R at a time; and what each program sums up for the weight into a row of d_weight.
+    """Of all `rows` (tokens times heads), R at a time. With y = x / rms(x):
 
-    With y = x / rms(x):  d_x = (weight d - y mean(weight d y)) / rms(x)    d_weight = sum of d y
+    d_x = (weight d - y mean(weight d y)) / rms(x)    d_weight = sum of d y
     """
     ki = tl.arange(0, BK)
     weight = tl.load(weight_ptr + ki, mask=ki < K, other=0.0).to(tl.float32)[None, :]
@@ -68,4 +88,4 @@ def norm_gradient_kernel(
         d *= weight
         d = (d - y * (tl.sum(d * y, 1) * (1 / K))[:, None]) * r
         tl.store(d_ptr + token[:, None] * d_step + at, d.to(d_ptr.dtype.element_ty), mask=real)
-    tl.store(d_weight_ptr + tl.program_id(0) * K + ki, tl.sum(d_weight, 0), mask=ki < K)
+    tl.store(d_weight_ptr + ki, tl.sum(d_weight, 0), mask=ki < K)

@@ -17,7 +17,7 @@ from regla.ops.triton.norm import norm_gradient_kernel
 from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
 from regla.ops.triton.tiles import RANGE
 
-_NORM_PROGRAMS = 1056  # eight for each multiprocessor of an H100
+_NORM_PROGRAMS = 528  # for queries and keys each, together eight for each multiprocessor of an H100
 _AT_ONCE = 792  # six for each
 # Of segments, for heads of up to 64 channels and for wider ones: heads of all sequences up to which there are several,
 # how many to aim for of these and of their pieces. And chunks of the shortest piece. By measurement, see
@@ -103,9 +103,10 @@ def backward(
     decaying: bool,
     grads: Sequence[Tensor | None],
     d_initial: Tensor,
-    *d_weights: Tensor,
+    d_weights: Tensor | None = None,
 ) -> None:
-    """Fill the gradients of q, k, v, gk, rk, gv, rv, of the initial state, and of the weights of q's and k's norm."""
+    """Fill the gradients of q, k, v, gk, rk, gv, rv, of the initial state, and of the weights of q's and k's norm
+    [2, K]."""
     q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before, norm = _in_order(inputs)
     d_o = d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
@@ -133,10 +134,8 @@ def backward(
     )  # fmt: skip
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
-    if norm is not None:
-        for x, weight, d, d_weight in zip((q, k), (norm.q, norm.k), grads[:2], d_weights, strict=True):
-            assert d is not None
-            _norm_gradient(x, weight, norm.eps, mask, d, d_weight)
+    if norm is not None and d_weights is not None:
+        _norm_gradient(q, k, norm, mask, grads[0], grads[1], d_weights)
 
 
 def step(
@@ -248,18 +247,20 @@ def _in_order(inputs: Inputs) -> Inputs:
     return inputs._replace(**{name: x.contiguous() for name in names if (x := getattr(inputs, name)) is not None})
 
 
-def _norm_gradient(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None, d: Tensor, d_weight: Tensor) -> None:
-    """Make d, the gradient of the normalised x [B, T, heads, K], that of x, and fill the weight's."""
-    B, T, heads, K = x.shape
-    rows, block = B * T * heads, 32
-    programs = min(_cdiv(rows, block), _NORM_PROGRAMS)
-    of_programs = d_weight.new_empty(programs, K)
+def _norm_gradient(
+    q: Tensor, k: Tensor, norm: QKNorm, mask: Tensor | None, dq: Tensor | None, dk: Tensor | None, d_weights: Tensor
+) -> None:
+    """Make dq and dk, the gradients of the normalised q and k, those of q and k, and fill the weights'."""
+    (B, T, HQ, K), H, block = q.shape, k.shape[2], 32
+    programs = min(_cdiv(B * T * HQ, block), _NORM_PROGRAMS)
+    of_programs = d_weights.new_empty(programs, 2, K)
     launch(
-        norm_gradient_kernel, (programs, 1, 1),
-        (d, x, mask, weight, of_programs), (eps, rows, heads, _step(d), _step(x)),
+        norm_gradient_kernel, (programs, 2, 1),
+        (dq, q, norm.q, dk, k, norm.k, mask, of_programs),
+        (norm.eps, B * T, HQ, H, *map(_step, (dq, q, dk, k))),
         K=K, BK=_padded(K), R=block, MASKED=mask is not None,
     )  # fmt: skip
-    torch.sum(of_programs, 0, out=d_weight)
+    torch.sum(of_programs, 0, out=d_weights)
 
 
 def _weights(norm: QKNorm | None) -> tuple[Tensor | None, Tensor | None]:
