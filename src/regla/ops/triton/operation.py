@@ -333,7 +333,7 @@ def _grid(H: int, segments: int, chunks: int, slots: Tensor | None, *, wide: boo
     if slots is not None:
         return (H * len(slots), 1, 1)
     groups = min(_cdiv(segments * H, _IN_A_GROUP[wide]), _PROGRAMS_OF_AN_AXIS)
-    size = _cdiv(segments, groups)
+    size = _cdiv(segments, groups) if groups else 1
     return (H * size, chunks, _cdiv(segments, size))
 
 
