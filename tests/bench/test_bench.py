@@ -38,7 +38,7 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     backends = ["chunked"] if why_not_native(x, x) else ["native", "chunked"]
     names = ("regla_attention", "gated_linear_attention")
     subjects = [f"{name}/{axis}/{backend}" for name in names for axis in ops.AXES for backend in backends]
-    every = ["softmax_attention/none/sdpa", *subjects]
+    every = ["softmax_attention/none/sdpa", *subjects, "output_norm/none/eager"]
     assert [row["subject"] for row in rows if row["setting"]["direction"] == "forward+backward"] == every
     assert {row["setting"]["direction"] for row in rows} == {"forward", "forward+backward", "step"}
     for row in rows:
@@ -49,6 +49,7 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     assert softmax["against"] == {} and regla["against"] == {
         "softmax_attention/none/sdpa": softmax["p50_us"] / regla["p50_us"]
     }
+    assert all(row["against"] == {} for row in rows if row["subject"] == "output_norm/none/eager")
     printed = capsys.readouterr().out
     assert printed.startswith("operation ") and f"{regla['of_floor']:.0%}" in printed
     assert printed.count("regla_attention/value/triton: no rows, the tensors are on cpu") == 1
@@ -57,13 +58,14 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
 
 def test_the_kernels_run_where_they_can() -> None:
     """Here through Triton's interpreter."""
-    only = ["regla_step/value/triton/*", "*/key/triton/B1-T128-*/forward"]
+    only = ["regla_step/value/triton/*", "*/key/triton/B1-T128-*/forward", "output_norm/*"]
     rows = run.bench_ops(device="cpu", quick=True, only=only)
     assert [row["subject"] for row in rows] == [
         "regla_attention/key/triton",
         "gated_linear_attention/key/triton",
         "regla_attention_fast_gates/key/triton",
         "regla_step/value/triton",
+        *["output_norm/none/eager", "output_norm/none/triton"] * 2,
     ]
 
 

@@ -12,6 +12,7 @@ so at B8 T2048 H12 K=V=64 in bfloat16, from raw logits (q, k, v, gate, refine), 
 Everything is computed from the same standard normal tensors: `regla_attention` from raw logits; gated_linear_attention
 and fla's `chunk_gla` from features and log-decays made of them beforehand; softmax attention from q, k and v.
 `regla_step` is one token behind a state: with the kernel in place, with the recurrence to a new state.
+`output_norm` is the RMS norm over a head's output with a SiLU gate on it: the formula, that compiled, and its kernel.
 `regla_attention_fast_gates` is `regla_attention` with gate logits of mean -2 that differ by 2 from channel to channel
 and by 1 from token to token: some channels keep for tens of tokens, most hardly for one.
 
@@ -46,10 +47,12 @@ from regla.ops.attention import safe_exp_step_
 from regla.ops.backends import why_not_native, why_not_triton
 from regla.ops.features import safe_exp_query
 from regla.ops.gates import log_refined_gate
+from regla.ops.output_norm import output_norm
 
 BENCHMARK = "bench ops"
 DIRECTIONS = ("forward", "forward+backward")
 STEP = "step"
+NORM = "output_norm"
 FAST_GATES = "regla_attention_fast_gates"
 _GATES = {  # of an axis: arguments of safe_exp_attention
     "both": ("gk", "gv", "refine_k", "refine_v"),
@@ -58,6 +61,7 @@ _GATES = {  # of an axis: arguments of safe_exp_attention
 }
 AXES = tuple(_GATES)
 _BACKENDS = ("triton", "native", "chunked")
+_NORM_BACKENDS = ("eager", "compiled", "triton")
 _STEP_BACKENDS = ("recurrent", "native", "triton")
 _TOO_LONG = 2.0  # seconds of one call, above which a backend gets no row
 
@@ -84,12 +88,18 @@ _QUICK_STEPS = (Shape(2, 1, 2, 16, 16),)
 
 def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> list[Case]:
     """Every shape with every operation, axis, backend and direction; what is compared with comes first."""
-    many, one = (_QUICK, _QUICK_STEPS) if quick else (SHAPES + LENGTHS, STEPS)
+    many, one, few = (_QUICK, _QUICK_STEPS, _QUICK[:1]) if quick else (SHAPES + LENGTHS, STEPS, SHAPES)
     seconds = 0.02 if quick else 0.2  # to spend on each case
     rate = _Rate(device, quick)
     every = [(shape, direction, *subject) for shape in many for direction in DIRECTIONS for subject in _subjects()]
     every += [
         (shape, STEP, "regla_step", axis, backend) for shape in one for axis in AXES for backend in _STEP_BACKENDS
+    ]
+    every += [
+        (shape, direction, NORM, "none", backend)
+        for shape in few
+        for direction in DIRECTIONS
+        for backend in _NORM_BACKENDS
     ]
     found = []
     for shape, direction, operation, axis, backend in every:
@@ -139,7 +149,13 @@ def _measure(
     row: Row = {
         "benchmark": BENCHMARK,
         "subject": "/".join((operation, axis, backend)),
-        "setting": {**shape._asdict(), "direction": direction, "dtype": dtype_name(dtype)},
+        # A part is compared with itself alone.
+        "setting": {
+            **shape._asdict(),
+            "direction": direction,
+            "dtype": dtype_name(dtype),
+            **({"part": NORM} if operation == NORM else {}),
+        },
         "operation": operation,
         "axis": axis,
         "backend": backend,
@@ -188,6 +204,8 @@ def _why_not(backend: str, k: Tensor, v: Tensor) -> str | None:
         return why_not_triton(k, v)
     if backend == "native":
         return why_not_native(k, v)
+    if backend == "compiled" and not k.is_cuda:
+        return "its compilation takes longer than everything else on a CPU"
     if backend == "fla":
         if importlib.util.find_spec("fla") is None:
             return "the package fla is not installed"
@@ -210,6 +228,11 @@ def _operation(
         operation = "regla_attention"
     if operation == "softmax_attention":
         return _softmax_attention, [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    if operation == NORM:
+        norm = partial(_output_norm, backend="triton" if backend == "triton" else "chunked")
+        weight = torch.ones(v.shape[2:], device=v.device)
+        gate = normal(*v.shape[:2], v.shape[2:].numel(), seed=7, device=v.device, dtype=v.dtype)
+        return torch.compile(norm) if backend == "compiled" else norm, [v, gate, weight]
     if operation == "regla_attention":
         return partial(_regla, axis=axis, backend=backend), [q, k, v, *gates]
     if operation == "regla_step":
@@ -249,6 +272,10 @@ def _step(q: Tensor, k: Tensor, v: Tensor, *gates_and_state: Tensor, axis: str, 
 def _step_in_place(q: Tensor, k: Tensor, v: Tensor, *gates_and_state: Tensor, axis: str, backend: str) -> Tensor:
     *gates, S, m = gates_and_state
     return safe_exp_step_(q, k, v, S, m, **_named(axis, gates), engine=backend)
+
+
+def _output_norm(h: Tensor, gate: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return output_norm(h, weight, gate=gate, activation="silu", eps=1e-6, backend=backend)
 
 
 def _gated(q: Tensor, k: Tensor, v: Tensor, *decays: Tensor, axis: str, backend: str) -> Tensor:

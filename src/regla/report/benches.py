@@ -136,7 +136,7 @@ def _panels_of_ops(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float,
     families: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         setting = row["setting"]
-        if setting["direction"] == "step":
+        if setting["direction"] == "step" or "part" in setting:
             continue
         key = (setting["B"] * setting["T"], *(setting[name] for name in ("H", "K", "V", "dtype")))
         families.setdefault(key, []).append(row)

@@ -23,6 +23,7 @@ _AT_ONCE = 792  # six for each
 # how many to aim for of these and of their pieces. And chunks of the shortest piece. By measurement, see
 # docs/kernels.md.
 _FEW_HEADS, _SIDE_BY_SIDE, _PIECES = (32, 24), (96, 32), (768, 528)
+_MANY_OF_THE_FEW = 16  # from more heads on, of up to 64 channels, three quarters of `_SIDE_BY_SIDE` are enough
 _SHORTEST = 8
 # Heads of all sequences whose chunks are computed side by side: the states that they pass on stay in the cache.
 _IN_A_GROUP = (192, 96)
@@ -310,7 +311,8 @@ def _segments(heads: int, chunks: int, *, wide: bool, packed: bool) -> tuple[int
     if not packed:
         if heads <= _FEW_HEADS[wide] and chunks >= 16 * _SHORTEST:
             piece = max(_SHORTEST, _cdiv(chunks * heads, _PIECES[wide]))
-            cut = max(1, round(chunks * heads / (_SIDE_BY_SIDE[wide] * piece)))
+            aim = _SIDE_BY_SIDE[wide] * (0.75 if heads > _MANY_OF_THE_FEW and not wide else 1)
+            cut = max(1, round(chunks * heads / (aim * piece)))
             cut = _cdiv(_cdiv(chunks, _cdiv(chunks, piece * cut)), piece)  # the last segment is hardly shorter
             part = piece * cut
         part = min(part, _PROGRAMS_OF_AN_AXIS // cut * cut)
