@@ -278,6 +278,25 @@ def test_fast_gates_in_bfloat16(most, outlier, axis):
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_large_gradients_of_what_is_forgotten(axis):
+    """Gradients within 1 % where gates forget an outlier of e^100, so that outputs behind it are tiny and their
+    gradients large: times the state before it these are infinite, and times what it keeps of that nothing."""
+    q, k, v = (torch.randn(1, 96, 1, 64) for _ in range(3))
+    k[:, 40, :, 5] = 100.0
+    D = 128 if axis == "both" else 64
+    gate = torch.randn(1, 96, 1, D) + 2 * torch.randn(D) - 2
+    inputs = [x.bfloat16() for x in (q, k, v, gate, torch.randn(1, 96, 1, D))]
+    weights, d_h, results = torch.randn(1, 96, 1, 64), None, []
+    for backend, dtype in (("chunked", torch.float64), ("triton", torch.bfloat16)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        h, (S, _) = regla_attention(*leaves, gate_axis=axis, output_final_state=True, backend=backend)
+        d_h = (weights / h.detach().abs().amax(-1, keepdim=True)).bfloat16() if d_h is None else d_h
+        results.append(torch.autograd.grad([h, S], leaves, [d_h.to(dtype), torch.full_like(S, 2.0**-48)]))
+    for expected, value in zip(*results, strict=True):
+        assert definition.overall(value, expected) <= 1e-2
+
+
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("size", [1e-22, 1e-30])
 def test_tiny_values_in_bfloat16(size, axis):
     """Within 1 % of float32 where values are tiny, so that gradients of outputs in their own unit are huge, and chunks

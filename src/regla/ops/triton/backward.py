@@ -270,11 +270,12 @@ def finish(
         if s + 1 < SLICES:
             S_next = load_state(states_ptr, at, s + 1, K, V, BK, BS)
         S = once(S.to(tl.float32))
-        kept = U * S  # what the state's decay is worth
+        kept = U  # what the state's decay is worth. U S alone may be infinite where what is kept of it is nothing
         if KEYED:
             kept *= keep_k
         if VALUED:
             kept *= keep_v
+        kept *= S
         if KEYED:
             worth_k += tl.sum(kept, 1)
             if not FAR:
