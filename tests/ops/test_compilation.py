@@ -99,8 +99,10 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
     operation._norm_gradient(q, k, norm, None, grads[0], grads[1], torch.empty(2, K))
     weight, gate, eps = torch.ones(HQ, V), torch.zeros(1, T, HQ * V, dtype=dtype), 1e-6
     bias = weight if axis == "key" else None
-    output_norm.forward(o, weight, bias, gate, "silu", eps, o)
-    output_norm.backward(o, o, weight, bias, gate, "silu", eps, o, gate, weight, weight)
+    activation = "silu" if axis == "key" else "sigmoid"
+    gate = None if axis == "both" else gate
+    output_norm.forward(o, weight, bias, gate, activation, eps, o)
+    output_norm.backward(o, o, weight, bias, gate, activation, eps, o, o, weight, weight)
     if not packed:
         one = Inputs(*(None if x is None else x[:, :1] for x in inputs[:7]), None, None, None, None)
         operation.step(one, final, torch.zeros(1, 1), None, None, 0.125, True, 1e-6, torch.empty_like(o[:, :1]))

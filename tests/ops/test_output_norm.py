@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from regla.layers import ReGLAAttention
 from regla.ops.backends import output_norm_kernel_runs
 from regla.ops.output_norm import output_norm
 
@@ -12,7 +13,7 @@ ACTIVATIONS = [None, "silu", "sigmoid"]
 
 @pytest.fixture(autouse=True)
 def _kernels_run():
-    if not output_norm_kernel_runs("triton", torch.ones(1), None):
+    if not output_norm_kernel_runs("triton", torch.ones(1, 1, 1, 1), torch.ones(1, 1), None, None):
         pytest.skip("the kernels need a CUDA GPU or Triton's interpreter")
 
 
@@ -38,7 +39,8 @@ def assert_right(inputs, activation, tolerance):
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     expected = results(exact, d, activation=activation, eps=EPS, backend="chunked")
     for name, x in found.items():
-        assert x.dtype == (inputs[name].dtype if name != "o" else inputs["h"].dtype), name
+        kinds = [inputs[part].dtype for part in ("h", "gate") if part in inputs]
+        assert x.dtype == (torch.promote_types(kinds[0], kinds[-1]) if name == "o" else inputs[name].dtype), name
         assert (x - expected[name]).norm() <= tolerance * expected[name].norm(), name
 
 
@@ -65,10 +67,60 @@ def test_logits_need_not_lie_side_by_side(shape):
     assert_right(make(*shape, step=24), "silu", 1e-6)
 
 
-def test_dtypes_may_differ():
-    inputs = make(dtype=torch.bfloat16, gate_dtype=torch.float32)
+@pytest.mark.parametrize("what", ["h", "weight", "bias", "gate", "gate's last tokens"])
+def test_any_strides(what):
+    inputs = make(B=3, T=3, H=4, V=4, layer=True)
+    if what == "gate's last tokens":
+        inputs["gate"] = torch.randn(3, 5, 16)[:, 2:].requires_grad_()
+    else:
+        axes = (0, 1) if what == "gate" else (-1, -2)  # of one size
+        inputs[what] = inputs[what].detach().transpose(*axes).requires_grad_()
+        assert not inputs[what].is_contiguous()
+    assert_right(inputs, "silu", 1e-6)
+
+
+def test_gradients_of_a_sum():
+    inputs = make()
+    o = output_norm(**inputs, activation="silu", eps=EPS, backend="triton")
+    found = torch.autograd.grad(o.sum(), [*inputs.values()])  # one number, expanded
+    expected = results(inputs, torch.ones(inputs["h"].shape), activation="silu", eps=EPS, backend="triton")
+    assert all(torch.equal(x, expected[name]) for name, x in zip(inputs, found, strict=True))
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
+def test_without_eps(layer):
+    inputs = make(B=1, T=5, H=2, V=16, layer=layer)
+    d = torch.randn(inputs["h"].shape)
+    found = results(inputs, d, activation="silu", eps=0.0, backend="triton")
+    expected = results(inputs, d, activation="silu", eps=0.0, backend="chunked")
+    assert all((x - expected[name]).norm() <= 1e-5 * expected[name].norm() for name, x in found.items())
+
+
+def test_what_is_below_the_least_normal_number_is_nothing():
+    inputs = make(T=2)
     with torch.no_grad():
-        assert output_norm(**inputs, activation="silu", eps=EPS, backend="triton").dtype == torch.float32
+        inputs["h"].fill_(1e-39)
+        o, expected = (output_norm(**inputs, activation="silu", eps=EPS, backend=x) for x in ("triton", "chunked"))
+    assert o.abs().max() < 1e-35 and expected.abs().max() < 1e-35
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("weight", (16,)), ("weight", (1, 16)), ("gate", (1, 5, 32)), ("h", (5, 2, 16))]
+)
+def test_what_the_kernel_does_not_take_the_formula_does(name, shape):
+    inputs = make(B=2, T=5, H=2, V=16, activation=None if name == "h" else "silu")
+    inputs[name] = torch.randn(shape)
+    o, expected = (output_norm(**inputs, activation="silu", eps=EPS, backend=x) for x in ("triton", "chunked"))
+    assert torch.equal(o, expected)
+
+
+@pytest.mark.parametrize(("dtype", "gate_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_dtypes_may_differ(dtype, gate_dtype):
+    inputs = make(dtype=dtype, gate_dtype=gate_dtype)
+    assert_right(inputs, "silu", 4e-3)
+    with torch.no_grad():
+        found, expected = (output_norm(**inputs, activation="silu", eps=EPS, backend=x) for x in ("triton", "chunked"))
+    assert found.dtype == expected.dtype == torch.float32 and (found - expected).norm() <= 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
@@ -131,3 +183,26 @@ def test_an_unknown_activation_is_an_error():
     inputs = make()
     with pytest.raises(ValueError, match="activation is 'tanh'; expected one of 'silu', 'sigmoid'"):
         output_norm(**inputs, activation="tanh", eps=EPS)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("norm", "gate"), [("rmsnorm", "silu"), ("layernorm", "sigmoid"), ("rmsnorm", None)])
+def test_in_a_mixer(norm, gate, monkeypatch):
+    from regla.ops.triton import output_norm as kernels
+
+    calls = []
+    for name in ("forward", "backward"):
+        run = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *x, run=run, name=name: (calls.append(name), run(*x)))
+    layer, x = ReGLAAttention(32, 2, norm=norm, output_gate=gate), torch.randn(1, 40, 32)
+    with torch.no_grad():
+        layer.norm.weight.normal_()
+    found = []
+    for backend in ("chunked", "triton"):
+        layer.feature_map.backend = backend
+        y, _ = layer(x)
+        torch.manual_seed(1)
+        found.append([y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), [*layer.parameters()])])
+    assert calls == ["forward", "backward"]
+    for expected, value in zip(*found, strict=True):
+        assert (value - expected).norm() <= 1e-4 * expected.norm()

@@ -140,6 +140,8 @@ def test_what_is_cut(operation, wide):
     for heads, chunks in ((1, 1), (1, 127), (33, 10_000), (96, 64)):
         assert operation._segments(heads, chunks, wide=wide, packed=False) == (1, chunks, 1)
     assert operation._segments(1, 10_000, wide=wide, packed=True) == (1, 10_000, 1)
+    narrow = [operation._segments(heads, 512, wide=wide, packed=False)[0] for heads in (16, 24)]
+    assert wide or narrow == [6, 3]
     assert (operation._segments(28, 1024, wide=wide, packed=False)[0] == 1) is wide
     for heads, chunks in ((1, 128), (12, 1024), (24, 1023), (7, 3333), (1, 10**7), (96, 10**6)):
         parts, part, pieces = operation._segments(heads, chunks, wide=wide, packed=False)
@@ -150,11 +152,22 @@ def test_what_is_cut(operation, wide):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_groups_hold_all_sequences(operation, wide):
-    for segments, H in ((1, 1), (8, 12), (64, 12), (65, 12), (5, 500), (1_000_000, 1), (70_000, 300)):
+    for segments, H in (
+        (0, 2),
+        (1, 1),
+        (8, 12),
+        (64, 12),
+        (65, 12),
+        (27, 14),
+        (3, 100),
+        (5, 500),
+        (10**6, 1),
+        (70_000, 300),
+    ):
         heads, chunks, groups = operation._grid(H, segments, 7, None, wide=wide)
         size = heads // H
         assert heads == size * H and chunks == 7 and groups <= 65_535
-        assert size * (groups - 1) < segments <= size * groups
+        assert size * (groups - 1) < segments <= size * groups or segments == groups == 0
         assert heads <= operation._IN_A_GROUP[wide] or size == 1 or segments > 65_535
 
 

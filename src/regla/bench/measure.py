@@ -117,7 +117,7 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
     """Peak GPU memory of a call beyond what was there before it and what it returns; None on a CPU."""
     if device.type == "cpu":
         return None
-    gc.collect()  # what were freed during the call would make it take less than it does
+    gc.collect()  # what was freed during the call would make it take less than it does
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -44,6 +44,8 @@ class ValuesForOutputs(nn.Module):
     """Stands where a mixer's recurrence stood: o [B, T, HQ, V] = v + 0 (q + k + gates), v [B, T, H, V] repeated for the
     query heads of a group, so that every projection is still at work."""
 
+    backend = "auto"
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, decays: Decays, *_: Any) -> tuple[Tensor, None]:
         gates = decays.gk, decays.gv, decays.refine_k, decays.refine_v
         others = torch.stack([x.flatten(2).sum(-1) for x in (q, k, *gates) if x is not None]).sum(0)

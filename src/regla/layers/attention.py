@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regla.layers.calibration import QKCalibration, QKTemperature
 from regla.layers.feature_maps import FEATURE_MAPS, SafeExp
 from regla.layers.gates import GATE_AXES, GATES, Decays
-from regla.layers.norms import NORMS, HeadRMSNorm
+from regla.layers.norms import NORMS, HeadNorm
 from regla.layers.positions import ShortConvolution, apply_rotary
 from regla.layers.projection import is_plain, project
 from regla.ops import QKNorm
@@ -176,19 +176,20 @@ class ReGLAAttention(nn.Module):
             v = v * decays.write.to(v.dtype)
         v, decays = self.norm.prepare(v, decays)
         after = None if state is None else (state.S, state.m)
-        gate = None if self.output_gate is None else self.output_gate(x)
         o = self._step_(q, k, v, decays, mask, state) if overwrite_state and cu_seqlens is None else None
+        is_normalised = o is not None
         if o is None:
             inputs = q, k, v, decays, mask, cu_seqlens, after, return_state
             if isinstance(self.feature_map, SafeExp):
                 together = qkv if q is parts[0] and k is parts[1] and v is parts[2] else None
-                h, after = self.feature_map(*inputs, together=together, qk_norm=qk_norm)
+                o, after = self.feature_map(*inputs, together=together, qk_norm=qk_norm)
             else:
-                h, after = self.feature_map(*inputs)
-            if isinstance(self.norm, HeadRMSNorm):
-                o, gate = self.norm(h, gate, self.output_activation, self.feature_map.backend), None
-            else:
-                o = self.norm(h)
+                o, after = self.feature_map(*inputs)
+        gate = None if self.output_gate is None else self.output_gate(x)
+        if not is_normalised and isinstance(self.norm, HeadNorm):
+            o, gate = self.norm(o, gate, self.output_activation, self.feature_map.backend), None
+        elif not is_normalised:
+            o = self.norm(o)
         o = o.flatten(2)
         if gate is not None and self.output_activation is not None:
             o = o * ACTIVATIONS[self.output_activation](gate)
@@ -226,7 +227,7 @@ class ReGLAAttention(nn.Module):
         if engine is None:
             return None
         weight, bias = None, None
-        if isinstance(self.norm, HeadRMSNorm) and self.norm.weight.device == v.device:
+        if isinstance(self.norm, HeadNorm) and self.norm.weight.device == v.device:
             # Weights that are kept elsewhere come to the device when the norm itself is called.
             weight, bias = self.norm.weight, self.norm.bias
         h = safe_exp_step_(

@@ -29,11 +29,8 @@ class OutputNorm(nn.Module):
         return f"{self.num_heads}, {self.head_dim}, eps={self.eps}"
 
 
-class HeadRMSNorm(OutputNorm):
-    """o = w * x / sqrt(mean(x^2) + eps), x = prescale(h); per head, weight w [H, V].
-
-    gate, activation and backend: see `regla.ops.output_norm`.
-    """
+class HeadNorm(OutputNorm):
+    """`regla.ops.output_norm` with a weight [H, V]: of h, gate, activation and backend."""
 
     bias: nn.Parameter | None
 
@@ -49,7 +46,11 @@ class HeadRMSNorm(OutputNorm):
         return output_norm(h, weight, bias, gate, activation=activation, eps=eps, backend=backend)
 
 
-class HeadLayerNorm(HeadRMSNorm):
+class HeadRMSNorm(HeadNorm):
+    """o = w * x / sqrt(mean(x^2) + eps), x = prescale(h); per head, weight w [H, V]."""
+
+
+class HeadLayerNorm(HeadNorm):
     """o = w * (x - mean x) / sqrt(var x + eps) + b, x = prescale(h); per head, w, b [H, V] (the paper's choice)."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float):

@@ -39,7 +39,7 @@ class SoftmaxAttention(LlamaAttention):
         self.k_norm = nn.RMSNorm(D, config.rms_norm_eps) if config.softmax_qk_norm else None
         self.norm = HeadRMSNorm(heads, D, config.rms_norm_eps) if config.softmax_output_norm else None
         self.output_gate = nn.Linear(hidden_size, heads * D, bias=False) if gate else None
-        self.output_activation = ACTIVATIONS[gate] if gate else None
+        self.output_activation = gate
 
     def forward(  # type: ignore[override]
         self,
@@ -92,9 +92,10 @@ class SoftmaxAttention(LlamaAttention):
             scaling=self.scaling,
             **kwargs,
         )
+        output_gate = None if self.output_gate is None else self.output_gate(hidden_states)
         if self.norm is not None:
-            o = self.norm(o)
+            o, output_gate = self.norm(o, output_gate, self.output_activation, self.config.backend), None
         o = o.flatten(2)  # [B, T, H, D] -> [B, T, H * D]
-        if self.output_gate is not None and self.output_activation is not None:
-            o = o * self.output_activation(self.output_gate(hidden_states))
+        if output_gate is not None and self.output_activation is not None:
+            o = o * ACTIVATIONS[self.output_activation](output_gate)
         return self.o_proj(o), weights

@@ -100,9 +100,14 @@ def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
     return None
 
 
-def output_norm_kernel_runs(backend: str, h: Tensor, gate: Tensor | None) -> bool:
-    """Whether the norm of a recurrence's output h, and the gate on it, are computed by a kernel."""
+def output_norm_kernel_runs(backend: str, h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> bool:
+    """Whether a kernel computes `regla.ops.output_norm` of these."""
     kinds = {x.dtype for x in (h, gate) if x is not None}
+    if h.ndim != 4 or any(x is not None and x.device != h.device for x in (weight, bias, gate)):
+        return False
+    (B, T, H, V), parameters = h.shape, [x for x in (weight, bias) if x is not None]
+    if any(x.shape != (H, V) for x in parameters) or (gate is not None and gate.shape != (B, T, H * V)):
+        return False
     if not _TRITON_IS_INSTALLED or h.numel() == 0 or not kinds <= {torch.bfloat16, torch.float16, torch.float32}:
         return False
     if backend == "triton" and not h.is_cuda:

@@ -55,17 +55,17 @@ def output_norm(
     """
     if gate is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
-    if not output_norm_kernel_runs(backend, h, gate):
-        x = prescale(h)
-        x = x if bias is None else x - x.mean(-1, keepdim=True)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-        o = (x if bias is None else x + bias).to(h.dtype)
-        return o if gate is None else o * ACTIVATIONS[str(activation)](gate).unflatten(-1, h.shape[2:])
-    inputs = h.contiguous(), weight, bias, None if gate is None else _rows(gate), activation or "", eps
-    plain = not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (h, weight, bias, gate))
-    # A custom operation's own work would take longer than the kernel's.
-    run: Callable[..., Tensor] = _forward if torch.compiler.is_compiling() or not plain else _run
-    return run(*inputs)
+    dtype = h.dtype if gate is None else torch.promote_types(h.dtype, gate.dtype)
+    if output_norm_kernel_runs(backend, h, weight, bias, gate):
+        o: Tensor = _forward(h.contiguous(), weight, bias, None if gate is None else _rows(gate), activation or "", eps)
+        return o
+    x = prescale(h)
+    x = x if bias is None else x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    x = x if bias is None else x + bias
+    if gate is not None:
+        x = x * ACTIVATIONS[str(activation)](gate.to(x.dtype)).unflatten(-1, h.shape[-2:])
+    return x.to(dtype)
 
 
 def _rows(gate: Tensor) -> Tensor:
@@ -74,13 +74,13 @@ def _rows(gate: Tensor) -> Tensor:
     return gate if aligned else gate.contiguous()
 
 
-def _run(h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, eps: float) -> Tensor:
+@library.custom_op("regla::output_norm", mutates_args=())
+def _forward(
+    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, eps: float
+) -> Tensor:
     o = _output(h, gate)
     _kernels().forward(h, weight, bias, gate, activation, eps, o)
     return o
-
-
-_forward = library.custom_op("regla::output_norm", _run, mutates_args=())
 
 
 @_forward.register_fake

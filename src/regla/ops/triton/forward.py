@@ -47,8 +47,9 @@ def place(
     """Which chunk of what this program takes: (segment n or -1 for none, head, chunk i of the segment, chunks of it,
     first token, length, chunks of the sequence before the segment, slot of its states).
 
-    A segment is a sequence or, with SPLIT, one of its `parts`, of `part` chunks, the last perhaps of fewer. Programs
-    along the first axis are the heads of a group of segments, along the second their chunks, along the third groups.
+    A segment is a sequence or, with SPLIT, one of its `parts`, of `part` chunks, the last perhaps of fewer. Without
+    packing, programs along the first axis are the heads of a group of segments, along the second their chunks, along
+    the third groups.
     """
     if VARLEN:
         slot = tl.program_id(0) // H

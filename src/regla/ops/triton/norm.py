@@ -38,23 +38,24 @@ def logits(x, weight, eps, valid, K: tl.constexpr, NORM: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["q_rows", "k_rows"])
 def norm_gradient_kernel(
     dq_ptr, q_ptr, q_weight_ptr, dk_ptr, k_ptr, k_weight_ptr, mask_ptr, d_weights_ptr,
-    eps, tokens, HQ, H, dq_step, q_step, dk_step, k_step,
+    eps, q_rows, k_rows, HQ, H, dq_step, q_step, dk_step, k_step,
     K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Put the gradient of queries and keys, as they are in memory, where that of their normalised logits is; and what
-    each program sums up for the weights into a row of d_weights [programs, 2, K]."""
+    """Put the gradient of queries and keys, as they are in memory, where that of their normalised logits is, of all
+    rows (tokens times heads); and what each program sums up for the weights into a row of d_weights [programs, 2, K].
+    """
     d_weights_ptr += tl.program_id(0) * 2 * K
     if tl.program_id(1) == 0:
         _norm_gradient(
-            dq_ptr, q_ptr, mask_ptr, q_weight_ptr, d_weights_ptr, eps, tokens * HQ, HQ, dq_step, q_step,
+            dq_ptr, q_ptr, mask_ptr, q_weight_ptr, d_weights_ptr, eps, q_rows, HQ, dq_step, q_step,
             K, BK, R, MASKED,
         )  # fmt: skip
     else:
         _norm_gradient(
-            dk_ptr, k_ptr, mask_ptr, k_weight_ptr, d_weights_ptr + K, eps, tokens * H, H, dk_step, k_step,
+            dk_ptr, k_ptr, mask_ptr, k_weight_ptr, d_weights_ptr + K, eps, k_rows, H, dk_step, k_step,
             K, BK, R, MASKED,
         )  # fmt: skip
 
@@ -64,7 +65,7 @@ def _norm_gradient(
     d_ptr, x_ptr, mask_ptr, weight_ptr, d_weight_ptr, eps, rows, heads, d_step, x_step,
     K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Of all `rows` (tokens times heads), R at a time. With y = x / rms(x):
+    """Of one of them, R rows at a time. With y = x / rms(x):
 
     d_x = (weight d - y mean(weight d y)) / rms(x)    d_weight = sum of d y
     """

@@ -135,7 +135,8 @@ def backward(
     )  # fmt: skip
     if parts > 1:
         d_initial.copy_(d_initials[::parts])
-    if norm is not None and d_weights is not None:
+    if norm is not None:
+        assert d_weights is not None
         _norm_gradient(q, k, norm, mask, grads[0], grads[1], d_weights)
 
 
@@ -258,7 +259,7 @@ def _norm_gradient(
     launch(
         norm_gradient_kernel, (programs, 2, 1),
         (dq, q, norm.q, dk, k, norm.k, mask, of_programs),
-        (norm.eps, B * T, HQ, H, *map(_step, (dq, q, dk, k))),
+        (norm.eps, B * T * HQ, B * T * H, HQ, H, *map(_step, (dq, q, dk, k))),
         K=K, BK=_padded(K), R=block, MASKED=mask is not None,
     )  # fmt: skip
     torch.sum(of_programs, 0, out=d_weights)
@@ -334,8 +335,8 @@ def _grid(H: int, segments: int, chunks: int, slots: Tensor | None, *, wide: boo
     """Programs, in the order in which they start: group after group of segments, in each chunk after chunk of all."""
     if slots is not None:
         return (H * len(slots), 1, 1)
-    groups = min(_cdiv(segments * H, _IN_A_GROUP[wide]), _PROGRAMS_OF_AN_AXIS)
-    size = _cdiv(segments, groups) if groups else 1
+    most = max(_IN_A_GROUP[wide] // H, _cdiv(segments, _PROGRAMS_OF_AN_AXIS), 1)
+    size = max(_cdiv(segments, _cdiv(segments, most) or 1), 1)  # of groups of about the same size
     return (H * size, chunks, _cdiv(segments, size))
 
 

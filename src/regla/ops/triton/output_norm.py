@@ -24,7 +24,7 @@ def normalised(h_ptr, at, real, eps, V: tl.constexpr, CENTRED: tl.constexpr):
     x = h / largest
     if CENTRED:
         x = tl.where(real, x - (tl.sum(x, 1) * (1 / V))[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(x * x, 1) * (1 / V) + eps)[:, None]
+    r = tl.rsqrt(tl.maximum(tl.sum(x * x, 1) * (1 / V) + eps, 1e-36))[:, None]  # of a row of zeros not infinite
     return x * r, r, largest
 
 
