@@ -55,7 +55,6 @@ def output_norm(
     """
     if gate is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
-    dtype = h.dtype if gate is None else torch.promote_types(h.dtype, gate.dtype)
     if output_norm_kernel_runs(backend, h, weight, bias, gate):
         o: Tensor = _forward(h.contiguous(), weight, bias, None if gate is None else _rows(gate), activation or "", eps)
         return o
@@ -65,7 +64,7 @@ def output_norm(
     x = x if bias is None else x + bias
     if gate is not None:
         x = x * ACTIVATIONS[str(activation)](gate.to(x.dtype)).unflatten(-1, h.shape[-2:])
-    return x.to(dtype)
+    return x.to(_dtype(h, gate))
 
 
 def _rows(gate: Tensor) -> Tensor:
@@ -125,7 +124,11 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _output(h: Tensor, gate: Tensor | None) -> Tensor:
-    return h.new_empty(h.shape, dtype=h.dtype if gate is None else torch.promote_types(h.dtype, gate.dtype))
+    return h.new_empty(h.shape, dtype=_dtype(h, gate))
+
+
+def _dtype(h: Tensor, gate: Tensor | None) -> torch.dtype:
+    return h.dtype if gate is None else torch.promote_types(h.dtype, gate.dtype)
 
 
 def _gradients_like(h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> list[Tensor]:
