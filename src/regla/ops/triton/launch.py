@@ -47,3 +47,19 @@ def launch(
 def _specialisation(x: int | float) -> Any:
     """What of a number Triton may compile a kernel for: its type (of integers 32 bits or 64), 1, multiples of 16."""
     return (type(x), x >> 31, x == 1, x % 16 == 0) if isinstance(x, int) else type(x)
+
+
+# Triton's own functions of these are meant for kernels, and slow outside.
+def power_of_2(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def token_step(x: Tensor | None) -> int:
+    """Of x [B, T, ...] the distance from token to token; of one token a sequence, from sequence to sequence."""
+    return 0 if x is None else x.stride(1 if x.shape[1] > 1 else 0)

@@ -12,7 +12,7 @@ from regla.ops.fused import Inputs, QKNorm, gate_kind
 from regla.ops.triton.backward import GRADIENT_LIFT, backward_kernel
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
-from regla.ops.triton.launch import launch
+from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
 from regla.ops.triton.norm import norm_gradient_kernel
 from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
 from regla.ops.triton.tiles import RANGE
@@ -61,7 +61,7 @@ def forward(
         forward_kernel, _grid(H, N * parts, part, slots, wide=_wide(k, v)),
         (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, initial_state, before,
          o, final, m, lower, states, last, passed, passed_m),
-        (scale, _eps(norm), T, chunks, part, parts, N * parts, H, *map(_step, (q, k, v, gk, rk, gv, rv))),
+        (scale, _eps(norm), T, chunks, part, parts, N * parts, H, *map(token_step, (q, k, v, gk, rk, gv, rv))),
         SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
         **_common(norm, q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
         MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
@@ -127,7 +127,7 @@ def backward(
         (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before, m, lower, states, d_o, d_final,
          *grads, d_initials, passed),
         (scale, _eps(norm), T, chunks, part, parts, N * parts, H,
-         *map(_step, (q, k, v, gk, rk, gv, rv)), *map(_step, grads)),
+         *map(token_step, (q, k, v, gk, rk, gv, rv)), *map(token_step, grads)),
         SAFE_EXP=safe_exp, D_FINAL="none" if d_final is None else "lifted" if parts > 1 else "given",
         **_common(norm, q, k, v, gk, rk, gv, rv),
         MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
@@ -183,7 +183,7 @@ def _states_before(
         state_kernel, (H, N * parts * cut, 1),
         (k, v, gk, rk, gv, rv, *_weights(norm), mask, states, decay_k, decay_v, m),
         (_eps(norm), T, part // cut * C, parts * cut, (parts - 1) * part * C, H,
-         *map(_step, (k, v, gk, rk, gv, rv))),
+         *map(token_step, (k, v, gk, rk, gv, rv))),
         SAFE_EXP=safe_exp, DECAYING=decaying, **common, MASKED=mask is not None, **_warps(k, v, gv, "segments"),
     )  # fmt: skip
     return _chain(initial_state, before, states, decay_k, decay_v, m if safe_exp else None, parts, cut)
@@ -208,7 +208,7 @@ def _gradients_behind(
     launch(
         gradient_kernel, (H, N * parts * cut, 1),
         (q, gk, rk, gv, rv, *_weights(norm), mask, m, lower, d_o, states, decay_k, decay_v),
-        (scale, _eps(norm), T, part // cut * C, parts * cut, part * C, H, *map(_step, (q, gk, rk, gv, rv))),
+        (scale, _eps(norm), T, part // cut * C, parts * cut, part * C, H, *map(token_step, (q, gk, rk, gv, rv))),
         SAFE_EXP=safe_exp, **_common(norm, q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
         **_warps(k, v, gv, "segments"),
     )  # fmt: skip
@@ -235,9 +235,9 @@ def _chain(
     chained, chained_m = states.new_empty(pieces // cut, H, K, V), states.new_empty(pieces // cut, H)
     rows = 8
     launch(
-        chain_kernel, (H, pieces // (parts * cut), _cdiv(K, rows)),
+        chain_kernel, (H, pieces // (parts * cut), cdiv(K, rows)),
         (start, before, states, decay_k, decay_v, m, chained, chained_m), (parts, cut, H),
-        K=K, V=V, R=rows, BV=_power_of_2(V),
+        K=K, V=V, R=rows, BV=power_of_2(V),
         MOVING=m is not None, INITIAL=start is not None, REVERSE=reverse, LIFT=lift, num_warps=2,
     )  # fmt: skip
     return chained, chained_m
@@ -254,12 +254,12 @@ def _norm_gradient(
 ) -> None:
     """Make dq and dk, the gradients of the normalised q and k, those of q and k, and fill the weights'."""
     (B, T, HQ, K), H, block = q.shape, k.shape[2], 32
-    programs = min(_cdiv(B * T * HQ, block), _NORM_PROGRAMS)
+    programs = min(cdiv(B * T * HQ, block), _NORM_PROGRAMS)
     of_programs = d_weights.new_empty(programs, 2, K)
     launch(
         norm_gradient_kernel, (programs, 2, 1),
         (dq, q, norm.q, dk, k, norm.k, mask, of_programs),
-        (norm.eps, B * T * HQ, B * T * H, HQ, H, *map(_step, (dq, q, dk, k))),
+        (norm.eps, B * T * HQ, B * T * H, HQ, H, *map(token_step, (dq, q, dk, k))),
         K=K, BK=_padded(K), R=block, MASKED=mask is not None,
     )  # fmt: skip
     torch.sum(of_programs, 0, out=d_weights)
@@ -283,7 +283,7 @@ def _layout(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, 
     B, T = k.shape[:2]
     C = _chunk(k, v)
     if cu_seqlens is None:
-        return B, _cdiv(T, C), B * _cdiv(T, C)
+        return B, cdiv(T, C), B * cdiv(T, C)
     slots = T // C + cu_seqlens.numel() - 1
     return cu_seqlens.numel() - 1, slots, slots
 
@@ -311,13 +311,13 @@ def _segments(heads: int, chunks: int, *, wide: bool, packed: bool) -> tuple[int
     part, cut = chunks, 1
     if not packed:
         if heads <= _FEW_HEADS[wide] and chunks >= 16 * _SHORTEST:
-            piece = max(_SHORTEST, _cdiv(chunks * heads, _PIECES[wide]))
+            piece = max(_SHORTEST, cdiv(chunks * heads, _PIECES[wide]))
             aim = _SIDE_BY_SIDE[wide] * (0.75 if heads > _MANY_OF_THE_FEW and not wide else 1)
             cut = max(1, round(chunks * heads / (aim * piece)))
-            cut = _cdiv(_cdiv(chunks, _cdiv(chunks, piece * cut)), piece)  # the last segment is hardly shorter
+            cut = cdiv(cdiv(chunks, cdiv(chunks, piece * cut)), piece)  # the last segment is hardly shorter
             part = piece * cut
         part = min(part, _PROGRAMS_OF_AN_AXIS // cut * cut)
-    return _cdiv(chunks, part), part, cut
+    return cdiv(chunks, part), part, cut
 
 
 def _wide(k: Tensor, v: Tensor) -> bool:
@@ -335,9 +335,9 @@ def _grid(H: int, segments: int, chunks: int, slots: Tensor | None, *, wide: boo
     """Programs, in the order in which they start: group after group of segments, in each chunk after chunk of all."""
     if slots is not None:
         return (H * len(slots), 1, 1)
-    most = max(_IN_A_GROUP[wide] // H, _cdiv(segments, _PROGRAMS_OF_AN_AXIS), 1)
-    size = max(_cdiv(segments, _cdiv(segments, most) or 1), 1)  # of groups of about the same size
-    return (H * size, chunks, _cdiv(segments, size))
+    most = max(_IN_A_GROUP[wide] // H, cdiv(segments, _PROGRAMS_OF_AN_AXIS), 1)
+    size = max(cdiv(segments, cdiv(segments, most) or 1), 1)  # of groups of about the same size
+    return (H * size, chunks, cdiv(segments, size))
 
 
 def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, int | None]:
@@ -392,18 +392,4 @@ def _common(norm: QKNorm | None, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor
 
 
 def _padded(D: int) -> int:
-    return max(16, _power_of_2(D))
-
-
-# Triton's own functions of these are meant for kernels, and slow outside.
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _step(x: Tensor | None) -> int:
-    """From token to token; of one token a sequence, from sequence to sequence."""
-    return 0 if x is None else x.stride(1 if x.shape[1] > 1 else 0)
+    return max(16, power_of_2(D))

@@ -3,12 +3,14 @@ program's registers at once, and read from memory once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from regla.ops.triton.launch import launch
+from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
 from regla.ops.triton.tiles import LOG2E
 
 _PROGRAMS = {"rms": 924, "layer": 528}  # of the backward pass: as many as an H100 runs at once
@@ -119,8 +121,8 @@ def forward(
     B, T, H, _V = h.shape
     constants = _constants(h, bias, gate, activation)
     launch(
-        output_norm_kernel, (H * triton.cdiv(B * T, constants["R"]), 1, 1),
-        (h, weight.contiguous(), _contiguous(bias), gate, o), (eps, B * T, _step(gate)), **constants,
+        output_norm_kernel, (H * cdiv(B * T, constants["R"]), 1, 1),
+        (h, weight.contiguous(), _contiguous(bias), gate, o), (eps, B * T, token_step(gate)), **constants,
     )  # fmt: skip
 
 
@@ -140,21 +142,21 @@ def backward(
     """Fill the gradients; of what there is not they are not looked at."""
     B, T, H, V = h.shape
     constants = _constants(h, bias, gate, activation)
-    programs = max(1, min(triton.cdiv(B * T, constants["R"]), _PROGRAMS["rms" if bias is None else "layer"] // H))
+    programs = max(1, min(cdiv(B * T, constants["R"]), _PROGRAMS["rms" if bias is None else "layer"] // H))
     parts = d_weight.new_empty(2, programs, H, V) if bias is not None else d_weight.new_empty(1, programs, H, V)
     launch(
         output_norm_gradient_kernel, (H * programs, 1, 1),
         (d_o, h, weight.contiguous(), _contiguous(bias), gate, d_h, d_gate, parts[0], parts[-1]),
-        (eps, B * T, programs, _step(gate), H * V), **constants,
+        (eps, B * T, programs, token_step(gate), H * V), **constants,
     )  # fmt: skip
     torch.sum(parts[0], 0, out=d_weight)
     if bias is not None:
         torch.sum(parts[1], 0, out=d_bias)
 
 
-def _constants(h: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> dict[str, int | str | bool]:
+def _constants(h: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> dict[str, Any]:
     H, V = h.shape[2:]
-    BV = triton.next_power_of_2(V)
+    BV = power_of_2(V)
     return {
         "H": H,
         "V": V,
@@ -168,8 +170,3 @@ def _constants(h: Tensor, bias: Tensor | None, gate: Tensor | None, activation: 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def _step(gate: Tensor | None) -> int:
-    """From token to token; of one token a sequence, from sequence to sequence."""
-    return 0 if gate is None else gate.stride(1 if gate.shape[1] > 1 else 0)
