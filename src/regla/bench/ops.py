@@ -232,6 +232,8 @@ def _operation(
         norm = partial(_output_norm, backend="triton" if backend == "triton" else "chunked")
         weight = torch.ones(v.shape[2:], device=v.device)
         gate = normal(*v.shape[:2], v.shape[2:].numel(), seed=7, device=v.device, dtype=v.dtype)
+        if backend == "compiled":
+            torch.compiler.reset()  # else a second shape makes the compiler give up fixed shapes, and a ninth all
         return torch.compile(norm) if backend == "compiled" else norm, [v, gate, weight]
     if operation == "regla_attention":
         return partial(_regla, axis=axis, backend=backend), [q, k, v, *gates]

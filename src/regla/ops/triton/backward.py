@@ -48,6 +48,7 @@ from regla.ops.triton.tiles import (
     decays,
     exp2,
     factors,
+    faint,
     finite,
     gate_at,
     load_gate,
@@ -65,7 +66,7 @@ from regla.ops.triton.tree import levels, read_over_tree, score_over_tree, score
 
 @triton.jit
 def value_side(
-    q_ptr, do_ptr, lower_ptr, norm, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Ek, Ev, kd, x, S,
+    q_ptr, do_ptr, lower_ptr, norm, short, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Ek, Ev, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
@@ -83,14 +84,14 @@ def value_side(
                 q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
-        Pd = P if SLICED else chunk_scores(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
+        Pd = P if SLICED else chunk_scores(q, qd, k, kd, gk, short, KEYED, VALUED, PRECISION, FAR)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
             if not FAR:
                 out = tl.dot(Pd, x, out, input_precision=PRECISION)
             dBv += out * d.to(tl.float32)
         if VALUED and FAR:
-            dx, dBv, dP = read_over_tree(Pd, do, v, gv, dx, dBv, PRECISION)
+            dx, dBv, dP = read_over_tree(Pd, do, v, gv, dx, dBv, short, PRECISION, not KEYED)
         else:
             dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
     if VALUED and not FAR:
@@ -99,10 +100,12 @@ def value_side(
 
 
 @triton.jit
-def chunk_scores(q, qd, k, kd, gk, KEYED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr):
+def chunk_scores(
+    q, qd, k, kd, gk, short, KEYED: tl.constexpr, VALUED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr
+):
     """The scores of a chunk [C, C] as an operand, over the tree where FAR."""
     if KEYED and FAR:
-        P = scores_over_tree(q, k, gk, levels(k.shape[0]), kd.dtype, PRECISION)
+        P = scores_over_tree(q, k, gk, levels(k.shape[0]), short, kd.dtype, PRECISION, not VALUED)
     else:
         P = scores(qd, kd, PRECISION)
     return P.to(kd.dtype)
@@ -110,8 +113,8 @@ def chunk_scores(q, qd, k, kd, gk, KEYED: tl.constexpr, PRECISION: tl.constexpr,
 
 @triton.jit
 def key_side(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S, dP_given,
-    dq_read, begin, h, scale, H, q_step, dq_step,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S,
+    dP_given, dq_read, begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     PRECISION: tl.constexpr, SLICED: tl.constexpr, FAR: tl.constexpr,
@@ -135,7 +138,8 @@ def key_side(
             dP = dP_given
         elif VALUED and FAR:
             if G > 1:  # of this head; the other results are not used
-                _dv, _dBv, dP_given = read_over_tree(tl.zeros([C, C], dtype), do, v, gv, v, v, PRECISION)
+                none = tl.zeros([C, C], dtype)
+                _dv, _dBv, dP_given = read_over_tree(none, do, v, gv, v, v, short, PRECISION, not KEYED)
             dP = dP_given
         else:
             dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
@@ -151,7 +155,7 @@ def key_side(
             dBk += read
             dq *= Ek
             if FAR:
-                dq, dkd, dBk = score_over_tree(dPd, q, k, gk, dq, dkd, dBk, PRECISION)
+                dq, dkd, dBk = score_over_tree(dPd, q, k, gk, dq, dkd, dBk, short, PRECISION, not VALUED)
         if SAFE_EXP:
             dq = dq * q if FAR else read
         store_tile(dq_ptr + j * K, t, inside, dq_step, ki, K, dq * (2.0 ** (-lift)))
@@ -191,6 +195,9 @@ def finish(
     EXACT: tl.constexpr = dtype == tl.float32
     Ek, Wk = 0.0, 0.0
     kd = k.to(dtype)
+    short = False  # whether the tree may be, see there
+    if FAR and SAFE_EXP and KEYED != VALUED:
+        short = tl.max(faint(k, vs[0].to(tl.float32), valid, K, VALUED).to(tl.int32), 0) == 0
     if KEYED:
         Bk, total_k = cumulative(gk, EXACT, FAR)
         if FAR:
@@ -219,7 +226,7 @@ def finish(
         if s == 0:  # not before the values' factors: the compiler would need more instructions
             q, qd = query_operand(q, Ek, norm, valid, dtype, K, KEYED, SAFE_EXP, NORM)
             if SLICED:
-                P = chunk_scores(q, qd, k, kd, gk, KEYED, PRECISION, FAR)
+                P = chunk_scores(q, qd, k, kd, gk, short, KEYED, VALUED, PRECISION, FAR)
                 dq_read = tl.zeros([C, BK], tl.float32)
                 dP_sum = tl.zeros([C, C], tl.float32)
                 dk_end = tl.zeros([C, BK], tl.float32)
@@ -304,7 +311,7 @@ def finish(
             dk_end = tl.dot(v_end, tl.trans(Ud), dk_end, input_precision=PRECISION)
             dP_sum = tl.dot(d, tl.trans(x), dP_sum, input_precision=PRECISION)
         dv, dBv, dP = value_side(
-            q_ptr, do_ptr, lower_ptr, norm, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Ek, Ev, kd, x, Sd,
+            q_ptr, do_ptr, lower_ptr, norm, short, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Ek, Ev, kd, x, Sd,
             begin, h, scale, H, q_step, G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
         )  # fmt: skip
         gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
@@ -324,7 +331,7 @@ def finish(
                 dv *= Wv
         store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
-        q_ptr, do_ptr, lower_ptr, dq_ptr, norm, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
+        q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
         dP_sum if SLICED else dP, dq_read,
         begin, h, scale, H, q_step, dq_step,
         G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,

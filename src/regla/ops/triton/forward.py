@@ -98,7 +98,7 @@ def scores_of(
     P = scores(qd, kd, PRECISION)
     if KEYED and FAR:
         far = limit[:, None] > Bk
-        P += scores_over_tree(q, tl.where(far, k, 0.0), gk, levels_if(far), dtype, PRECISION)
+        P += scores_over_tree(q, tl.where(far, k, 0.0), gk, levels_if(far), False, dtype, PRECISION, False)
     return qd, P.to(dtype)
 
 
@@ -162,13 +162,14 @@ def stabiliser(
 @triton.jit
 def finish(
     q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
-    q, k, v, gk, gv, norm, limit, edge, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+    q, k, v, gk, gv, norm, limit_k, limit_v, edge, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunk to the state, pass that on, and write its outputs. edge: factors of outputs beyond which the
-    backward pass is to go over the tree. SLICES: of the state's columns, taken one after the other."""
+    """Add the chunk to the state, pass that on, and write its outputs. limit_k, limit_v: `limits` of each axis. edge:
+    factors of outputs beyond which the backward pass is to go over the tree. SLICES: of the state's columns, taken one
+    after the other."""
     ki = tl.arange(0, BK)
     dtype = o_ptr.dtype.element_ty
     # Where no token is far, the state after the chunk is
@@ -180,7 +181,7 @@ def finish(
     k_end = kd
     if KEYED:
         Bk, total_k = cumulative(gk, EXACT, FAR)
-        Ek, Wk, ck = factors(Bk, total_k, limit, EXACT, FAR)
+        Ek, Wk, ck = factors(Bk, total_k, limit_k, EXACT, FAR)
         kd = (k * Wk).to(dtype)
         k_end = (k * (to_the_end(gk, PRECISION) if FAR else Wk * exp2(total_k + ck)[None, :])).to(dtype)
     passed_ptr += head.to(tl.int64) * 2 * BK * BV
@@ -198,7 +199,7 @@ def finish(
         v_end = x
         if VALUED:
             Bv, total_v = cumulative(gv, EXACT, FAR)
-            Ev, Wv, cv = factors(Bv, total_v, limit, EXACT, FAR)
+            Ev, Wv, cv = factors(Bv, total_v, limit_v, EXACT, FAR)
             x = (v * Wv).to(dtype)
             v_end = (v * to_the_end(gv, PRECISION)).to(dtype) if FAR else x
         passed_at = passed_ptr + s * BS
@@ -239,12 +240,12 @@ def finish(
             S *= exp2(-cv)[None, :]
         xs, Ss = xs + (x,), Ss + (S.to(dtype),)
     for j in range(G):
-        qd, Pd = scores_of(q, k, gk, Bk, limit, Ek, kd, norm, valid, K, KEYED, SAFE_EXP, NORM, PRECISION, FAR)
+        qd, Pd = scores_of(q, k, gk, Bk, limit_k, Ek, kd, norm, valid, K, KEYED, SAFE_EXP, NORM, PRECISION, FAR)
         if G > 1:
             q = load_query(q_ptr, j + 1, t, valid & (j + 1 < G), q_step, K, BK, SAFE_EXP, NORM)
         outs = ()
         for s in tl.static_range(SLICES):
-            out = read_columns(qd, Pd, xs[s], v, gv, Bv, limit, Ev, Ss[s], VALUED, PRECISION, FAR)
+            out = read_columns(qd, Pd, xs[s], v, gv, Bv, limit_v, Ev, Ss[s], VALUED, PRECISION, FAR)
             outs = outs + (out,)
         write_outputs(
             o_ptr, lower_ptr, t, inside, valid, outs, edge, begin, h, j, scale, H, G, V, BS, SLICES,
@@ -280,16 +281,17 @@ def finish_with_tree(
         q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, norm, t, valid,
         q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
     )  # fmt: skip
+    m, m_before = 0.0, 0.0
     if SAFE_EXP:
         sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING, NORM)
         m = tl.maximum(before + sums, tops)
         m_before = tl.maximum(before + sums_before, tops_before)
         k = key_features(k, m, NORM)
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
-    limit = limits(faint(k, v, valid, K, VALUE != "none"), REACH)
+    limit_k, limit_v = limits(faint(k, v, valid, K, VALUE != "none"), m, m_before, REACH, KEY, VALUE, SAFE_EXP, INITIAL)
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
-        q, k, v, gk, gv, norm, limit, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
+        q, k, v, gk, gv, norm, limit_k, limit_v, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
         G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, NORM, INITIAL, STORE, PRECISION, SLICES, True,
     )  # fmt: skip
 
@@ -334,6 +336,7 @@ def forward_kernel(
             q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
         )  # fmt: skip
         before = tl.full([], NO_KEY, tl.float32)
+        m, m_before = 0.0, 0.0
         if SAFE_EXP:
             sums, tops, sums_before, tops_before = stabiliser(
                 k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING, NORM
@@ -378,9 +381,11 @@ def forward_kernel(
                 SLICES, REACH,
             )  # fmt: skip
         else:
+            weak = faint(k, v, valid, K, VALUED)
+            limit_k, limit_v = limits(weak, m, m_before, REACH, KEY, VALUE, SAFE_EXP, INITIAL)
             finish(
                 q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
-                q, k, v, gk, gv, norm, limits(faint(k, v, valid, K, VALUED), REACH), edge,
+                q, k, v, gk, gv, norm, limit_k, limit_v, edge,
                 t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
                 G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, INITIAL, STORE, PRECISION, SLICES, ONE_PATH,
             )  # fmt: skip

@@ -329,9 +329,30 @@ def faint(k, v, valid, K: tl.constexpr, VALUED: tl.constexpr):
 
 
 @triton.jit
-def limits(weak, REACH: tl.constexpr):
-    """[C]: how far down B may go before a token is far, up to each token. Of no token after it."""
-    return tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -REACH)
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def limits(
+    weak, m, m_before, REACH: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
+    """([C], [C]): how far down B of the key and of the value axis may go before a token is far, up to each token. Of no
+    token after it.
+
+    Where the unit of the features grows, at an outlier, that is with both axes a decay of the value axis alone. The
+    key axis' limit is then as many bits nearer: E ends 2^126 below its start, and what that leaves of the outlier may
+    be more than all that follows it.
+    """
+    limit_v = tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -REACH)
+    limit_k = limit_v
+    if SAFE_EXP and KEY != "none" and VALUE != "none":
+        grown = m - m_before
+        if not INITIAL:  # as in regla.ops.triton.inputs.relative_decays
+            grown = tl.where(m_before > 0.5 * NO_KEY, grown, 0.0)
+        limit_k += tl.maximum(tl.associative_scan(tl.cumsum(grown, 0), 0, _larger), 0.0)
+    return limit_k, limit_v
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.tiles import counted_sums, exp2, finite, floored, rounded
+from regla.ops.triton.tiles import CENTRE, RANGE, counted_sums, exp2, finite, floored, reciprocal, rounded
 
 
 @triton.jit
@@ -49,50 +49,131 @@ def tree_level(level, g, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def scores_over_tree(q, k, gk, count, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """tril(q k^T) [C, C] under the decay of the keys: over the first `count` levels of the tree."""
+def read_and_write(level, X, joined, count, short):
+    """(X of what reads, X of what is written, pairs, levels): as they are or, with `short`, at the level of halves of
+    four tokens, if no channel decays by more than 2^-56 over one, of all pairs of a block of eight, and then no level
+    is left. A token of a first half reads, and one of a second half is written, with 1 / X.
+
+    For backward passes alone: of rounding, later tokens have a say in what a first half reads.
+    """
+    XR = X
+    XW = X
+    if short & (X.shape[0] >> (level + 1) == 4):  # noqa: SIM102 (else the minimum is taken on every level)
+        if tl.min(tl.min(X, 1), 0) > 2.0 ** (CENTRE - RANGE):
+            rows = tl.arange(0, X.shape[0])
+            second = ((rows & 4) != 0)[:, None]
+            inverse = reciprocal(X)
+            XR = tl.where(second, X, inverse)
+            XW = tl.where(second, inverse, X)
+            joined = (rows[:, None] >= rows[None, :]) & ((rows[:, None] ^ rows[None, :]) < 8)
+            count = level + 1
+    return XR, XW, joined, count
+
+
+@triton.jit
+def level_of_scores(
+    level, count, P, q, k, gk, short, dtype: tl.constexpr, PRECISION: tl.constexpr, SHORT: tl.constexpr
+):
+    """(P and what this level adds to it, levels)"""
+    joined, between = halves(level, q.shape[0])
+    X = gk
+    if level < count:  # always. In one block with the product of scores the compiler would lay out all of them for
+        # four rows of warps, and a tile of 32 tokens has work for two.
+        X = to_the_middle(between, gk, PRECISION)
+    XR = X
+    XW = X
+    if SHORT:
+        XR, XW, joined, count = read_and_write(level, X, joined, count, short)
+    P2 = tl.dot((q * XR).to(dtype), tl.trans((k * XW).to(dtype)), input_precision=PRECISION)
+    return P + tl.where(joined, P2, 0.0), count
+
+
+@triton.jit
+def scores_over_tree(q, k, gk, count, short, dtype: tl.constexpr, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+    """tril(q k^T) [C, C] under the decay of the keys: over the first `count` levels of the tree, or, with SHORT and
+    `short`, fewer."""
     P = tl.zeros([q.shape[0], q.shape[0]], tl.float32)
-    for level in range(count):
-        joined, between = halves(level, q.shape[0])
-        X = gk
-        if level < count:  # always. In one block with the product of scores the compiler would lay out all of them for
-            # four rows of warps, and a tile of 32 tokens has work for two.
-            X = to_the_middle(between, gk, PRECISION)
-        P2 = tl.dot((q * X).to(dtype), tl.trans((k * X).to(dtype)), input_precision=PRECISION)
-        P += tl.where(joined, P2, 0.0)
+    if SHORT:
+        level, count = first_of(count)
+        while level < count:
+            P, count = level_of_scores(level, count, P, q, k, gk, short, dtype, PRECISION, True)
+            level += 1
+    else:  # a loop whose end is known before holds less
+        for level in range(count):
+            P, _count = level_of_scores(level, count, P, q, k, gk, short, dtype, PRECISION, False)
     return P
 
 
 @triton.jit
-def read_over_tree(Pd, do, v, gv, dv, dBv, PRECISION: tl.constexpr):
-    """dv and dBv, with what the values v [C, V] and their decays get of d_o under the scores Pd [C, C]; and what the
-    scores get."""
+def first_of(count):
+    """(level 0, count), as variables of a loop."""
+    zero = tl.full([], 0, tl.int32)
+    return zero, zero + count
+
+
+@triton.jit
+def level_of_reading(level, count, Pd, do, v, gv, dv, dBv, dP, short, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+    """(dv, dBv, dP and what this level adds to them, levels)"""
     dtype = Pd.dtype
+    joined, XR = tree_level(level, gv, PRECISION)
+    XW = XR
+    if SHORT:
+        XR, XW, joined, count = read_and_write(level, XR, joined, count, short)
+    P2 = tl.where(joined, Pd, 0.0).to(dtype)
+    x2 = rounded(v * XW, dtype)
+    d2 = rounded(do * XR, dtype)
+    dP += tl.where(joined, tl.dot(d2.to(dtype), tl.trans(x2.to(dtype)), input_precision=PRECISION), 0.0)
+    dx2 = finite(tl.dot(tl.trans(P2), d2.to(dtype), input_precision=PRECISION))
+    dv += dx2 * XW
+    dBv += tl.dot(P2, x2.to(dtype), input_precision=PRECISION) * d2 - x2 * dx2
+    return dv, dBv, dP, count
+
+
+@triton.jit
+def read_over_tree(Pd, do, v, gv, dv, dBv, short, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+    """dv and dBv, with what the values v [C, V] and their decays get of d_o under the scores Pd [C, C]; and what the
+    scores get. SHORT, short: see `scores_over_tree`."""
     dP = tl.zeros(Pd.shape, tl.float32)
-    for level in range(levels(Pd.shape[0])):
-        joined, X = tree_level(level, gv, PRECISION)
-        P2 = tl.where(joined, Pd, 0.0).to(dtype)
-        x2 = rounded(v * X, dtype)
-        d2 = rounded(do * X, dtype)
-        dP += tl.where(joined, tl.dot(d2.to(dtype), tl.trans(x2.to(dtype)), input_precision=PRECISION), 0.0)
-        dx2 = finite(tl.dot(tl.trans(P2), d2.to(dtype), input_precision=PRECISION))
-        dv += dx2 * X
-        dBv += tl.dot(P2, x2.to(dtype), input_precision=PRECISION) * d2 - x2 * dx2
+    if SHORT:
+        level, count = first_of(levels(Pd.shape[0]))
+        while level < count:
+            dv, dBv, dP, count = level_of_reading(level, count, Pd, do, v, gv, dv, dBv, dP, short, PRECISION, True)
+            level += 1
+    else:
+        for level in range(levels(Pd.shape[0])):
+            dv, dBv, dP, _count = level_of_reading(level, 0, Pd, do, v, gv, dv, dBv, dP, short, PRECISION, False)
     return dv, dBv, dP
 
 
 @triton.jit
-def score_over_tree(dPd, q, k, gk, dq, dk, dBk, PRECISION: tl.constexpr):
-    """dq, dk and dBk, with what the queries q, the keys k [C, K] and their decays get of the scores' gradient."""
+def level_of_scoring(level, count, dPd, q, k, gk, dq, dk, dBk, short, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+    """(dq, dk, dBk and what this level adds to them, levels)"""
     dtype = dPd.dtype
-    for level in range(levels(dPd.shape[0])):
-        joined, X = tree_level(level, gk, PRECISION)
-        dP2 = tl.where(joined, dPd, 0.0).to(dtype)
-        q2 = rounded(q * X, dtype)
-        k2 = rounded(k * X, dtype)
-        dq2 = finite(tl.dot(dP2, k2.to(dtype), input_precision=PRECISION))
-        dk2 = tl.dot(tl.trans(dP2), q2.to(dtype), input_precision=PRECISION)
-        dq += dq2 * X
-        dk += dk2 * X
-        dBk += q2 * dq2 - k2 * dk2
+    joined, XR = tree_level(level, gk, PRECISION)
+    XW = XR
+    if SHORT:
+        XR, XW, joined, count = read_and_write(level, XR, joined, count, short)
+    dP2 = tl.where(joined, dPd, 0.0).to(dtype)
+    q2 = rounded(q * XR, dtype)
+    k2 = rounded(k * XW, dtype)
+    dq2 = finite(tl.dot(dP2, k2.to(dtype), input_precision=PRECISION))
+    dk2 = tl.dot(tl.trans(dP2), q2.to(dtype), input_precision=PRECISION)
+    dq += dq2 * XR
+    dk += dk2 * XW
+    dBk += q2 * dq2 - k2 * dk2
+    return dq, dk, dBk, count
+
+
+@triton.jit
+def score_over_tree(dPd, q, k, gk, dq, dk, dBk, short, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+    """dq, dk and dBk, with what the queries q, the keys k [C, K] and their decays get of the scores' gradient. SHORT,
+    short: see `scores_over_tree`."""
+    if SHORT:
+        level, count = first_of(levels(dPd.shape[0]))
+        while level < count:
+            dq, dk, dBk, count = level_of_scoring(level, count, dPd, q, k, gk, dq, dk, dBk, short, PRECISION, True)
+            level += 1
+    else:
+        for level in range(levels(dPd.shape[0])):
+            dq, dk, dBk, _count = level_of_scoring(level, 0, dPd, q, k, gk, dq, dk, dBk, short, PRECISION, False)
     return dq, dk, dBk
