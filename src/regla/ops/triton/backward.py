@@ -30,11 +30,13 @@ import triton.language as tl
 from regla.ops.triton.forward import place
 from regla.ops.triton.inputs import (
     ask_for_chunk,
+    exponent,
     features_and_decays,
     gradient_operand,
     load_queries,
     load_state,
     query_operand,
+    with_state,
 )
 from regla.ops.triton.norm import load_norm
 from regla.ops.triton.passing import numbers_at, pass_state, take_state, untagged
@@ -55,18 +57,17 @@ from regla.ops.triton.tiles import (
     lowest_decay,
     may_reach,
     once,
-    scores,
     store_gate_gradient,
     store_tile,
     sums,
     to_the_end,
 )
-from regla.ops.triton.tree import levels, read_over_tree, score_over_tree, scores_over_tree
+from regla.ops.triton.tree import chunk_scores, read_over_tree, score_over_tree
 
 
 @triton.jit
 def value_side(
-    q_ptr, do_ptr, lower_ptr, norm, short, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Ek, Ev, kd, x, S,
+    q_ptr, do_ptr, lower_ptr, norm, short, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
@@ -84,6 +85,8 @@ def value_side(
                 q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
+            if FAR and KEYED and VALUED:
+                _Ek, qd, d = with_state(q, do, Bk, Ev, 0.0, dtype, VALUED)
         Pd = P if SLICED else chunk_scores(q, qd, k, kd, gk, short, KEYED, VALUED, PRECISION, FAR)
         if VALUED:
             out = tl.dot(qd, S, input_precision=PRECISION)
@@ -100,21 +103,9 @@ def value_side(
 
 
 @triton.jit
-def chunk_scores(
-    q, qd, k, kd, gk, short, KEYED: tl.constexpr, VALUED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr
-):
-    """The scores of a chunk [C, C] as an operand, over the tree where FAR."""
-    if KEYED and FAR:
-        P = scores_over_tree(q, k, gk, levels(k.shape[0]), short, kd.dtype, PRECISION, not VALUED)
-    else:
-        P = scores(qd, kd, PRECISION)
-    return P.to(kd.dtype)
-
-
-@triton.jit
 def key_side(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, S,
-    dP_given, dq_read, begin, h, scale, H, q_step, dq_step,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek, Ev, kd, x,
+    S, dP_given, dq_read, begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     PRECISION: tl.constexpr, SLICED: tl.constexpr, FAR: tl.constexpr,
@@ -126,6 +117,7 @@ def key_side(
     causal = rows[:, None] >= rows[None, :]
     dtype = kd.dtype
     lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
+    SCALED: tl.constexpr = FAR and KEYED
     dkd = tl.zeros([C, BK], tl.float32)
     dBk = tl.zeros([C, BK], tl.float32)
     for j in range(G):
@@ -134,6 +126,9 @@ def key_side(
                 q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
+            ds = d
+            if SCALED:
+                Ek, qd, ds = with_state(q, do, Bk, Ev, exponent(do), dtype, VALUED)
         if SLICED:
             dP = dP_given
         elif VALUED and FAR:
@@ -144,7 +139,7 @@ def key_side(
         else:
             dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
         dPd = tl.where(causal, dP, 0.0).to(dtype)
-        dq = dq_read if SLICED else tl.dot(d, tl.trans(S), input_precision=PRECISION)
+        dq = dq_read if SLICED else tl.dot(ds, tl.trans(S), input_precision=PRECISION)
         if not (KEYED and FAR):
             dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
             dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
@@ -186,6 +181,7 @@ def finish(
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
     SLICED: tl.constexpr = SLICES > 1
+    SCALED: tl.constexpr = FAR and KEYED
     tl.static_assert(not SLICED or (G == 1 and not VALUED))
     BS: tl.constexpr = BV // SLICES
     lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
@@ -195,6 +191,7 @@ def finish(
     EXACT: tl.constexpr = dtype == tl.float32
     Ek, Wk = 0.0, 0.0
     kd = k.to(dtype)
+    Bk, up = 0.0, 0.0
     short = False  # whether the tree may be, see there
     if FAR and SAFE_EXP and KEYED != VALUED:
         short = tl.max(faint(k, vs[0].to(tl.float32), valid, K, VALUED).to(tl.int32), 0) == 0
@@ -225,19 +222,31 @@ def finish(
                 x = (v * Wv).to(dtype)
         if s == 0:  # not before the values' factors: the compiler would need more instructions
             q, qd = query_operand(q, Ek, norm, valid, dtype, K, KEYED, SAFE_EXP, NORM)
+            if SCALED and not VALUED:
+                up = tl.zeros([C, 1], tl.float32)
+                for other in tl.static_range(SLICES):
+                    raw, _d = gradient_operand(dos[other], factor, 0.0, scale, dtype, False, SAFE_EXP)
+                    up = tl.maximum(up, exponent(raw))
             if SLICED:
                 P = chunk_scores(q, qd, k, kd, gk, short, KEYED, VALUED, PRECISION, FAR)
                 dq_read = tl.zeros([C, BK], tl.float32)
                 dP_sum = tl.zeros([C, C], tl.float32)
                 dk_end = tl.zeros([C, BK], tl.float32)
         do, d = gradient_operand(do, factor, Ev, scale, dtype, VALUED, SAFE_EXP)
+        ds = d
+        if SCALED:
+            Ek, qd, ds = with_state(q, do, Bk, Ev, up, dtype, VALUED)
+            if VALUED:  # over the tree d meets nothing else
+                d = ds
         # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
-        dS = tl.dot(tl.trans(qd), d, input_precision=PRECISION)
+        dS = tl.dot(tl.trans(qd), ds, input_precision=PRECISION)
         for j in range(1, G):
-            _q2, _do2, qd2, d2 = load_queries(
+            q2, do2, qd2, d2 = load_queries(
                 q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
                 dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
             )  # fmt: skip
+            if SCALED:
+                _E2, qd2, d2 = with_state(q2, do2, Bk, Ev, exponent(do2), dtype, VALUED)
             dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
         if KEYED and not FAR:  # q E and d_o E are 2^c too large
             dS *= exp2(-ck)[:, None]
@@ -307,12 +316,12 @@ def finish(
             U *= exp2(total_v + cv)[None, :]
         Ud = U.to(dtype)
         if SLICED:
-            dq_read = tl.dot(d, tl.trans(Sd), dq_read, input_precision=PRECISION)
+            dq_read = tl.dot(ds, tl.trans(Sd), dq_read, input_precision=PRECISION)
             dk_end = tl.dot(v_end, tl.trans(Ud), dk_end, input_precision=PRECISION)
             dP_sum = tl.dot(d, tl.trans(x), dP_sum, input_precision=PRECISION)
         dv, dBv, dP = value_side(
-            q_ptr, do_ptr, lower_ptr, norm, short, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Ek, Ev, kd, x, Sd,
-            begin, h, scale, H, q_step, G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
+            q_ptr, do_ptr, lower_ptr, norm, short, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev, kd, x,
+            Sd, begin, h, scale, H, q_step, G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
         )  # fmt: skip
         gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
         dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
@@ -331,7 +340,8 @@ def finish(
                 dv *= Wv
         store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
-        q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, t, inside, valid, q, do, qd, d, k, v, gk, gv, Ek, Ev, kd, x, Sd,
+        q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek, Ev, kd,
+        x, Sd,
         dP_sum if SLICED else dP, dq_read,
         begin, h, scale, H, q_step, dq_step,
         G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,

@@ -17,6 +17,7 @@ from regla.ops.triton.tiles import (
     load_gate,
     load_slices,
     load_tile,
+    log2,
 )
 
 
@@ -118,6 +119,23 @@ def gradient_operand(do, factor, Ev, scale, dtype: tl.constexpr, VALUED: tl.cons
     else:
         do *= scale
     return do, (do * Ev).to(dtype) if VALUED else do.to(dtype)
+
+
+@triton.jit
+def exponent(do):
+    """[C, 1]: of a token's largest |do|, to the base 2, an integer from 0 to 120."""
+    return tl.minimum(tl.maximum(tl.ceil(log2(tl.max(tl.abs(do), 1))), 0.0), 120.0)[:, None]
+
+
+@triton.jit
+def with_state(q, do, Bk, Ev, up, dtype: tl.constexpr, VALUED: tl.constexpr):
+    """(E of the key axis, q E, d) as they meet the state over the tree, 2^up of d's with E: behind an outlier one is
+    tiny and the other huge, and d S by itself could leave float32. up: of all slices of d, unless VALUED."""
+    if VALUED:
+        do *= Ev
+        up = exponent(do)
+    Ek = exp2(Bk + up)
+    return Ek, (q * Ek).to(dtype), (do * exp2(-up)).to(dtype)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.tiles import CENTRE, RANGE, counted_sums, exp2, finite, floored, reciprocal, rounded
+from regla.ops.triton.tiles import CENTRE, RANGE, counted_sums, exp2, finite, floored, reciprocal, rounded, scores
 
 
 @triton.jit
@@ -102,6 +102,18 @@ def scores_over_tree(q, k, gk, count, short, dtype: tl.constexpr, PRECISION: tl.
         for level in range(count):
             P, _count = level_of_scores(level, count, P, q, k, gk, short, dtype, PRECISION, False)
     return P
+
+
+@triton.jit
+def chunk_scores(
+    q, qd, k, kd, gk, short, KEYED: tl.constexpr, VALUED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr
+):
+    """The scores of a chunk [C, C] as an operand, over the tree where FAR."""
+    if KEYED and FAR:
+        P = scores_over_tree(q, k, gk, levels(k.shape[0]), short, kd.dtype, PRECISION, not VALUED)
+    else:
+        P = scores(qd, kd, PRECISION)
+    return P.to(kd.dtype)
 
 
 @triton.jit
