@@ -194,7 +194,11 @@ def finish(
     Bk, up = 0.0, 0.0
     short = False  # whether the tree may be, see there
     if FAR and SAFE_EXP and KEYED != VALUED:
-        short = tl.max(faint(k, vs[0].to(tl.float32), valid, K, VALUED).to(tl.int32), 0) == 0
+        v = vs[0].to(tl.float32)
+        weak = faint(k, v, valid, K, VALUED)
+        if VALUED:  # nothing but zeros as values may be outputs of zero, whose gradients are huge
+            weak |= valid & (tl.max(tl.abs(v), 1) == 0)
+        short = tl.max(weak.to(tl.int32), 0) == 0
     if KEYED:
         Bk, total_k = cumulative(gk, EXACT, FAR)
         if FAR:

@@ -27,6 +27,7 @@ from regla.ops.triton.tiles import (
     factors,
     faint,
     gate_at,
+    growth,
     limits,
     lowest_decay,
     may_reach,
@@ -288,7 +289,8 @@ def finish_with_tree(
         m_before = tl.maximum(before + sums_before, tops_before)
         k = key_features(k, m, NORM)
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
-    limit_k, limit_v = limits(faint(k, v, valid, K, VALUE != "none"), m, m_before, REACH, KEY, VALUE, SAFE_EXP, INITIAL)
+    BOTH: tl.constexpr = SAFE_EXP and KEY != "none" and VALUE != "none"
+    limit_k, limit_v = limits(faint(k, v, valid, K, VALUE != "none"), m, m_before, REACH, BOTH, INITIAL)
     finish(
         q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
         q, k, v, gk, gv, norm, limit_k, limit_v, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
@@ -311,6 +313,7 @@ def forward_kernel(
     # The stabiliser's change of unit is a decay too, of the key axis where the value axis has none.
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
+    BOTH: tl.constexpr = SAFE_EXP and KEY != "none" and VALUED
     n, h, i, count, begin, length, _past, slot = place(
         cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, C, VARLEN, SPLIT, False
     )
@@ -366,6 +369,8 @@ def forward_kernel(
         edge = float("inf")
         if not ONE_PATH:
             lowest = lowest_decay(gk, gv)
+            if BOTH:  # as near as `limits` may come
+                lowest = tl.minimum(lowest, tl.min(tl.sum(gk, 0), 0) - tl.max(growth(m, m_before, INITIAL), 0))
             far = may_reach(lowest, REACH)
             if may_reach(lowest, RANGE):
                 edge = 2.0**-24  # gradients of such small outputs are large
@@ -382,7 +387,7 @@ def forward_kernel(
             )  # fmt: skip
         else:
             weak = faint(k, v, valid, K, VALUED)
-            limit_k, limit_v = limits(weak, m, m_before, REACH, KEY, VALUE, SAFE_EXP, INITIAL)
+            limit_k, limit_v = limits(weak, m, m_before, REACH, BOTH, INITIAL)
             finish(
                 q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
                 q, k, v, gk, gv, norm, limit_k, limit_v, edge,

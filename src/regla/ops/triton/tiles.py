@@ -334,24 +334,35 @@ def _larger(a, b):
 
 
 @triton.jit
-def limits(
-    weak, m, m_before, REACH: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, INITIAL: tl.constexpr,
-):  # fmt: skip
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def growth(m, m_before, INITIAL: tl.constexpr):
+    """[C]: how many bits the unit of the features has grown by within the chunk, from any token to a later one, up to
+    each."""
+    step = m - m_before
+    if not INITIAL:  # as in regla.ops.triton.inputs.relative_decays
+        step = tl.where(m_before > 0.5 * NO_KEY, step, 0.0)
+    unit = tl.cumsum(step, 0)
+    lowest = tl.minimum(tl.associative_scan(unit, 0, _smaller), 0.0)
+    return tl.associative_scan(unit - lowest, 0, _larger)
+
+
+@triton.jit
+def limits(weak, m, m_before, REACH: tl.constexpr, BOTH: tl.constexpr, INITIAL: tl.constexpr):
     """([C], [C]): how far down B of the key and of the value axis may go before a token is far, up to each token. Of no
     token after it.
 
-    Where the unit of the features grows, at an outlier, that is with both axes a decay of the value axis alone. The
+    Where the unit of the features grows, at an outlier, that is with BOTH axes a decay of the value axis alone. The
     key axis' limit is then as many bits nearer: E ends 2^126 below its start, and what that leaves of the outlier may
     be more than all that follows it.
     """
     limit_v = tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -REACH)
     limit_k = limit_v
-    if SAFE_EXP and KEY != "none" and VALUE != "none":
-        grown = m - m_before
-        if not INITIAL:  # as in regla.ops.triton.inputs.relative_decays
-            grown = tl.where(m_before > 0.5 * NO_KEY, grown, 0.0)
-        limit_k += tl.maximum(tl.associative_scan(tl.cumsum(grown, 0), 0, _larger), 0.0)
+    if BOTH:
+        limit_k += growth(m, m_before, INITIAL)
     return limit_k, limit_v
 
 
