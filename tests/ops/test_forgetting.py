@@ -75,26 +75,26 @@ def test_gradients_of_outputs_of_zero(axis, dtype):
 @pytest.mark.parametrize(
     ("dtype", "outlier", "at", "heads"),
     [
-        (torch.float32, 80.0, 39, 1),
-        (torch.float32, 100.0, 39, 2),
-        (torch.bfloat16, 80.0, 63, 2),
+        pytest.param(torch.float32, 80.0, 39, 1, marks=pytest.mark.slow),
+        (torch.float32, 86.0, 39, 2),
+        pytest.param(torch.bfloat16, 80.0, 63, 2, marks=pytest.mark.slow),
         (torch.bfloat16, 80.0, 63, 1),
-        (torch.bfloat16, 100.0, 39, 1),
+        (torch.bfloat16, 86.0, 39, 1),
     ],
 )
 @pytest.mark.parametrize("axis", AXES)
 def test_large_gradients_of_what_is_forgotten(axis, dtype, outlier, at, heads):
-    """Outputs and gradients within 1 % (1e-3 in float32) where gates forget an outlier of e^80 or e^100. Outputs behind
+    """Outputs and gradients within 1 % (1e-3 in float32) where gates forget an outlier of e^80 or e^86. Outputs behind
     it are tiny and their gradients large: times the state before it these are infinite, and times what it keeps of that
     nothing. And what is left of the outlier is for long more than all that follows."""
     device = torch.get_default_device()
     D = 128 if axis == "both" else 64
     with torch.device("cpu"):  # the same numbers everywhere
-        q, k, v = torch.randn(4, 96, heads, 64), torch.randn(4, 96, 1, 64), torch.randn(4, 96, 1, 64)
+        q, k, v = torch.randn(2, 96, heads, 64), torch.randn(2, 96, 1, 64), torch.randn(2, 96, 1, 64)
         k[:, at, :, 5] = outlier
-        gate, refine = torch.randn(4, 96, 1, D) + 2 * torch.randn(4, 1, 1, D) - 2, torch.randn(4, 96, 1, D)
+        gate, refine = torch.randn(2, 96, 1, D) + 2 * torch.randn(2, 1, 1, D) - 2, torch.randn(2, 96, 1, D)
         gate[..., 5], refine[..., 5] = -4.85, 0.0  # 7 bits a token, 56 from a chunk's start to an outlier at 39
-        weights = torch.randn(4, 96, heads, 64).to(device)
+        weights = torch.randn(2, 96, heads, 64).to(device)
     inputs = [x.bfloat16().to(device) for x in (q, k, v, gate, refine)]
     d_h, results = None, []
     for backend, to in (("chunked", torch.float64), ("triton", dtype)):

@@ -251,7 +251,7 @@ def fast_gates(T, K, axis, most):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize(
     ("most", "outlier"),
-    [(4.5, None), (4.5, 25.0), (4.5, 100.0), (10.0, None), (10.0, 25.0), (10.0, 100.0), (30.0, None), (30.0, 25.0)],
+    [(4.5, None), (4.5, 25.0), (4.5, 100.0), (10.0, None), (30.0, None), (30.0, 25.0)],
 )
 def test_fast_gates_in_bfloat16(most, outlier, axis):
     """Within 1 % of float32, and no bit of the past changes, where chunks decay by far more than 2^-60: by up to
