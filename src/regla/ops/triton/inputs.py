@@ -129,8 +129,9 @@ def exponent(do):
 
 @triton.jit
 def with_state(q, do, Bk, Ev, up, dtype: tl.constexpr, VALUED: tl.constexpr):
-    """(E of the key axis, q E, d) as they meet the state over the tree, 2^up of d's with E: behind an outlier one is
-    tiny and the other huge, and d S by itself could leave float32. up: of all slices of d, unless VALUED."""
+    """(E of the key axis [C, K], q E [C, K], d [C, V]) as they meet the state over the tree, 2^up of d's with E: behind
+    an outlier one is tiny and the other huge, and d S by itself could leave float32. up [C, 1]: `exponent` of all
+    slices of d; unless VALUED, where it is taken here, with the value axis' E [C, V] in d."""
     if VALUED:
         do *= Ev
         up = exponent(do)
