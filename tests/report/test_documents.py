@@ -38,9 +38,9 @@ def test_a_changed_row_changes_the_documents(copy: Path, capsys: pytest.CaptureF
     assert main(["readme", "--root", str(copy)]) == 0
     assert capsys.readouterr().out == "All tables are up to date.\n"
     rows = copy / "benchmarks" / "train_34m.jsonl"
-    first, *rest = rows.read_text().splitlines()
-    row = json.loads(first) | {"validation_perplexity": 12.345}
-    rows.write_text("\n".join([json.dumps(row), *rest]) + "\n")
+    *rest, last = rows.read_text().splitlines()
+    row = json.loads(last) | {"validation_perplexity": 12.345}
+    rows.write_text("\n".join([*rest, json.dumps(row)]) + "\n")
     before = (copy / "README.md").read_text(encoding="utf-8")
     assert update(copy) == [copy / "README.md", copy / "docs/results/34m.md"]
     after = (copy / "README.md").read_text(encoding="utf-8")
@@ -51,7 +51,7 @@ def test_a_changed_row_changes_the_documents(copy: Path, capsys: pytest.CaptureF
 
 def test_the_training_table_shows_each_source() -> None:
     row = {
-        "arguments": {"mixer": "hybrid", "lr": 0.003, "overrides": {"initializer_range": 0.5}},
+        "arguments": {"mixer": "hybrid", "lr": 0.003, "overrides": {"initializer_range": 0.5, "qk_norm": False}},
         "parameters": 1_230_000,
         "tokens": 4_560_000,
         "validation": [{"name": "valid_wiki_06.bin", "perplexity": 7.04}, {"name": "b.txt", "perplexity": 8.0}],
@@ -64,7 +64,7 @@ def test_the_training_table_shows_each_source() -> None:
     }
     header, _, line, _, where = training_table([row]).splitlines()
     assert "| wiki | b.txt | all |" in header
-    assert line == "| hybrid | 0.003 | 0.5 | 1.23M | 4.6M | 7.0 | 8.0 | 7.5 | 12k |"
+    assert line == "| hybrid | 0.003 | 0.5 | qk_norm False | 1.23M | 4.6M | 7.0 | 8.0 | 7.5 | 12k |"
     assert where == "Measured on: D; torch 9; commit abc, today."
 
 

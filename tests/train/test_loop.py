@@ -1,6 +1,7 @@
 """The training loop: what it draws, what it minimises, and that it repeats."""
 
 import math
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_the_loss_falls(mixer: str) -> None:
     assert progress.losses[0] == pytest.approx(math.log(16), abs=0.3)
     assert progress.train_loss == pytest.approx(sum(progress.losses[-20:]) / 20)
     assert progress.losses[-1] < 0.5 * progress.losses[0]
+
+
+def test_evaluations_do_not_count_as_training() -> None:
+    """One follows step 11; the rate is of steps 11 and 12."""
+    model, config = tiny_model(steps=12, eval_every=11)
+    progress = Progress()
+
+    def slow() -> float:
+        time.sleep(1.0)
+        return 0.0
+
+    optimise(model, TOKENS_N, config, progress=progress, stop=lambda: False, evaluate=slow)
+    assert progress.total_seconds > 1.0
+    assert progress.tokens_per_second(config.tokens_per_step) > 2 * config.tokens_per_step / 1.0
 
 
 def test_a_run_repeats_bit_for_bit() -> None:

@@ -40,14 +40,14 @@ DOCUMENTS = ("README.md", "docs/results/34m.md", "docs/results/cpu.md", "docs/re
 CURVES = {
     "docs/results/34m.png": {
         "ReGLA": "benchmarks/curves/34m-regla.jsonl",
-        "softmax, wider start": "benchmarks/curves/34m-softmax.jsonl",
+        "softmax with extras": "benchmarks/curves/34m-softmax.jsonl",
     }
 }
 """Plots of training logs: the file, and the logs (as `regla train` writes them) by the name of the model."""
 
 _Table = Callable[[Sequence[dict[str, Any]]], str]
 TABLES: dict[str, tuple[str, _Table]] = {
-    "train_34m": ("benchmarks/train_34m.jsonl", training_table),
+    "train_34m": ("benchmarks/train_34m.jsonl", latest(training_table)),
     "forms": ("benchmarks/cpu.jsonl", latest(forms_table)),
     "decode": ("benchmarks/cpu.jsonl", latest(decode_table)),
     "memory": ("benchmarks/cpu.jsonl", latest(memory_table)),

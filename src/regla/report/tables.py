@@ -29,7 +29,8 @@ def latest(table: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], s
 def training_table(rows: Sequence[Row]) -> str:
     """Runs of `regla train` that differ in mixer, learning rate and start; perplexity per source and of the mean loss.
 
-    `start` is initializer_range, the standard deviation of the initial weights, where a run overrode the default.
+    `start` is initializer_range, the standard deviation of the initial weights, where a run overrode the default;
+    `options` are what else it overrode.
     """
     sources = [source["name"] for source in rows[0]["validation"]]
     names = [name.removeprefix("valid_").rpartition("_")[0] or name for name in sources]
@@ -37,6 +38,7 @@ def training_table(rows: Sequence[Row]) -> str:
         "mixer",
         "peak lr",
         "start",
+        "options",
         "parameters",
         "tokens",
         *names,
@@ -46,11 +48,13 @@ def training_table(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
         arguments = row["arguments"]
+        options = {name: value for name, value in arguments["overrides"].items() if name != "initializer_range"}
         body.append(
             [
                 _MIXERS[arguments["mixer"]],
                 f"{arguments['lr']:g}",
                 str(arguments["overrides"].get("initializer_range", "default")),
+                ", ".join(f"{name} {value}" for name, value in options.items()) or "-",
                 f"{row['parameters'] / 1e6:.2f}M",
                 f"{row['tokens'] / 1e6:.1f}M",
                 *(f"{source['perplexity']:.1f}" for source in row["validation"]),

@@ -54,14 +54,17 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     """The loss of each step in nats, before its update; of the steps before a resume only the last 20."""
     seconds: list[float] = field(default_factory=list)
-    """From the start of this process's first step to the end of each (on a GPU: of each group read together)."""
+    """Of training, from the start of this process's first step to the end of each (on a GPU: of each group read
+    together)."""
+    seconds_aside: float = 0.0
+    """Of this process, on checkpoints and evaluations between steps."""
     seconds_before: float = 0.0
     """Spent before a resume."""
 
     def read(self, losses: list[Tensor], started: float) -> None:
         """Take over the losses of the latest steps; waits for the device to finish them."""
         self.losses.extend(torch.stack(losses).tolist())
-        self.seconds.extend([time.perf_counter() - started] * len(losses))
+        self.seconds.extend([time.perf_counter() - started - self.seconds_aside] * len(losses))
         if not math.isfinite(sum(self.losses[-len(losses) :])):
             raise FloatingPointError(f"The loss is no longer finite (by step {self.steps}); {_CALMER}.")
 
@@ -73,10 +76,11 @@ class Progress:
 
     @property
     def total_seconds(self) -> float:
-        return self.seconds_before + (self.seconds[-1] if self.seconds else 0.0)
+        return self.seconds_before + (self.seconds[-1] if self.seconds else 0.0) + self.seconds_aside
 
     def tokens_per_second(self, tokens_per_step: int) -> float | None:
-        """Of this process, without its first ten steps (compilation, cold caches) where there are more."""
+        """Of this process, without its first ten steps (compilation, cold caches) where there are more, and without
+        checkpoints and evaluations."""
         first = _READ_EVERY if len(self.seconds) > _READ_EVERY else 0
         if not self.seconds:
             return None
@@ -225,7 +229,6 @@ def optimise(
                     "tokens_per_second": len(unread) * config.tokens_per_step / (now - read_at),
                     "seconds": progress.total_seconds,
                 }
-                read_at = now
                 unread.clear()
                 bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
                 if score and evaluate is not None:
@@ -236,8 +239,8 @@ def optimise(
                     log(record)
                 if save and checkpoints is not None:
                     checkpoints.save(model, optimizer, progress)
-                if score or save:
-                    read_at = time.perf_counter()
+                read_at = time.perf_counter()
+                progress.seconds_aside += read_at - now
             bar.update(config.tokens_per_step)
             if last:
                 break
