@@ -1,9 +1,11 @@
 """What every test starts from: a fixed seed, poisoned memory, no network."""
 
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 # Read when huggingface_hub, tokenizers and cuBLAS (for its deterministic mode) are loaded, so they are set first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,3 +63,36 @@ def _poison_uninitialised_memory() -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpret_quickly() -> Iterator[None]:
+    """Triton's interpreter in a third of its time.
+
+    It prepares its language again for every function that a kernel calls: here once for a kernel. And CPython takes
+    memory for its frames from the system in pieces of 16 KiB, and gives a piece back as soon as its last frame is left:
+    where a loop of the interpreter happens to call across the end of one, every call costs two system calls. A frame
+    that asks for half a megabyte gets a piece with room for all that are called from it.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    prepare, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def prepare_once(function: Any) -> Any:
+        languages = [module for module in (tl, tl.core) if any(x is module for x in function.__globals__.values())]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return prepare(function)
+        return interpreter._LangPatchScope()
+
+    def run_with_room(*arguments: Any, **options: Any) -> Any:
+        return run(*arguments, **options)
+
+    run_with_room.__code__ = run_with_room.__code__.replace(co_stacksize=2**16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", run_with_room)
+        yield
