@@ -75,9 +75,9 @@ def test_gradients_of_outputs_of_zero(axis, dtype):
 @pytest.mark.parametrize(
     ("dtype", "outlier", "at", "heads"),
     [
-        pytest.param(torch.float32, 80.0, 39, 1, marks=pytest.mark.slow),
+        (torch.float32, 80.0, 39, 1),
         (torch.float32, 86.0, 39, 2),
-        pytest.param(torch.bfloat16, 80.0, 63, 2, marks=pytest.mark.slow),
+        (torch.bfloat16, 80.0, 63, 2),
         (torch.bfloat16, 80.0, 63, 1),
         (torch.bfloat16, 86.0, 39, 1),
     ],

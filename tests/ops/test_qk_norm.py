@@ -11,7 +11,6 @@ from regla.ops.backends import why_not_native, why_not_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 AXES = ["value", "key", "both"]
-KEY_FIRST = ["key", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("value", "both"))]
 EPS = 1e-3
 
 
@@ -63,7 +62,7 @@ def test_inside_is_before(axis, backend):
     assert_equal(inputs, weights, 2e-4, backend, output_final_state=True)
 
 
-@pytest.mark.parametrize("axis", KEY_FIRST)
+@pytest.mark.parametrize("axis", AXES)
 def test_sequences_in_segments(axis, monkeypatch):
     inputs, weights = make(260, axis, K=16, V=16)
     need("triton", inputs["k"])
@@ -76,7 +75,7 @@ def test_sequences_in_segments(axis, monkeypatch):
 BACKENDS = ["recurrent", "chunked", "native", "triton"]
 
 
-@pytest.mark.parametrize("axis", KEY_FIRST)
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize(("backend", "K"), [*((backend, 20) for backend in BACKENDS), ("triton", 160)])
 def test_masks_with_nothing_in_the_padding(backend, K, axis):
     inputs, weights = make(40, axis, B=2, K=K)
