@@ -116,6 +116,10 @@ def test_any_page_of_the_docs_can_show_them(root: Path) -> None:
 
 def test_plots(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regla.report.documents.CURVES", {})
+    page = root / "docs/page.md"
+    page.write_text("![Training](results/h-train.png)\n")
+    assert [file.name for file in draw(root)] == ["h-train.png"]
+    page.write_text("".join(f"![{kind}](results/h-{kind}.png)\n" for kind in ("ops", "decode", "train")))
     drawn = draw(root)
     assert [file.name for file in drawn] == ["h-ops.png", "h-decode.png", "h-train.png"]
     for file in drawn:

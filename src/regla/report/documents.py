@@ -120,7 +120,7 @@ def draw(root: Path) -> list[Path]:
     """Draw the plots of the documentation from the committed logs and the rows of studies and benchmarks; their files.
 
     NAME.jsonl of studies gives docs/results/NAME.png, and NAME-positions.png where rows were scored by position; of
-    benchmarks NAME-ops.png, NAME-decode.png and NAME-train.png, as far as it has their rows.
+    benchmarks NAME-ops.png, NAME-decode.png and NAME-train.png, as far as it has their rows and a page shows them.
     """
     for plot, logs in CURVES.items():
         curves = {}
@@ -136,10 +136,12 @@ def draw(root: Path) -> list[Path]:
         if positions(rows):
             plots.append(root / "docs/results" / f"{file.stem}-positions.png")
             plot_positions(rows, plots[-1])
+    pages = "".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("**/*.md"))
     for file in sorted((root / BENCHES).glob("*.jsonl")):
         there = {json.loads(line)["benchmark"] for line in file.read_text(encoding="utf-8").splitlines()}
         for kind in BENCH_TABLES:
-            if f"bench {kind}" in there:
-                plots.append(root / "docs/results" / f"{file.stem}-{kind}.png")
-                plot_bench(read_rows(file, f"bench {kind}"), plots[-1])
+            picture = root / "docs/results" / f"{file.stem}-{kind}.png"
+            if f"bench {kind}" in there and picture.name in pages:
+                plots.append(picture)
+                plot_bench(read_rows(file, f"bench {kind}"), picture)
     return plots
