@@ -344,7 +344,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _linearize(args: argparse.Namespace) -> None:
-    from regla.train.recipes import LinearizeConfig, linearize
+    from regla.linearize.driver import LinearizeConfig, linearize
 
     linearize(LinearizeConfig(**_options(args) | {"data": tuple(args.data), "valid": tuple(args.valid)}))
 
@@ -364,7 +364,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-    from regla.train.tokenizer import tokenize_files
+    from regla.data.tokenizer import tokenize_files
 
     tokenize_files(**_options(args))
 

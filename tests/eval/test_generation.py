@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from regla.data.tokenizer import train_tokenizer
 from regla.eval.generation import generate, generate_batch
 from regla.models import ReGLAConfig, ReGLAForCausalLM
-from regla.train.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

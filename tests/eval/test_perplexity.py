@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from regla.data.embedded import embedded_text
+from regla.data.sources import HELD_OUT, Encoded, Text, encode_source, read_source
+from regla.data.tokenizer import train_tokenizer
 from regla.eval import perplexity
 from regla.eval.perplexity import (
     evaluate,
@@ -24,9 +27,6 @@ from regla.eval.perplexity import (
 )
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.models.folders import load_model
-from regla.train.data import HELD_OUT, Encoded, Text, encode_source, read_source
-from regla.train.embedded import embedded_text
-from regla.train.tokenizer import train_tokenizer
 
 SHAPE = {
     "vocab_size": 300,

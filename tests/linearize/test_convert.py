@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from regla.cli import main
+from regla.data.tokenizer import train_tokenizer
 from regla.linearize import check_transfer, convert, layer_types
-from regla.train.tokenizer import train_tokenizer
 
 
 def llama(**changes) -> LlamaForCausalLM:

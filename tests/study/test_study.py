@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from regla.cli import main
+from regla.data.embedded import embedded_text
 from regla.report.documents import draw, fill
 from regla.report.studies import (
     check_comparable,
@@ -29,7 +30,6 @@ from regla.study.grid import choose, read_study
 from regla.study.trials import make_trials
 from regla.study.worker import run, write_plan
 from regla.train.config import TrainConfig
-from regla.train.embedded import embedded_text
 
 STUDY = """\
 title: Tiny

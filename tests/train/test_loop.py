@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from regla.models import ReGLAForCausalLM
+from regla.runtime.progress import Progress
 from regla.train.config import TrainConfig
-from regla.train.loop import Progress, crops, learning_rate, make_optimizer, next_token_loss, optimise
+from regla.train.loop import crops, learning_rate, make_optimizer, next_token_loss, optimise
 from regla.train.model import model_config
 
 TINY = {

@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 
 from regla.linearize.convert import convert
 from regla.linearize.losses import distillation_loss
-from regla.train.loop import Progress, optimise
+from regla.runtime.progress import Progress
+from regla.train.loop import optimise
 from regla.train.regions import compiled_blocks
 from tests.linearize.models import llama
 from tests.train.test_loop import TOKENS_N, run, tiny_model

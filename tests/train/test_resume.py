@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from regla.cli import main
-from regla.train import checkpoint, loop, run
+from regla.data.embedded import embedded_text
+from regla.runtime import checkpoint
+from regla.runtime.signals import Interrupted
+from regla.train import loop, run
 from regla.train.config import TrainConfig
-from regla.train.embedded import embedded_text
-from regla.train.signals import Interrupted
 
 TINY = {
     "vocab_size": 300,

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from regla.data.embedded import embedded_text
+from regla.data.sources import HELD_OUT, Text, encode
+from regla.data.tokenizer import tokenize_files
 from regla.eval.perplexity import evaluate, mean_score, position_table
 from regla.train import loop, run
 from regla.train.config import TrainConfig
-from regla.train.data import HELD_OUT, Text, encode
-from regla.train.embedded import embedded_text
-from regla.train.tokenizer import tokenize_files
 
 TINY = {
     "vocab_size": 300,

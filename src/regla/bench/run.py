@@ -12,7 +12,7 @@ from regla.bench import cpu, decode, ops, train
 from regla.bench.measure import Case, Row, give_memory_back
 from regla.bench.rows import write_rows
 from regla.report.benches import lines
-from regla.train.device import DTYPES, pick_device
+from regla.runtime.device import DTYPES, pick_device
 from regla.train.model import read_overrides
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regla.bench.measure import Case, Row, Timing, dtype_name, give_memory_back, quantiles
 from regla.bench.models import build, configs
-from regla.train.device import autocast
+from regla.runtime.device import autocast
 from regla.train.loop import make_optimizer, next_token_loss
 from regla.train.regions import compiled_blocks
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from regla.data.sources import end_of_text_id
+from regla.data.tokenizer import load_tokenizer
 from regla.eval.perplexity import first_id
-from regla.models.folders import load_model, load_tokenizer
-from regla.train.data import end_of_text_id
-from regla.train.device import pick_device
+from regla.models.folders import load_model
+from regla.runtime.device import pick_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regla.data.embedded import embedded_text
+from regla.data.sources import HELD_OUT, Encoded, Source, Text, encode_source, end_of_text_id, read_source
+from regla.data.tokenizer import load_tokenizer
 from regla.eval.streaming import stream as stream_chunks
-from regla.models.folders import load_model, load_tokenizer
-from regla.train.data import HELD_OUT, Encoded, Source, Text, encode_source, end_of_text_id, read_source
-from regla.train.device import autocast, pick_device
-from regla.train.embedded import embedded_text
+from regla.models.folders import load_model
+from regla.runtime.device import autocast, pick_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regla.models.cache import ReGLACacheLayer
-from regla.train.device import autocast
+from regla.runtime.device import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from regla.data.embedded import embedded_text
+from regla.data.sources import HELD_OUT
+from regla.data.tokenizer import load_tokenizer
 from regla.eval.generation import generate
-from regla.models.folders import load_model, load_tokenizer
+from regla.models.folders import load_model
 from regla.quickstart.decoding import DecodingCost, decoding_costs, streaming_difference
 from regla.report.plots import Curve, plot_decoding, plot_losses
 from regla.train.config import MIXERS, TrainConfig
-from regla.train.data import HELD_OUT
-from regla.train.embedded import embedded_text
 from regla.train.run import train
 
 RESULT = "quickstart.json"

@@ -4,8 +4,8 @@ import signal
 import sys
 from types import FrameType
 
+from regla.runtime.signals import Interrupted
 from regla.study.worker import main
-from regla.train.signals import Interrupted
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

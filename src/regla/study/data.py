@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from regla.models.folders import load_tokenizer
+from regla.data.embedded import embedded_text
+from regla.data.sources import HELD_OUT, READERS, Source, Text, end_of_text_id, read_source
+from regla.data.tokenizer import LARGEST_UINT16_VOCABULARY, load_tokenizer, train_tokenizer
 from regla.train.config import DEFAULT_VOCAB_SIZE
-from regla.train.data import HELD_OUT, READERS, Source, Text, end_of_text_id, read_source
-from regla.train.embedded import embedded_text
-from regla.train.tokenizer import LARGEST_UINT16_VOCABULARY, train_tokenizer
 
 _TOKENS = ".bin"
 

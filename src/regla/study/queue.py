@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from regla.runtime.log import FILE as LOG
+from regla.runtime.signals import Interrupted, Signals
 from regla.study.trials import Trial
 from regla.study.worker import OUTPUT, ROW, write_plan
-from regla.train.log import FILE as LOG
-from regla.train.signals import Interrupted, Signals
 
 COMMAND = (sys.executable, "-m", "regla.study")
 """What runs a trial, given its folder."""

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from regla.models.folders import load_tokenizer
+from regla.data.tokenizer import load_tokenizer
 from regla.report.studies import row_name
 from regla.study.data import prepare
 from regla.study.grid import Study, choose, in_order, read_study
@@ -163,7 +163,7 @@ def _places(device: str, number: int) -> list[Place]:
     """Where the processes run: a GPU each, or a share of the cores."""
     import torch
 
-    from regla.train.device import pick_device
+    from regla.runtime.device import pick_device
 
     if pick_device(device).type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from regla.bench.rows import write_rows
-from regla.train.checkpoint import FOLDER as CHECKPOINTS
-from regla.train.checkpoint import found_in
+from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
+from regla.runtime.checkpoint import found_in
+from regla.runtime.log import FILE as LOG
 from regla.train.config import TrainConfig
-from regla.train.log import FILE as LOG
 from regla.train.run import train
 
 PLAN, MODEL, ROW, OUTPUT = "run.json", "model", "row.jsonl", "log.txt"

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -19,19 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from regla.train.checkpoint import Checkpoints
+from regla.runtime.checkpoint import Checkpoints
+from regla.runtime.device import autocast
+from regla.runtime.progress import CALMER, READ_EVERY, Progress
 from regla.train.config import TrainConfig
-from regla.train.device import autocast
 from regla.train.regions import compiled_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_READ_EVERY = 10  # steps between looks at the loss, each of which waits for the device
-FINAL_STEPS = 20  # steps whose mean is the final training loss
 _LAST_LR = 0.1  # of the peak
 _MAX_GRADIENT_NORM = 1.0
-_CALMER = "lower --lr or lengthen --warmup"
 
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -43,49 +40,6 @@ class Group(TypedDict):
 
     params: Iterable[nn.Parameter]
     lr_scale: float
-
-
-@dataclass
-class Progress:
-    """What a run has done so far; right also after an error or an interrupt."""
-
-    steps: int = 0
-    """Of the whole run; those before a resume count."""
-    losses: list[float] = field(default_factory=list)
-    """The loss of each step in nats, before its update; of the steps before a resume only the last 20."""
-    seconds: list[float] = field(default_factory=list)
-    """Of training, from the start of this process's first step to the end of each (on a GPU: of each group read
-    together)."""
-    seconds_aside: float = 0.0
-    """Of this process, on checkpoints and evaluations between steps."""
-    seconds_before: float = 0.0
-    """Spent before a resume."""
-
-    def read(self, losses: list[Tensor], started: float) -> None:
-        """Take over the losses of the latest steps; waits for the device to finish them."""
-        self.losses.extend(torch.stack(losses).tolist())
-        self.seconds.extend([time.perf_counter() - started - self.seconds_aside] * len(losses))
-        if not math.isfinite(sum(self.losses[-len(losses) :])):
-            raise FloatingPointError(f"The loss is no longer finite (by step {self.steps}); {_CALMER}.")
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean of the last 20 steps."""
-        last = self.losses[-FINAL_STEPS:]
-        return sum(last) / len(last) if last else None
-
-    @property
-    def total_seconds(self) -> float:
-        return self.seconds_before + (self.seconds[-1] if self.seconds else 0.0) + self.seconds_aside
-
-    def tokens_per_second(self, tokens_per_step: int) -> float | None:
-        """Of this process, without its first ten steps (compilation, cold caches) where there are more, and without
-        checkpoints and evaluations."""
-        first = _READ_EVERY if len(self.seconds) > _READ_EVERY else 0
-        if not self.seconds:
-            return None
-        seconds = self.seconds[-1] - (self.seconds[first - 1] if first else 0.0)
-        return (len(self.seconds) - first) * tokens_per_step / seconds
 
 
 def crops(tokens_N: Tensor, *, seed: int, batch: int, batch_size: int, length: int) -> Tensor:
@@ -204,7 +158,7 @@ def optimise(
                     if step == first:
                         raise
                     # Every step has the same shapes, so behind the first only the numbers can be at fault.
-                    raise FloatingPointError(f"Step {step + 1} failed: {error}; {_CALMER}.") from error
+                    raise FloatingPointError(f"Step {step + 1} failed: {error}; {CALMER}.") from error
                 part.backward()
                 step_loss += part.detach()
             norm = nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
@@ -217,7 +171,7 @@ def optimise(
             due = checkpoints is not None and (checkpoints.completed or not complete)
             save = due and (last or progress.steps % config.save_steps == 0)
             score = evaluate is not None and config.eval_every is not None and progress.steps % config.eval_every == 0
-            if last or save or score or device.type == "cpu" or progress.steps % _READ_EVERY == 0:
+            if last or save or score or device.type == "cpu" or progress.steps % READ_EVERY == 0:
                 progress.read(unread, started)
                 now = time.perf_counter()
                 record = {

@@ -16,21 +16,22 @@ import transformers
 from safetensors import SafetensorError
 
 import regla
+from regla.data.embedded import embedded_text
+from regla.data.sources import HELD_OUT, Source, Text, encode_source, end_of_text_id, read_dataset, read_source
+from regla.data.tokenizer import load_tokenizer, train_tokenizer
 from regla.eval.perplexity import Score, beyond_the_model, first_id, mean_score, position_table, score, table
-from regla.models.folders import check_new, load_tokenizer, new_folder
 from regla.models.modeling import ReGLAForCausalLM
-from regla.train.checkpoint import FOLDER as CHECKPOINTS
-from regla.train.checkpoint import Checkpoints, found_in
+from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
+from regla.runtime.checkpoint import Checkpoints, found_in
+from regla.runtime.device import pick_device
+from regla.runtime.files import check_new, new_folder
+from regla.runtime.log import FILE as LOG
+from regla.runtime.log import TENSORBOARD, TrainingLog, check_tensorboard
+from regla.runtime.progress import Progress
+from regla.runtime.signals import Interrupted, Signals
 from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
-from regla.train.data import HELD_OUT, Source, Text, encode_source, end_of_text_id, read_dataset, read_source
-from regla.train.device import pick_device
-from regla.train.embedded import embedded_text
-from regla.train.log import FILE as LOG
-from regla.train.log import TENSORBOARD, TrainingLog, check_tensorboard
-from regla.train.loop import Progress, optimise
+from regla.train.loop import optimise
 from regla.train.model import count_parameters, match_softmax, model_config
-from regla.train.signals import Interrupted, Signals
-from regla.train.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

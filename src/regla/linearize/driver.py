@@ -18,25 +18,26 @@ import torch
 import transformers
 
 import regla
+from regla.data.embedded import embedded_text
+from regla.data.sources import HELD_OUT, Encoded, Source, encode_source, end_of_text_id, read_source
 from regla.eval.perplexity import Score, first_id, mean_score, score
 from regla.linearize.budget import budget, seconds_per_sequence
 from regla.linearize.calibration import LayerCalibration, calibrate, calibration_table
+from regla.linearize.card import model_card
 from regla.linearize.convert import GATE_BIAS, convert, converted_config
 from regla.linearize.load import load_config, load_original
 from regla.linearize.losses import distillation_loss, transfer_loss
 from regla.linearize.transfer import check_transfer, linear_layers
-from regla.models.folders import check_new, new_folder
-from regla.train.card import model_card
-from regla.train.checkpoint import FOLDER as CHECKPOINTS
-from regla.train.checkpoint import Checkpoints, found_in
+from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
+from regla.runtime.checkpoint import Checkpoints, found_in
+from regla.runtime.device import autocast, pick_device
+from regla.runtime.files import check_new, new_folder
+from regla.runtime.log import TrainingLog, read_log
+from regla.runtime.progress import Progress
+from regla.runtime.signals import Interrupted, Signals
 from regla.train.config import TrainConfig
-from regla.train.data import HELD_OUT, Encoded, Source, encode_source, end_of_text_id, read_source
-from regla.train.device import autocast, pick_device
-from regla.train.embedded import embedded_text
-from regla.train.log import TrainingLog, read_log
-from regla.train.loop import Group, Loss, Progress, crops, optimise
+from regla.train.loop import Group, Loss, crops, optimise
 from regla.train.regions import compiled_blocks
-from regla.train.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

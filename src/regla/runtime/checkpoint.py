@@ -18,14 +18,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from regla.train.loop import Progress
+from regla.runtime.progress import FINAL_STEPS, Progress
 
 FOLDER = "checkpoints"
 _KEEP = 2
@@ -34,7 +33,6 @@ _TEMPORARY = ".unfinished-"
 _MODEL, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
 _FILES = (_MODEL, _OPTIMIZER, _RANDOM, _STATE)
 _MANIFEST = "manifest.json"
-_LAST_LOSSES = 20  # as many as the final training loss averages
 
 
 class Checkpoints:
@@ -119,7 +117,7 @@ class Checkpoints:
             generators["cuda"] = torch.cuda.get_rng_state()
         state = {
             "step": progress.steps,
-            "losses": progress.losses[-_LAST_LOSSES:],
+            "losses": progress.losses[-FINAL_STEPS:],
             "seconds": progress.total_seconds,
             "settings": self.settings,
         }

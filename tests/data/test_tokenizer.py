@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from regla.train.data import read_source
-from regla.train.tokenizer import tokenize_files, train_tokenizer
+from regla.data.sources import read_source
+from regla.data.tokenizer import tokenize_files, train_tokenizer
 
 TEXTS = ["the cat sat on the mat, the cat sat", "Ünïcödé 世界 🙂\ttabs  and   spaces\r\n", "\x00\x7f odd bytes"]
 

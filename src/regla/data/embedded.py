@@ -5,7 +5,7 @@ It needs no download, so it is the default for training and evaluation. How much
 
 from __future__ import annotations
 
-from regla.train.data import Text
+from regla.data.sources import Text
 
 NAME = "pydoc_data.topics"
 _SHORTEST = 60  # characters; shorter paragraphs are headings and signatures

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regla.train.data import Text, Tokens, encode, encode_source, read_dataset, read_source
-from regla.train.embedded import embedded_text
-from regla.train.tokenizer import train_tokenizer
+from regla.data.embedded import embedded_text
+from regla.data.sources import Text, Tokens, encode, encode_source, read_dataset, read_source
+from regla.data.tokenizer import train_tokenizer
 
 DOCUMENTS = ("One line.\n\nAnother line of the first.", "Grüße, 世界 🙂", "An <|endoftext|> inside a line stays text.")
 
@@ -38,7 +38,7 @@ def test_every_document_ends_with_the_end_of_text_token_and_decodes_to_itself(to
 
 def test_encoding_in_batches_changes_nothing(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = encode(tokenizer, DOCUMENTS)
-    monkeypatch.setattr("regla.train.data._ENCODE_CHARACTERS", 1)
+    monkeypatch.setattr("regla.data.sources._ENCODE_CHARACTERS", 1)
     np.testing.assert_array_equal(encode(tokenizer, DOCUMENTS), at_once)
 
 

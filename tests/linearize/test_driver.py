@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from regla.cli import main
+from regla.data.tokenizer import train_tokenizer
+from regla.linearize.driver import LinearizeConfig, linearize
+from regla.runtime.log import TrainingLog, read_log
+from regla.runtime.progress import Progress
 from regla.train.config import TrainConfig
-from regla.train.log import TrainingLog, read_log
-from regla.train.loop import Progress, optimise
-from regla.train.recipes import LinearizeConfig, linearize
-from regla.train.tokenizer import train_tokenizer
+from regla.train.loop import optimise
 from tests.linearize.models import llama, qwen2
 
 WORDS = "the cat sat on a mat and saw dog that ran to its house by old tree where birds sang all day".split()  # noqa: SIM905

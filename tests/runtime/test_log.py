@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from regla.cli import main
-from regla.train import log
-from regla.train.log import TrainingLog
+from regla.runtime import log
+from regla.runtime.log import TrainingLog
 
 
 def steps(file: Path) -> list[int]:

@@ -10,7 +10,7 @@ _STATES = {"original": "original", "converted": "after conversion", "trained": "
 
 
 def model_card(summary: dict[str, Any]) -> str:
-    """Markdown with Hugging Face's front matter, from what `regla.train.recipes.linearize` returns."""
+    """Markdown with Hugging Face's front matter, from what `regla.linearize.driver.linearize` returns."""
     arguments = summary["arguments"]
     # A path on one machine says nothing on another.
     local = Path(arguments["model"]).exists()

@@ -6,14 +6,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regla.models.folders import check_new, load_tokenizer, new_folder
-from regla.train.data import END_OF_TEXT, TEXT_FIELD, Text, read_source
+from regla.data.sources import END_OF_TEXT, TEXT_FIELD, Text, read_source
+from regla.runtime.files import brief, check_new, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SMALLEST_VOCABULARY = 257  # every byte, and the end-of-text token
 LARGEST_UINT16_VOCABULARY = 2**16
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder on disk."""
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"There is no tokenizer folder {folder}; give one that `regla tokenize` or save_pretrained wrote."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers lets through whatever its parsers raise
+        raise ValueError(f"{folder} holds no readable tokenizer ({brief(error)}); give another folder.") from error
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -1,0 +1,1 @@
+"""Text and tokens: sources, the embedded text, held-out parts, tokenizers."""

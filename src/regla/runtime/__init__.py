@@ -1,0 +1,1 @@
+"""What every command that computes needs: device and precision, files, checkpoints, the log, signals, versions."""
