@@ -11,7 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from regla import help_texts
-from regla.train.config import DEFAULT_STEPS, DEFAULT_VOCAB_SIZE, DEVICES, DTYPES, MIXERS, RESUME, TrainConfig
+from regla.train.config import (
+    DEFAULT_STEPS,
+    DEFAULT_VOCAB_SIZE,
+    DEFAULT_WINDOW,
+    DEVICES,
+    DTYPES,
+    MIXERS,
+    RESUME,
+    TrainConfig,
+)
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
@@ -145,8 +154,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixer",
         choices=MIXERS,
         default=_DEFAULTS["mixer"],
-        help="regla, softmax, or hybrid: every second layer softmax (default: %(default)s)",
+        help="regla, softmax, hybrid: every second layer softmax, or window: softmax over the last --window tokens "
+        "(default: %(default)s)",
     )
+    add(model, "--window", int, f"tokens that --mixer window attends to (default: {DEFAULT_WINDOW})")
     add(model, "--hidden-size", int, "width")
     add(model, "--layers", int, "depth")
     add(model, "--heads", int, "attention heads")

@@ -19,7 +19,7 @@ TINY = {
     "eos_token_id": None,
 }
 
-L, F = "linear_attention", "full_attention"
+L, F, W = "linear_attention", "full_attention", "sliding_attention"
 
 VARIANTS = {
     "pure": {},
@@ -65,6 +65,8 @@ VARIANTS = {
         "softmax_conv_kernel_dim": 3,
         "softmax_output_gate": "silu",
     },
+    "window": {"layer_types": [W, W], "sliding_window": 8},
+    "hybrid, window": {"num_hidden_layers": 3, "layer_types": [L, W, F], "sliding_window": 5},
     "softmax, extras": {
         "layer_types": [F, F],
         "softmax_conv_kernel_dim": 4,

@@ -91,7 +91,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token() -> None:
     assert loss.item() == pytest.approx((3 * likely + 3 * unlikely) / 6)
 
 
-@pytest.mark.parametrize("mixer", ["regla", "hybrid", "softmax"])
+@pytest.mark.parametrize("mixer", ["regla", "hybrid", "softmax", "window"])
 def test_the_loss_falls(mixer: str) -> None:
     _, progress = run(mixer=mixer, steps=40)
     assert progress.steps == len(progress.losses) == len(progress.seconds) == 40

@@ -156,3 +156,17 @@ def test_length_of_a_run() -> None:
     config = TrainConfig(out="unused", tokens=1000, batch_size=2, accumulate=3, seq_len=10)
     assert (config.tokens_per_step, config.total_steps, config.warmup_steps) == (60, 17, 1)
     assert TrainConfig(out="unused", steps=50, warmup=7).warmup_steps == 7
+
+
+@pytest.mark.parametrize(("options", "window"), [({}, 64), ({"window": 256}, 256)])
+def test_the_window_is_in_the_configuration(options: dict[str, int], window: int) -> None:
+    model = build(mixer="window", **options)
+    assert model.layer_types == ["sliding_attention"] * model.num_hidden_layers
+    assert model.sliding_window == window
+    assert build(mixer="softmax").sliding_window is None
+    assert count_parameters(model) == count_parameters(build(mixer="softmax"))
+
+
+def test_a_window_without_its_mixer() -> None:
+    with pytest.raises(ValueError, match="--window 8 is given with --mixer regla; it is of --mixer window"):
+        TrainConfig(out="-", window=8)

@@ -16,9 +16,11 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionLayer,
     StaticCache,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from regla.layers.attention import ReGLAState
@@ -157,6 +159,13 @@ class SoftmaxCacheLayer(DynamicLayer):
         self.__init__()  # type: ignore[misc]
 
 
+class SlidingCacheLayer(DynamicSlidingWindowLayer):
+    """The last `sliding_window - 1` keys and values; `reset` forgets, as above."""
+
+    def reset(self) -> None:
+        self.__init__(self.sliding_window)  # type: ignore[misc]
+
+
 class ConvCacheLayer(CacheLayerMixin):
     """Part of a softmax layer's cache: the last inputs of its short convolution beside the keys and values."""
 
@@ -241,6 +250,9 @@ def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:
             elif type(layer) is DynamicLayer and not layer.is_initialized:
                 cache.layers[index] = SoftmaxCacheLayer()
             continue
+        if kind == "sliding_attention":
+            cache.layers[index] = _with_window(layer, index, config.sliding_window)
+            continue
         if isinstance(layer, ReGLACacheLayer):
             continue
         used = [
@@ -273,6 +285,21 @@ def _with_conv_state(layer: object, index: int) -> ConvCacheLayer:
     raise ValueError(
         f"layer {index} of past_key_values, a {kind.__name__}, cannot hold the state of a softmax layer's convolution, "
         "or is in use; make a new cache: DynamicCache(config=model.config)"
+    )
+
+
+def _with_window(layer: object, index: int, window: int | None) -> object:
+    """`layer` if it keeps the last tokens of a window of this size, or one that does in the place of an unused one."""
+    assert window is not None
+    if isinstance(layer, DynamicLayer) and type(layer) is not SlidingCacheLayer and not layer.is_initialized:
+        return SlidingCacheLayer(window)
+    if isinstance(layer, SlidingCacheLayer) and layer.sliding_window == window:
+        return layer
+    if isinstance(layer, StaticSlidingWindowLayer) and layer.max_cache_len <= window:
+        return layer
+    raise ValueError(
+        f"layer {index} of past_key_values, a {type(layer).__name__}, does not keep a window of {window} tokens; make "
+        "a new cache: DynamicCache(config=model.config)"
     )
 
 

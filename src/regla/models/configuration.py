@@ -17,7 +17,7 @@ from regla.ops.backends import BACKENDS
 from regla.ops.features import KEY_MAX
 from regla.ops.output_norm import ACTIVATIONS
 
-LAYER_TYPES = ("linear_attention", "full_attention")
+LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 SPREADS = ("channels", "layers")
 
 
@@ -32,8 +32,10 @@ class ReGLAConfig(PreTrainedConfig):
     attention_dropout (softmax layers only), mlp_bias. ReGLA's own:
 
     Args:
-        layer_types: one of "linear_attention" (ReGLA) and "full_attention" (softmax with RoPE) for each layer; None
-            makes every layer linear.
+        layer_types: one of "linear_attention" (ReGLA), "full_attention" (softmax with RoPE) and "sliding_attention"
+            (softmax over a sliding window) for each layer; None makes every layer linear.
+        sliding_window: of "sliding_attention" layers: a token attends to itself and the sliding_window - 1 tokens
+            before it.
         feature_map: of queries and keys in linear layers; "safe_exp" is the paper's (section 3.1).
         gate: the forget gate; "refined" is the paper's (section 3.3).
         gate_axis: the axis of the state that the gate decays, "value", "key" or "both" (docs/results/defaults.md: why).
@@ -93,6 +95,7 @@ class ReGLAConfig(PreTrainedConfig):
     mlp_bias: bool = False
 
     layer_types: list[str] | None = None
+    sliding_window: int | None = None
     feature_map: str = "safe_exp"
     gate: str = "refined"
     gate_axis: str = "key"
@@ -140,7 +143,7 @@ class ReGLAConfig(PreTrainedConfig):
     @property
     def uses_rope(self) -> bool:
         """Whether any layer rotates its queries and keys."""
-        return self.linear_rope or "full_attention" in (self.layer_types or ())
+        return self.linear_rope or any(kind != "linear_attention" for kind in self.layer_types or ())
 
     def half_life(self, layer_idx: int) -> HalfLife | None:
         """Where the forget gate of this (linear) layer starts: `gate_half_life`, or the layer's part of the spread."""
@@ -164,13 +167,24 @@ class ReGLAConfig(PreTrainedConfig):
         assert self.layer_types is not None and self.num_key_value_heads is not None and self.head_dim is not None
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
-                expected = " or ".join(map(repr, LAYER_TYPES))
-                raise ValueError(f"layer_types[{index}] is {kind!r}; expected {expected}")
+                expected = ", ".join(map(repr, LAYER_TYPES))
+                raise ValueError(f"layer_types[{index}] is {kind!r}; expected one of {expected}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries; expected one for each of the "
                 f"{self.num_hidden_layers} layers: change layer_types or num_hidden_layers"
             )
+        if "sliding_attention" in self.layer_types:
+            if self.sliding_window is None or self.sliding_window < 2:
+                raise ValueError(
+                    f"sliding_window is {self.sliding_window}, but layer_types has 'sliding_attention'; expected a "
+                    "window of at least 2 tokens"
+                )
+            if self.softmax_conv_kernel_dim:
+                raise ValueError(
+                    f"softmax_conv_kernel_dim is {self.softmax_conv_kernel_dim}, but layer_types has "
+                    "'sliding_attention', which has no convolution: leave one of them out"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}; expected a multiple of num_key_value_heads = "

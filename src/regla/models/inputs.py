@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from regla.models.configuration import ReGLAConfig
 
 LayerMasks = dict[str, Tensor | None]
+
+_SOFTMAX_MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
 
 
 def layer_masks(
@@ -25,8 +30,8 @@ def layer_masks(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> LayerMasks:
-    """The mask of each layer type: [B, T] bool of real tokens for "linear_attention", causal for "full_attention".
-    A convolution in softmax layers needs the former, too.
+    """The mask of each layer type: [B, T] bool of real tokens for "linear_attention", causal for "full_attention",
+    causal within the window for "sliding_attention". A convolution in softmax layers needs the former, too.
 
     Replaces transformers' `create_masks_for_generate`, which leaves the mask of linear layers out when T = 1, although
     a prompt that is fed token by token begins with padding. Restarting position_ids make the causal mask
@@ -44,14 +49,15 @@ def layer_masks(
         if attention_mask is not None:
             columns = current_columns(attention_mask, past_key_values, inputs_embeds.shape[1])
             masks["linear_attention"] = columns.to(device=inputs_embeds.device, dtype=torch.bool)
-    if "full_attention" in config.layer_types:
-        masks["full_attention"] = create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+    for kind, create in _SOFTMAX_MASKS.items():
+        if kind in config.layer_types:
+            masks[kind] = create(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
     return masks
 
 

@@ -217,11 +217,12 @@ class ReGLAModel(ReGLAPreTrainedModel):
             rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        assert self.config.layer_types is not None
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 rotary=rotary,
-                causal_mask=masks.get("full_attention"),
+                causal_mask=masks.get(kind),
                 token_mask=masks.get("linear_attention"),
                 cu_seqlens=cu_seq_lens_q,
                 past_key_values=past_key_values,

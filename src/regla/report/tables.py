@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-_MIXERS = {"regla": "ReGLA", "hybrid": "hybrid", "softmax": "softmax"}
+_MIXERS = {"regla": "ReGLA", "hybrid": "hybrid", "softmax": "softmax", "window": "window"}
 
 Row = dict[str, Any]
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MIXERS = ("regla", "hybrid", "softmax")
+MIXERS = ("regla", "hybrid", "softmax", "window")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 DEFAULT_VOCAB_SIZE = 2048
 DEFAULT_STEPS = 300
+DEFAULT_WINDOW = 64
 RESUME = ("latest", "previous")
 SHORTEST_SAVE = 50
 
@@ -41,7 +42,10 @@ class TrainConfig:
     """Tokens of the tokenizer to train; None: DEFAULT_VOCAB_SIZE."""
 
     mixer: str = "regla"
-    """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA and softmax in turn."""
+    """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA and softmax in turn; window: every
+    layer softmax attention over a sliding window."""
+    window: int | None = None
+    """Tokens that a layer of the mixer `window` attends to, its own included; None: DEFAULT_WINDOW."""
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
@@ -94,6 +98,7 @@ class TrainConfig:
             "kv_heads",
             "head_dim",
             "intermediate_size",
+            "window",
             "vocab_size",
             "steps",
             "tokens",
@@ -113,6 +118,10 @@ class TrainConfig:
                 raise ValueError(
                     f"{_flag(name)} is {getattr(self, name)!r}, expected one of {', '.join(map(str, allowed))}."
                 )
+        if self.window is not None and self.mixer != "window":
+            raise ValueError(
+                f"--window {self.window} is given with --mixer {self.mixer}; it is of --mixer window: leave one out."
+            )
         if self.steps is not None and self.tokens is not None:
             raise ValueError("Both --steps and --tokens are given; give one of them.")
         if self.tokenizer is not None and self.vocab_size is not None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regla.train.config import TrainConfig
+from regla.train.config import DEFAULT_WINDOW, TrainConfig
 
 if TYPE_CHECKING:
     from regla.models.configuration import ReGLAConfig
@@ -45,6 +45,7 @@ def layer_types(mixer: str, layers: int) -> list[str]:
         "regla": ["linear_attention"],
         "hybrid": ["linear_attention", "full_attention"],
         "softmax": ["full_attention"],
+        "window": ["sliding_attention"],
     }[mixer]
     return [pattern[layer % len(pattern)] for layer in range(layers)]
 
@@ -69,6 +70,7 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
         "eos_token_id": end_of_text,
         "pad_token_id": end_of_text,
         "layer_types": layer_types(config.mixer, config.layers),
+        "sliding_window": (config.window or DEFAULT_WINDOW) if config.mixer == "window" else None,
     } | dict(config.overrides)
     if arguments["vocab_size"] < vocab_size:
         raise ValueError(
