@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from regla import help_texts
+from regla.runtime.errors import told_in_flags
 from regla.train.config import (
     DEFAULT_STEPS,
     DEFAULT_VOCAB_SIZE,
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("regla: interrupted", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
-        print(f"regla: error: {error}", file=sys.stderr)
+        print(f"regla: error: {told_in_flags(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | OSError) else 1
     return 0
 

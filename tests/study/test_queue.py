@@ -202,10 +202,10 @@ def test_bad_input_is_one_sentence_before_anything_trains(
 
 
 def test_one_study_at_a_time_in_a_folder(study: Path, capsys: pytest.CaptureFixture) -> None:
-    from regla.study.run import _alone
+    from regla.runtime.files import alone_in
 
     Path("out").mkdir()
-    with _alone(Path("out")):
+    with alone_in(Path("out")):
         assert run() == 2
     assert "Another study is at work in out; wait for it, or give another --out." in capsys.readouterr().err
 

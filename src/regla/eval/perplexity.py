@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regla.data.embedded import embedded_text
-from regla.data.sources import HELD_OUT, Encoded, Source, Text, encode_source, end_of_text_id, read_source
+from regla.data.selection import read_sources, split_validation
+from regla.data.sources import Encoded, Source, Text, encode_source, end_of_text_id
 from regla.data.tokenizer import load_tokenizer
 from regla.eval.streaming import stream as stream_chunks
 from regla.models.folders import load_model
@@ -267,7 +267,7 @@ def evaluate(
     if json_file is not None and not Path(json_file).parent.is_dir():
         raise ValueError(f"There is no folder for {json_file}; give --json a file in a folder that exists.")
     where = pick_device(device)
-    sources = [read_source(file) for file in data] or [embedded_text().hold_out(HELD_OUT)[1]]
+    sources = read_sources(data) if data else split_validation(read_sources([]))[1]
     model, tokenizer = load_model(folder, where), load_tokenizer(folder)
     length = seq_len or min(getattr(model.config, "max_position_embeddings", _LONGEST_DEFAULT), _LONGEST_DEFAULT)
     texts = [encode_source(source, tokenizer) for source in sources]

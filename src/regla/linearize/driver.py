@@ -18,8 +18,8 @@ import torch
 import transformers
 
 import regla
-from regla.data.embedded import embedded_text
-from regla.data.sources import HELD_OUT, Encoded, Source, encode_source, end_of_text_id, read_source
+from regla.data.selection import read_sources, split_validation
+from regla.data.sources import Encoded, Source, encode_source, end_of_text_id
 from regla.eval.perplexity import Score, first_id, mean_score, score
 from regla.linearize.budget import budget, seconds_per_sequence
 from regla.linearize.calibration import LayerCalibration, calibrate, calibration_table
@@ -379,11 +379,7 @@ def _train(
 
 
 def _sources(config: LinearizeConfig) -> tuple[list[Source], list[Source]]:
-    data: list[Source] = [read_source(file) for file in config.data] or [embedded_text()]
-    if config.valid:
-        return data, [read_source(file) for file in config.valid]
-    parts = [source.hold_out(HELD_OUT) for source in data]
-    return [first for first, _ in parts], [last for _, last in parts]
+    return split_validation(read_sources(config.data), config.valid)
 
 
 def _training_ids(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from regla.runtime.files import write_text
 
 FILE = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -26,9 +27,7 @@ class TrainingLog:
         self._tensorboard = _tensorboard_writer(Path(out) / TENSORBOARD, after) if tensorboard else None
         file = Path(out) / FILE
         kept = [line for line in _whole_lines(file) if _step(line) <= after]
-        unfinished = file.with_name(f".unfinished-{FILE}")
-        unfinished.write_text("".join(kept), encoding="utf-8")
-        os.replace(unfinished, file)
+        write_text(file, "".join(kept))
         self._file = file.open("a", encoding="utf-8")
 
     def __call__(self, record: dict[str, Any]) -> None:

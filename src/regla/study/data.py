@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from regla.data.embedded import embedded_text
-from regla.data.sources import HELD_OUT, READERS, Source, Text, end_of_text_id, read_source
+from regla.data.selection import read_sources, split_validation
+from regla.data.sources import READERS, Source, Text, end_of_text_id, read_source
 from regla.data.tokenizer import LARGEST_UINT16_VOCABULARY, load_tokenizer, train_tokenizer
+from regla.runtime.files import unfinished_name
 from regla.train.config import DEFAULT_VOCAB_SIZE
 
 _TOKENS = ".bin"
@@ -60,12 +61,7 @@ def prepare(
     options = _options(data, valid, tokenizer)
     if tokenizer is not None and data and valid and all(Path(file).suffix == _TOKENS for file in (*data, *valid)):
         return _describe(data, valid, tokenizer, options)
-    train_sources: list[Source] = [read_source(file) for file in data] or [embedded_text()]
-    if valid:
-        valid_sources = [read_source(file) for file in valid]
-    else:
-        parts = [source.hold_out(HELD_OUT) for source in train_sources]
-        train_sources, valid_sources = [first for first, _ in parts], [last for _, last in parts]
+    train_sources, valid_sources = split_validation(read_sources(data), valid)
     target = Path(folder) / _digest_of_sources(train_sources, valid_sources, tokenizer, vocab_size)
     if not target.is_dir():
         _write(target, train_sources, valid_sources, tokenizer, vocab_size)
@@ -137,7 +133,7 @@ def _write(
             f"The tokenizer has {len(codec)} tokens, too many for token files of uint16, which hold "
             f"{LARGEST_UINT16_VOCABULARY} ids; give a smaller one."
         )
-    unfinished = target.with_name(f".unfinished-{target.name}")
+    unfinished = unfinished_name(target)
     shutil.rmtree(unfinished, ignore_errors=True)
     for part, sources in (("train", train), ("valid", valid)):
         (unfinished / part).mkdir(parents=True)

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from regla.runtime.files import write_bytes
+
 _KEYS = ("id", "study", "title", "variant", "lr", "seed", "diverged", "config", "data_digest")
 
 
@@ -34,9 +36,7 @@ def drop_unfinished_line(file: Path) -> None:
     """Remove a last line that was cut short, so that the next row starts a line of its own."""
     content = file.read_bytes() if file.is_file() else b""
     if content and not content.endswith(b"\n"):
-        unfinished = file.with_name(f".unfinished-{file.name}")
-        unfinished.write_bytes(content[: content.rfind(b"\n") + 1])
-        os.replace(unfinished, file)
+        write_bytes(file, content[: content.rfind(b"\n") + 1])
 
 
 def append_line(file: Path, line: str) -> None:

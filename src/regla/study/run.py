@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 
 from regla.data.tokenizer import load_tokenizer
 from regla.report.studies import row_name
+from regla.runtime.files import alone_in
+from regla.runtime.processes import check_one_process
 from regla.study.data import prepare
 from regla.study.grid import Study, choose, in_order, read_study
 from regla.study.page import write_page
@@ -55,6 +55,7 @@ def study(
 
     Raises ValueError for any input that does not fit, before anything trains; Interrupted on Ctrl-C and SIGTERM.
     """
+    check_one_process("study")
     _check_numbers(devices, runs_per_device, minutes)
     plan = read_study(name_or_file, sets)
     if only is not None:
@@ -74,7 +75,7 @@ def study(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{out} cannot be created ({error.strerror}); give --out a place you may write to.") from error
-    with _alone(out):
+    with alone_in(out, "study"):
         return _train(
             plan,
             make_trials(
@@ -175,17 +176,6 @@ def _places(device: str, number: int) -> list[Place]:
     if number > 1:
         place["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // number))
     return [dict(place) for _ in range(number)]
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder of the study; ValueError where another process does."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"Another study is at work in {out}; wait for it, or give another --out.") from error
-        yield
 
 
 def _print_grid(plan: Study, tokenizer: str | None) -> None:

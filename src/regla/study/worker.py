@@ -10,7 +10,6 @@ SIGTERM, with a checkpoint: no run outlives its study unseen.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -23,16 +22,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regla.bench.rows import write_rows
+from regla.bench.rows import surroundings
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
 from regla.runtime.checkpoint import found_in
+from regla.runtime.errors import told_in_flags
+from regla.runtime.files import alone_in, write_json, write_text
 from regla.runtime.log import FILE as LOG
 from regla.train.config import TrainConfig
 from regla.train.run import train
 
 PLAN, MODEL, ROW, OUTPUT = "run.json", "model", "row.jsonl", "log.txt"
 CURVE_POINTS = 40
-_LOCK = "lock"
 _TUPLES = ("data", "valid")
 
 
@@ -40,14 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: the row is there, of a run that diverged, too; 1: failed; 128 + n: ended by signal n."""
     (folder,) = map(Path, sys.argv[1:] if arguments is None else arguments)
     threading.Thread(target=_end_with_the_study, daemon=True).start()
-    with (folder / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until a run left over from a killed study has ended
+    with alone_in(folder, wait=True):  # until a run left over from a killed study has ended
         try:
             run(folder)
         except KeyboardInterrupt as error:
             return 128 + getattr(error, "signum", signal.SIGINT)
         except (ValueError, OSError, MemoryError) as error:
-            print(f"regla: error: {error}", file=sys.stderr)
+            print(f"regla: error: {told_in_flags(error)}", file=sys.stderr)
             return 1
     return 0
 
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_plan(folder: Path, config: dict[str, Any], row: dict[str, Any]) -> None:
     """config: the fields of TrainConfig."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / PLAN, json.dumps({"config": config, "row": row}, indent=1) + "\n")
+    write_json(folder / PLAN, {"config": config, "row": row})
 
 
 def run(folder: Path) -> None:
@@ -76,10 +75,7 @@ def run(folder: Path) -> None:
     else:
         result = result_of(summary, curve(Path(config.out) / LOG))
     result["process_seconds"] = time.perf_counter() - started
-    unfinished = folder / f".unfinished-{ROW}"
-    unfinished.unlink(missing_ok=True)
-    write_rows(unfinished, [plan["row"] | result])
-    os.replace(unfinished, folder / ROW)
+    write_text(folder / ROW, json.dumps(plan["row"] | result | surroundings()) + "\n")
 
 
 def result_of(summary: dict[str, Any], points: list[tuple[int, float]]) -> dict[str, Any]:
@@ -120,9 +116,3 @@ def curve(log: Path) -> list[tuple[int, float]]:
 def _end_with_the_study() -> None:
     os.read(0, 1)  # not sys.stdin, whose lock a daemon thread would hold when the interpreter ends
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _replace(file: Path, text: str) -> None:
-    unfinished = file.with_name(f".unfinished-{file.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
