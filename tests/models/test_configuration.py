@@ -61,12 +61,12 @@ def test_defaults():
     ("arguments", "sentence"),
     [
         (
-            {"num_hidden_layers": 2, "layer_types": ["linear_attention", "sliding_attention"]},
-            "layer_types[1] is 'sliding_attention'; expected 'linear_attention' or 'full_attention'",
+            {"num_hidden_layers": 2, "layer_types": ["linear_attention", "chunked_attention"]},
+            "layer_types[1] is 'chunked_attention'; expected one of 'linear_attention', 'full_attention', 'sliding_",
         ),
         (
             {"num_hidden_layers": 1, "layer_types": ["mamba"]},
-            "layer_types[0] is 'mamba'; expected 'linear_attention' or 'full_attention'",
+            "layer_types[0] is 'mamba'; expected one of 'linear_attention', 'full_attention', 'sliding_attention'",
         ),
         (
             {"num_hidden_layers": 3, "layer_types": ["linear_attention"]},

@@ -34,9 +34,8 @@ class SoftmaxAttention(LlamaAttention):
         if config.attention_out_bias != config.attention_bias:  # LlamaAttention has one switch for all four projections
             self.o_proj = nn.Linear(heads * D, hidden_size, bias=bool(config.attention_out_bias))
         sliding = config.layer_types is not None and config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = (
-            config.sliding_window if sliding else None
-        )  # for flash attention; others have it in the mask
+        # For flash attention; other implementations find it in the mask.
+        self.sliding_window = config.sliding_window if sliding else None
         taps, gate = config.softmax_conv_kernel_dim, config.softmax_output_gate
         self.conv = ShortConvolution((heads + 2 * kv_heads) * D, taps) if taps else None
         self.q_norm = nn.RMSNorm(D, config.rms_norm_eps) if config.softmax_qk_norm else None

@@ -42,8 +42,8 @@ class TrainConfig:
     """Tokens of the tokenizer to train; None: DEFAULT_VOCAB_SIZE."""
 
     mixer: str = "regla"
-    """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA and softmax in turn; window: every
-    layer softmax attention over a sliding window."""
+    """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA and softmax in turn; window:
+    softmax attention over a sliding window in every layer."""
     window: int | None = None
     """Tokens that a layer of the mixer `window` attends to, its own included; None: DEFAULT_WINDOW."""
     hidden_size: int = 128
