@@ -29,7 +29,7 @@ examples:
 
 34M parameters, 26M tokens on a GPU, from tokens prepared by `regla tokenize`:
   regla tokenize --vocab-size 16384 --out tokens train.txt valid.txt
-  regla train --out runs/34m --tokenizer tokens --data tokens/train.bin --valid tokens/valid.bin \\
+  regla train --out runs/large --tokenizer tokens --data tokens/train.bin --valid tokens/valid.bin \\
     --hidden-size 512 --layers 8 --heads 8 --seq-len 1024 --batch-size 64 --steps 400 --lr 2e-3 --warmup 60 \\
     --device cuda --dtype bfloat16 --compile
 

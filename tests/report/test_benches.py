@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from regla.report.benches import benches_table, latest, lines, plot_bench
+from regla.report.benches import benches_table, latest, lines, plot_bench, speed_table
 from regla.report.documents import documents, draw, fill
 
 AROUND = {"device": "D", "torch": "9", "commit": "abc", "date": "today"}
@@ -58,7 +58,7 @@ def test_table_of_operations() -> None:
         "| 3.0 MiB | 1.25 | - |"
     )
     assert rule.count("|") == header.count("|") == line.count("|")
-    assert where == "Measured on: D; torch 9; commit abc, today."
+    assert where == "Measured on D, torch 9, commit abc, today."
 
 
 def test_tables_of_models() -> None:
@@ -77,6 +77,19 @@ def test_memory_that_ran_out_is_in_the_table() -> None:
     *_, first, second, _, _ = benches_table([full, again]).splitlines()
     assert first == "| softmax | 2,048 | 8 | - | out of memory | - | - | - | - |"
     assert second.startswith("| softmax, activation checkpointing | 2,048 |")
+
+
+def test_the_table_of_training_speed() -> None:
+    rows = [
+        model_row("train", "softmax", "length", 2048, tokens_per_second=4000.0),
+        model_row("train", "regla", "length", 2048, tokens_per_second=5000.0),
+        model_row("train", "regla", "length", 8192),  # without softmax beside it
+    ]
+    assert speed_table(rows).splitlines()[2:] == [
+        "| 2,048 | 4k | 5k | 1.25x |",
+        "",
+        "Measured on D, torch 9, commit abc, today.",
+    ]
 
 
 def test_a_later_run_counts() -> None:
@@ -110,12 +123,11 @@ def test_any_page_of_the_docs_can_show_them(root: Path) -> None:
     assert "docs/page.md" in documents(root)
     filled = fill(page, root)
     assert "| regla_attention/value/triton | B4 T1024" in filled and "| ReGLA | 2,048 | 8 |" in filled
-    with pytest.raises(ValueError, match="There is no table 'speed/h'"):
-        fill(page.replace("ops/h", "speed/h"), root)
+    with pytest.raises(ValueError, match="There is no table 'nonsense/h'"):
+        fill(page.replace("ops/h", "nonsense/h"), root)
 
 
-def test_plots(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regla.report.documents.CURVES", {})
+def test_plots(root: Path) -> None:
     page = root / "docs/page.md"
     page.write_text("![Training](results/h-train.png)\n")
     assert [file.name for file in draw(root)] == ["h-train.png"]

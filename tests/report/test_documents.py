@@ -8,7 +8,7 @@ import pytest
 
 from regla.report.__main__ import main
 from regla.report.documents import TABLES, documents, fill, update
-from regla.report.tables import markdown, read_rows, training_table
+from regla.report.tables import markdown, ran_on, read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,35 +37,25 @@ def test_every_table_is_in_a_document() -> None:
 def test_a_changed_row_changes_the_documents(copy: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["readme", "--root", str(copy)]) == 0
     assert capsys.readouterr().out == "All tables are up to date.\n"
-    rows = copy / "benchmarks" / "train_34m.jsonl"
-    *rest, last = rows.read_text().splitlines()
-    row = json.loads(last) | {"validation_perplexity": 12.345}
-    rows.write_text("\n".join([*rest, json.dumps(row)]) + "\n")
-    before = (copy / "README.md").read_text(encoding="utf-8")
-    assert update(copy) == [copy / "README.md", copy / "docs/results/34m.md"]
-    after = (copy / "README.md").read_text(encoding="utf-8")
-    assert "| 12.3 |" in after and "| 12.3 |" not in before
+    rows = copy / "benchmarks" / "cpu.jsonl"
+    text = [json.loads(line) for line in rows.read_text().splitlines()]
+    changed = [row | {"cache_bytes": 12_345 * 1024} if row["benchmark"] == "decode" else row for row in text]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    before = (copy / "docs/results/cpu.md").read_text(encoding="utf-8")
+    assert update(copy) == [copy / "docs/results/cpu.md"]
+    after = (copy / "docs/results/cpu.md").read_text(encoding="utf-8")
+    assert "| 12,345 KiB |" in after and "| 12,345 KiB |" not in before
     assert before.partition("<!-- table:")[0] == after.partition("<!-- table:")[0]
     assert update(copy) == []
 
 
-def test_the_training_table_shows_each_source() -> None:
-    row = {
-        "arguments": {"mixer": "hybrid", "lr": 0.003, "overrides": {"initializer_range": 0.5, "qk_norm": False}},
-        "parameters": 1_230_000,
-        "tokens": 4_560_000,
-        "validation": [{"name": "valid_wiki_06.bin", "perplexity": 7.04}, {"name": "b.txt", "perplexity": 8.0}],
-        "validation_perplexity": 7.5,
-        "tokens_per_second": 12_345.0,
-        "device": "D",
-        "commit": "abc",
-        "date": "today",
-        "versions": {"torch": "9"},
-    }
-    header, _, line, _, where = training_table([row]).splitlines()
-    assert "| wiki | b.txt | all |" in header
-    assert line == "| hybrid | 0.003 | 0.5 | qk_norm False | 1.23M | 4.6M | 7.0 | 8.0 | 7.5 | 12k |"
-    assert where == "Measured on: D; torch 9; commit abc, today."
+def test_where_rows_were_measured_is_one_line() -> None:
+    row = {"device": "D", "torch": "9", "commit": "abc", "date": "2026-01-02"}
+    rows = [row, row | {"commit": "def", "date": "2026-01-01"}, row, row | {"device": "E", "threads": 2}]
+    assert ran_on(rows) == (
+        "Measured on D, torch 9, commits abc, def, 2026-01-01 to 2026-01-02; "
+        "E, 2 threads, torch 9, commit abc, 2026-01-02."
+    )
 
 
 def test_markdown() -> None:
@@ -73,7 +63,7 @@ def test_markdown() -> None:
 
 
 def test_bad_input(copy: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(ValueError, match="There is no table 'nonsense'; the known ones are train_34m"):
+    with pytest.raises(ValueError, match="There is no table 'nonsense'; the known ones are forms"):
         fill("<!-- table: nonsense -->\n<!-- end of table -->\n", copy)
     with pytest.raises(ValueError, match="has no rows of the benchmark 'speed'"):
         read_rows(copy / "benchmarks" / "cpu.jsonl", "speed")

@@ -21,6 +21,7 @@ from regla.report.documents import draw, fill
 from regla.report.studies import (
     check_comparable,
     positions_table,
+    quality_table,
     study_table,
     trials_table,
     variant_scores,
@@ -208,19 +209,25 @@ def test_the_table_by_position() -> None:
         "| better | 7.4 | 7.4 |",
         "| worse | 20.1 | 7.4 |",
         "",
-        "Measured on: D; torch 9; commit abc, today.",
+        "Measured on D, torch 9, commit abc, today.",
+    ]
+    assert quality_table(rows).splitlines()[:5] == [
+        "| model | perplexity | seeds |",
+        "| --- | ---: | ---: |",
+        "| not scored | 2.7 | 1 |",
+        "| better | 4.5 | 2 |",
+        "| worse | 12.2 | 1 |",
     ]
     with pytest.raises(ValueError, match=r"No row of s is scored by position; give its runs an `eval_context`\."):
         positions_table([made_up("not scored", 1e-3, 0, 1.0)])
 
 
-def test_the_plots_of_committed_studies(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from regla.report import documents
-
-    monkeypatch.setattr(documents, "CURVES", {})
+def test_the_plots_of_committed_studies(undisturbed: Path, tmp_path: Path) -> None:
     for folder in ("benchmarks/studies", "docs/results"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(undisturbed, tmp_path / "benchmarks/studies/tiny.jsonl")
+    assert draw(tmp_path) == []  # no page shows it
+    (tmp_path / "docs/page.md").write_text("![Losses](results/tiny.png)\n")
     assert draw(tmp_path) == [tmp_path / "docs/results/tiny.png"]
     assert (tmp_path / "docs/results/tiny.png").stat().st_size > 1000
 
@@ -252,7 +259,7 @@ def test_the_table_of_variants() -> None:
         "",
         "⚠ the best learning rate lies at the edge of the sweep: a better one may lie beyond.",
         "",
-        "Measured on: D; torch 9; commit abc, today.",
+        "Measured on D, torch 9, commit abc, today.",
     ]
     assert trials_table(rows).splitlines()[2:5] == [
         "| better | 2.0000 / - | 1.0000 / 2.0000 | 1.0000 / diverged |",

@@ -32,6 +32,23 @@ def benches_table(rows: Sequence[Row]) -> str:
     return markdown(titles, body, numbers_from=1) + "\n\n" + ran_on(rows)
 
 
+def speed_table(rows: Sequence[Row]) -> str:
+    """Training speed of ReGLA beside softmax attention by length: of each the last row without activation
+    checkpointing."""
+    rows = [
+        row for row in latest(rows) if not row["activation_checkpointing"] and row["subject"] in ("softmax", "regla")
+    ]
+    last = {(row["subject"], row["setting"]["length"]): row for row in rows}
+    body = []
+    for length in sorted({length for _, length in last}):
+        pair = [last.get((subject, length)) for subject in ("softmax", "regla")]
+        rates = [row["tokens_per_second"] for row in pair if row is not None]
+        if len(rates) == 2:
+            body.append([f"{length:,}", *(f"{rate / 1e3:,.0f}k" for rate in rates), f"{rates[1] / rates[0]:.2f}x"])
+    shown = list(last.values())
+    return f"{markdown(['tokens of a sequence', 'softmax', 'ReGLA', 'ratio'], body)}\n\n{ran_on(shown)}"
+
+
 def lines(row: Row) -> tuple[str, str]:
     """(titles, the row) as text in columns of the same width for every row of a benchmark."""
     if row["benchmark"] not in _CELLS:

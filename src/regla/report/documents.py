@@ -8,19 +8,17 @@ A document marks the place of a table by two lines:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from regla.report.benches import benches_table, plot_bench
-from regla.report.plots import plot_losses
+from regla.report.benches import benches_table, plot_bench, speed_table
 from regla.report.studies import (
     plot_positions,
     plot_study,
-    positions,
     positions_table,
+    quality_table,
     study_table,
     trials_table,
 )
@@ -32,22 +30,12 @@ from regla.report.tables import (
     memory_table,
     read_rows,
     scores_table,
-    training_table,
 )
 
-DOCUMENTS = ("README.md", "docs/results/34m.md", "docs/results/cpu.md", "docs/results/smollm2.md")
-
-CURVES = {
-    "docs/results/34m.png": {
-        "ReGLA": "benchmarks/curves/34m-regla.jsonl",
-        "softmax with extras": "benchmarks/curves/34m-softmax.jsonl",
-    }
-}
-"""Plots of training logs: the file, and the logs (as `regla train` writes them) by the name of the model."""
+DOCUMENTS = ("README.md", "docs/results/cpu.md", "docs/results/smollm2.md")
 
 _Table = Callable[[Sequence[dict[str, Any]]], str]
 TABLES: dict[str, tuple[str, _Table]] = {
-    "train_34m": ("benchmarks/train_34m.jsonl", latest(training_table)),
     "forms": ("benchmarks/cpu.jsonl", latest(forms_table)),
     "decode": ("benchmarks/cpu.jsonl", latest(decode_table)),
     "memory": ("benchmarks/cpu.jsonl", latest(memory_table)),
@@ -59,7 +47,12 @@ TABLES: dict[str, tuple[str, _Table]] = {
 STUDIES = "benchmarks/studies"
 """Rows of studies: NAME.jsonl."""
 
-STUDY_TABLES: dict[str, _Table] = {"study": study_table, "trials": trials_table, "positions": positions_table}
+STUDY_TABLES: dict[str, _Table] = {
+    "study": study_table,
+    "trials": trials_table,
+    "positions": positions_table,
+    "quality": quality_table,
+}
 """By what the name of a table begins with: `study/NAME` and so on show rows of the study NAME."""
 
 BENCHES = "benchmarks/gpu"
@@ -83,6 +76,9 @@ def fill(text: str, root: Path) -> str:
         if kind in STUDY_TABLES and file_name:
             rows = read_rows(root / STUDIES / f"{file_name}.jsonl", "study")
             return f"{match[1]}\n{STUDY_TABLES[kind](rows)}\n\n{match[3]}"
+        if kind == "speed" and file_name:
+            rows = read_rows(root / BENCHES / f"{file_name}.jsonl", "bench train")
+            return f"{match[1]}\n{speed_table(rows)}\n\n{match[3]}"
         if kind in BENCH_TABLES and file_name:
             rows = read_rows(root / BENCHES / f"{file_name}.jsonl", f"bench {kind}")
             return f"{match[1]}\n{benches_table(rows)}\n\n{match[3]}"
@@ -117,31 +113,20 @@ def update(root: Path) -> list[Path]:
 
 
 def draw(root: Path) -> list[Path]:
-    """Draw the plots of the documentation from the committed logs and the rows of studies and benchmarks; their files.
+    """Draw the plots that the pages under docs show, from the rows of studies and benchmarks; their files.
 
-    NAME.jsonl of studies gives docs/results/NAME.png, and NAME-positions.png where rows were scored by position; of
-    benchmarks NAME-ops.png, NAME-decode.png and NAME-train.png, as far as it has their rows and a page shows them.
+    Under docs/results, of studies NAME.png and NAME-positions.png, of benchmarks NAME-ops.png, NAME-decode.png and
+    NAME-train.png.
     """
-    for plot, logs in CURVES.items():
-        curves = {}
-        for name, log in logs.items():
-            lines = (root / log).read_text(encoding="utf-8").splitlines()
-            curves[name] = [(row["tokens"], row["loss"]) for row in map(json.loads, lines)]
-        plot_losses(curves, root / plot, smoothing=1)
-    plots = [root / plot for plot in CURVES]
-    for file in sorted((root / STUDIES).glob("*.jsonl")):
-        rows = read_rows(file, "study")
-        plots.append(root / "docs/results" / f"{file.stem}.png")
-        plot_study(rows, plots[-1])
-        if positions(rows):
-            plots.append(root / "docs/results" / f"{file.stem}-positions.png")
-            plot_positions(rows, plots[-1])
     pages = "".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("**/*.md"))
+    plots: list[tuple[Path, Callable[[Sequence[dict[str, Any]], Path], None], Path, str]] = []
+    for file in sorted((root / STUDIES).glob("*.jsonl")):
+        plots.append((root / "docs/results" / f"{file.stem}.png", plot_study, file, "study"))
+        plots.append((root / "docs/results" / f"{file.stem}-positions.png", plot_positions, file, "study"))
     for file in sorted((root / BENCHES).glob("*.jsonl")):
-        there = {json.loads(line)["benchmark"] for line in file.read_text(encoding="utf-8").splitlines()}
         for kind in BENCH_TABLES:
-            picture = root / "docs/results" / f"{file.stem}-{kind}.png"
-            if f"bench {kind}" in there and picture.name in pages:
-                plots.append(picture)
-                plot_bench(read_rows(file, f"bench {kind}"), picture)
-    return plots
+            plots.append((root / "docs/results" / f"{file.stem}-{kind}.png", plot_bench, file, f"bench {kind}"))
+    shown = [plot for plot in plots if re.search(rf"[(/]{re.escape(plot[0].name)}\)", pages)]
+    for picture, plot, file, benchmark in shown:
+        plot(read_rows(file, benchmark), picture)
+    return [picture for picture, *_ in shown]

@@ -125,6 +125,25 @@ def positions_table(rows: Sequence[Row]) -> str:
     return f"{markdown(['variant', *header], body, numbers_from=1)}\n\n{ran_on(_without_threads(_of(rows, scored)))}"
 
 
+def quality_table(rows: Sequence[Row]) -> str:
+    """Perplexity of every variant at its best learning rate, over all and at some positions; best first."""
+    scored = positions(rows)
+    bins = [
+        bin_ for bin_ in ((64, 127), (512, 1023), (4096, 8191)) if all(bin_ in _edges(own) for own in scored.values())
+    ]
+    body = []
+    for score in variant_scores(rows):
+        by_edges = {own[:2]: own[2] for own in scored.get(score.name, [])}
+        cells = [f"{math.exp(by_edges[bin_]):.1f}" if bin_ in by_edges else "-" for bin_ in bins]
+        body.append([score.name, f"{math.exp(score.mean):.1f}", str(len(score.losses)), *cells])
+    header = ["model", "perplexity", "seeds", *(f"at {first:,}-{last:,}" for first, last in bins)]
+    return f"{markdown(header, body, numbers_from=1)}\n\n{ran_on(_without_threads(rows))}"
+
+
+def _edges(bins: Iterable[tuple[int, int, float]]) -> set[tuple[int, int]]:
+    return {(first, last) for first, last, _ in bins}
+
+
 def positions(rows: Sequence[Row]) -> dict[str, list[tuple[int, int, float]]]:
     """By variant, at its best learning rate: (first position, last, loss in nats, the mean over seeds) of every bin.
 

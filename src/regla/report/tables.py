@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-_MIXERS = {"regla": "ReGLA", "hybrid": "hybrid", "softmax": "softmax", "window": "window"}
-
 Row = dict[str, Any]
 
 
@@ -24,45 +22,6 @@ def read_rows(file: str | Path, benchmark: str) -> list[Row]:
 def latest(table: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], str]:
     """`table` of the rows alone that were measured on the last row's commit: what the code does now."""
     return lambda rows: table([row for row in rows if row["commit"] == rows[-1]["commit"]])
-
-
-def training_table(rows: Sequence[Row]) -> str:
-    """Runs of `regla train` that differ in mixer, learning rate and start; perplexity per source and of the mean loss.
-
-    `start` is initializer_range, the standard deviation of the initial weights, where a run overrode the default;
-    `options` are what else it overrode.
-    """
-    sources = [source["name"] for source in rows[0]["validation"]]
-    names = [name.removeprefix("valid_").rpartition("_")[0] or name for name in sources]
-    header = [
-        "mixer",
-        "peak lr",
-        "start",
-        "options",
-        "parameters",
-        "tokens",
-        *names,
-        "all three" if len(names) == 3 else "all",
-        "tokens/s",
-    ]
-    body = []
-    for row in rows:
-        arguments = row["arguments"]
-        options = {name: value for name, value in arguments["overrides"].items() if name != "initializer_range"}
-        body.append(
-            [
-                _MIXERS[arguments["mixer"]],
-                f"{arguments['lr']:g}",
-                str(arguments["overrides"].get("initializer_range", "default")),
-                ", ".join(f"{name} {value}" for name, value in options.items()) or "-",
-                f"{row['parameters'] / 1e6:.2f}M",
-                f"{row['tokens'] / 1e6:.1f}M",
-                *(f"{source['perplexity']:.1f}" for source in row["validation"]),
-                f"{row['validation_perplexity']:.1f}",
-                f"{row['tokens_per_second'] / 1e3:,.0f}k",
-            ]
-        )
-    return markdown(header, body, numbers_from=1) + "\n\n" + ran_on(rows)
 
 
 def forms_table(rows: Sequence[Row]) -> str:
@@ -151,12 +110,16 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]], *, numbers_fr
 
 
 def ran_on(rows: Sequence[Row]) -> str:
-    """Hardware, versions, commit and date of the rows, each kind of them once."""
-    kinds = []
+    """One line: hardware and versions, each kind once, with its commits and dates."""
+    kinds: dict[str, list[Row]] = {}
     for row in rows:
-        versions = row.get("versions", row)
         threads = f", {row['threads']} threads" if "threads" in row else ""
-        kind = f"{row['device']}{threads}; torch {versions['torch']}; commit {row['commit']}, {row['date']}"
-        if kind not in kinds:
-            kinds.append(kind)
-    return "Measured on: " + "; and ".join(kinds) + "."
+        kinds.setdefault(f"{row['device']}{threads}, torch {row.get('versions', row)['torch']}", []).append(row)
+    return "Measured on " + "; ".join(f"{kind}, {_commits(of_kind)}" for kind, of_kind in kinds.items()) + "."
+
+
+def _commits(rows: Sequence[Row]) -> str:
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    dates = sorted({row["date"] for row in rows})
+    words = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    return f"{words}, {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
