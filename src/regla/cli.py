@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     linearize = command("linearize", "turn a softmax model into a linear one", help_texts.LINEARIZE, _linearize)
     linearize.add_argument("model", metavar="MODEL", help="name on the hub, folder or .gguf file")
-    linearize.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
+    linearize.add_argument("--out", default=argparse.SUPPRESS, metavar="DIR", help="new folder for the model")
     _linearize_arguments(linearize)
 
     _study_arguments(command("study", "train and compare a grid of models", help_texts.STUDY, _study))
@@ -260,13 +260,20 @@ def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--keep",
-        default="every-2",
+        default=argparse.SUPPRESS,
         metavar="RULE",
-        help="layers that keep softmax: every-N or none (default: %(default)s)",
+        help="layers that keep softmax: none, every-N, or numbers from 0 such as 0,7,14 (default: every-2; with --init "
+        "those of DIR)",
+    )
+    model.add_argument(
+        "--init",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="go on from this converted folder, with MODEL as the teacher (default: convert MODEL itself)",
     )
     add(model, "--gate-bias", float, "start of the forget gates' biases (default: 3, a memory of about 20 tokens)")
     add(model, "--calibration-tokens", int, "tokens the feature map is fitted to and checked on (default: 4096)")
-    model.add_argument("--dry-run", action="store_true", help="print parameters, memory and cache sizes; write nothing")
+    model.add_argument("--dry-run", action="store_true", help="check every input, print sizes and costs; write nothing")
 
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -279,7 +286,12 @@ def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
 
     run = parser.add_argument_group("run")
     add(run, "--steps", int, "optimiser steps of both stages together (default: 0, convert only)")
-    add(run, "--transfer-steps", int, "how many of them are attention transfer (default: a third)")
+    add(
+        run,
+        "--transfer-steps",
+        int,
+        "how many of them are attention transfer (default: a third; none if no layer is new)",
+    )
     add(run, "--seq-len", int, "tokens of a sequence (default: 512)")
     add(run, "--batch-size", int, "sequences per step (default: 16)")
     add(run, "--lr", float, "peak learning rate of the new layers; all else learns at a tenth (default: 1e-3)")
@@ -356,7 +368,8 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _linearize(args: argparse.Namespace) -> None:
-    from regla.linearize.driver import LinearizeConfig, linearize
+    from regla.linearize.config import LinearizeConfig
+    from regla.linearize.driver import linearize
 
     linearize(LinearizeConfig(**_options(args) | {"data": tuple(args.data), "valid": tuple(args.valid)}))
 

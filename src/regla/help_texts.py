@@ -106,7 +106,10 @@ examples:
   regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol --steps 300
   regla linearize model.gguf --out runs/smol --data wiki.txt books.txt --steps 300 --dtype bfloat16
   regla linearize models/llama --out runs/all-linear --keep none --steps 1000
-  regla linearize models/llama --out runs/plan --steps 1000 --dry-run
+  regla linearize models/llama --steps 1000 --dry-run
+  regla linearize models/llama --init runs/all-linear --out runs/longer --steps 1000
+
+--init goes on from a folder that this command wrote: further layers (--keep), more training (--steps), or both.
 
 Ctrl-C ends the training after the current step and saves the model as it is then (exit code 130). After that, or after
 a crash, the same command with --resume goes on from the last checkpoint.

@@ -78,6 +78,14 @@ def seconds_per_sequence(config: ReGLAConfig, *, batch_size: int, seq_len: int, 
     return seconds / rows
 
 
+def training_time(seconds: float, *, sequences: int, device: torch.device) -> str:
+    """A line of the estimate, from `seconds_per_sequence`. The original runs forward only: a third of both passes."""
+    return (
+        f"estimated time    {sequences * seconds * 4 / 3 / 60:,.1f} minutes on {device.type}: {sequences:,} "
+        f"sequences of {seconds:.3g} s, forward and backward (measured), and a third more for the original"
+    )
+
+
 def _size(count: float) -> str:
     units = ["B", "kB", "MB", "GB", "TB"]
     while count >= 999.5 and len(units) > 1:

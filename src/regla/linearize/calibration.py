@@ -12,7 +12,7 @@ Shape legend: B sequences, T tokens, R queries sampled of each sequence, H key h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -59,14 +59,21 @@ class LayerCalibration:
 
 @torch.no_grad()
 @exact_products()
-def calibrate(original: PreTrainedModel, converted: ReGLAForCausalLM, tokens_BT: Tensor) -> list[LayerCalibration]:
-    """Set `qk_calibration` and the output norm's weight of every linear layer of `converted`, in place.
+def calibrate(
+    original: PreTrainedModel,
+    converted: ReGLAForCausalLM,
+    tokens_BT: Tensor,
+    *,
+    layers: Iterable[int] | None = None,
+) -> list[LayerCalibration]:
+    """Set `qk_calibration` and the output norm's weight of linear layers of `converted`, in place.
 
     Args:
         original: the model that was converted.
         converted: what `regla.linearize.convert` made of it, with its weights as they were transferred.
         tokens_BT: [B, T] token ids, a few thousand, B at least 2. The first half of the sequences sets the numbers,
             the other half gives the figures that are returned.
+        layers: the linear layers to calibrate; None: all.
 
     Raises:
         ValueError: fewer than two sequences; a feature map, norm or calibration that is not there to be set.
@@ -77,16 +84,16 @@ def calibrate(original: PreTrainedModel, converted: ReGLAForCausalLM, tokens_BT:
             raise ValueError(f"{name} is {getattr(config, name)!r}; calibration is for {expected!r}")
     if len(tokens_BT) < 2:
         raise ValueError(f"{len(tokens_BT)} sequence given; calibration needs at least 2: half of them to check it on")
-    layers = linear_layers(converted)
+    linear = linear_layers(converted)
     rows: list[LayerCalibration] = []
 
     def see(number: int, attention: Attention) -> None:
-        rows.append(_calibrate_layer(number, cast(ReGLAAttention, layers[number].self_attn), attention))
+        rows.append(_calibrate_layer(number, cast(ReGLAAttention, linear[number].self_attn), attention))
 
     training = original.training
     original.eval()
     try:
-        with observed_attention(original, layers, see):
+        with observed_attention(original, linear if layers is None else layers, see):
             original.model(tokens_BT.to(original.device), use_cache=False)
     finally:
         original.train(training)

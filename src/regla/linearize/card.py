@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from regla.linearize.config import flag
+
+_OF_ONE_RUN = ("dry_run", "resume", "save_every")
 _STATES = {"original": "original", "converted": "after conversion", "trained": "after training"}
 
 
 def model_card(summary: dict[str, Any]) -> str:
     """Markdown with Hugging Face's front matter, from what `regla.linearize.driver.linearize` returns."""
     arguments = summary["arguments"]
-    # A path on one machine says nothing on another.
-    local = Path(arguments["model"]).exists()
-    model = Path(arguments["model"]).name if local else arguments["model"]
+    model = _shown(arguments["model"])
     linear = summary["linear_layers"]
-    front = ["---", "library_name: transformers", "tags:", "- regla", "- linear-attention"]
-    front += [] if local else [f"base_model: {model}"]
     lines = [
-        *front,
-        "---",
+        *_front_matter(summary["origin"]),
         "",
         f"# {model}, with ReGLA in {len(linear)} layers",
         "",
@@ -29,45 +30,75 @@ def model_card(summary: dict[str, Any]) -> str:
         "(ReGLA, arXiv 2502.01578): their memory does not grow with the text. "
         f"The model has {summary['parameters']:,} parameters.",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer  # with `regla` installed",
+        "With the package `regla` installed:",
         "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         "```",
         "",
         "## What was done",
         "",
-        f"    {_command(arguments, model)}",
+        "```sh",
+        _command(arguments),
+        "```",
         "",
-        "1. The weights moved over. Softmax attention through them reproduces the original's logits to "
-        f"{summary['transfer_error']:.1e} of the largest.",
-        "2. Queries and keys were centred and scaled for the exponential feature map, and the output norms to the "
-        "original's output, on a few thousand tokens (figures below).",
+        *(f"{number}. {step}" for number, step in enumerate(_steps(summary), 1)),
     ]
-    for number, (stage, row) in enumerate(summary["stages"].items(), start=3):
-        lines.append(
-            f"{number}. {stage.capitalize()}: {row['steps']:,} steps of {arguments['batch_size']} x "
-            f"{arguments['seq_len']} tokens in {row['seconds']:.0f} s, loss {row['first_loss']:.3f} to "
-            f"{row['last_loss']:.3f}."
+    return "\n".join([*lines, "", *_scores(summary), "", *_calibration(summary), *_versions(summary)]) + "\n"
+
+
+def _front_matter(origin: dict[str, Any]) -> list[str]:
+    known = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **origin,
+        "tags": ["regla", "linear-attention"],
+    }
+    return ["---", yaml.safe_dump(known, sort_keys=False, allow_unicode=True).rstrip(), "---"]
+
+
+def _steps(summary: dict[str, Any]) -> Iterator[str]:
+    arguments = summary["arguments"]
+    if arguments["init"] is not None:
+        yield f"The weights are those of `{_shown(arguments['init'])}`, a converted model; the original is the teacher."
+    if summary["transfer_error"] is not None:
+        yield (
+            "The weights moved over. Softmax attention through them reproduces the logits from before to "
+            f"{summary['transfer_error']:.1e} of the largest."
+        )
+        yield (
+            "Queries and keys were centred and scaled for the exponential feature map, and the output norms to the "
+            "original's output, on a few thousand tokens (figures below)."
+        )
+    for stage, row in summary["stages"].items():
+        yield (
+            f"{stage.capitalize()}: {row['steps']:,} steps of {arguments['batch_size']} x {arguments['seq_len']} "
+            f"tokens in {row['seconds']:.0f} s, loss {row['first_loss']:.3f} to {row['last_loss']:.3f}."
         )
     if not summary["stages"]:
-        lines.append("3. It was not trained: its gates are as they were initialised.")
-    return "\n".join([*lines, "", *_scores(summary), "", *_calibration(summary), "", *_versions(summary)]) + "\n"
+        yield "It was not trained: its gates are as they were initialised."
 
 
-def _command(arguments: dict[str, Any], model: str) -> str:
-    """The command that made the model; files by their names."""
-    words = ["regla", "linearize", model]
+def _command(arguments: dict[str, Any]) -> str:
+    """The command that makes the model anew. Options of a single run, such as --resume, are left out."""
+    words = ["regla", "linearize", _shown(arguments["model"])]
     for name, value in arguments.items():
-        if name in ("model", "dry_run") or value in (None, False, (), []):
+        if name in ("model", *_OF_ONE_RUN) or value in (None, False, (), []):
             continue
-        words.append("--" + name.replace("_", "-"))
+        words.append(flag(name))
         if name in ("data", "valid"):
-            words += [Path(file).name for file in value]
+            words += map(_shown, value)
         elif value is not True:
-            words.append(Path(value).name if name == "out" else str(value))
+            words.append(_shown(value) if name in ("out", "init") else str(value))
     return shlex.join(words)
+
+
+def _shown(path: str) -> str:
+    """A relative path as it is, an absolute one by its last name: the rest says nothing on another machine."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _scores(summary: dict[str, Any]) -> list[str]:
@@ -89,11 +120,13 @@ def _scores(summary: dict[str, Any]) -> list[str]:
 
 
 def _calibration(summary: dict[str, Any]) -> list[str]:
+    if not summary["calibration"]:
+        return []
     lines = [
         "## Calibration",
         "",
         "Effective key features of the worst head (exp of the entropy of the mean feature distribution) of "
-        f"{summary['calibration'][0]['channels'] if summary['calibration'] else 0}, and KL of softmax attention to "
+        f"{summary['calibration'][0]['channels']}, and KL of softmax attention to "
         "ungated linear attention, before any training, on tokens that the calibration did not see.",
         "",
         "| layer | features before | after | KL before | after | uniform attention | contract |",
@@ -104,7 +137,7 @@ def _calibration(summary: dict[str, Any]) -> list[str]:
             f"| {row['layer']} | {row['features_before']:.1f} | {row['features_after']:.1f} | {row['kl_before']:.2f} | "
             f"{row['kl_after']:.2f} | {row['kl_uniform']:.2f} | {'holds' if row['holds'] else 'fails'} |"
         )
-    return lines
+    return [*lines, ""]
 
 
 def _versions(summary: dict[str, Any]) -> list[str]:

@@ -8,20 +8,15 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from regla.linearize.families import family_of
+from regla.linearize.config import GATE_BIAS
+from regla.linearize.families import config_arguments
 from regla.linearize.transfer import check_transfer, linear_layers
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 
-#: Where the forget gates' biases start: a memory of about 20 tokens. The best of a short scan of attention transfer on
-#: SmolLM2-135M (0, 1, 2, 3, 4, 6); right after conversion a shorter memory scores better. Not settled: sweep
-#: --gate-bias.
-GATE_BIAS = 3.0
-
 #: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
-#: way in or out but the calibration of q and k, which starts as the identity. Gates of one axis are half as large as
-#: those of both; conversions were measured with them alone.
+#: way in or out but the calibration of q and k, which starts as the identity. What is not here, such as the gate's
+#: axis, is ReGLAConfig's default.
 CONVERTED: dict[str, Any] = {
-    "gate_axis": "value",
     "linear_rope": True,
     "linear_conv_kernel_dim": 0,
     "qk_norm": False,
@@ -36,30 +31,36 @@ def layer_types(num_layers: int, keep: str | Iterable[int]) -> list[str]:
 
     Args:
         num_layers: layers of the model.
-        keep: "none", "every-N" (every N-th layer: N-1, 2N-1, ...), or the layers' numbers from 0.
+        keep: "none", "every-N" (every N-th layer: N-1, 2N-1, ...), or the layers' numbers from 0, as a list or as text
+            such as "0,7,14".
 
     Raises:
         ValueError: another word, N below 2, or a layer that is not there.
     """
-    if isinstance(keep, str):
-        rule, _, number = keep.partition("-")
-        if keep == "none":
-            kept = set()
-        elif rule == "every" and number.isdecimal() and int(number) >= 2:
-            kept = set(range(int(number) - 1, num_layers, int(number)))
-        else:
-            raise ValueError(f"keep is {keep!r}; expected 'none', 'every-N' with N of at least 2, or layer numbers")
-    else:
-        kept = set(keep)
-        missing = sorted(kept - set(range(num_layers)))
-        if missing:
-            raise ValueError(f"keep names layer {missing[0]}; the model has layers 0 to {num_layers - 1}")
+    kept = _kept(num_layers, keep) if isinstance(keep, str) else set(keep)
+    missing = sorted(kept - set(range(num_layers)))
+    if missing:
+        raise ValueError(f"keep names layer {missing[0]}; the model has layers 0 to {num_layers - 1}")
     return ["full_attention" if i in kept else "linear_attention" for i in range(num_layers)]
+
+
+def _kept(num_layers: int, keep: str) -> set[int]:
+    if keep == "none":
+        return set()
+    rule, _, number = keep.partition("-")
+    if rule == "every" and number.isdecimal() and int(number) >= 2:
+        return set(range(int(number) - 1, num_layers, int(number)))
+    numbers = [number.strip() for number in keep.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(
+            f"keep is {keep!r}; expected 'none', 'every-N' with N of at least 2, or layer numbers such as '0,7,14'"
+        )
+    return {int(number) for number in numbers}
 
 
 def converted_config(original: PreTrainedConfig, keep: str | Iterable[int] = "every-2", **own: Any) -> ReGLAConfig:
     """The configuration of the converted model, see `convert`; derived from the original's, nothing from defaults."""
-    arguments = family_of(original).arguments(original)
+    arguments = config_arguments(original)
     own = CONVERTED | own
     shared = sorted(own.keys() & arguments.keys())
     if shared:
@@ -92,7 +93,7 @@ def convert(
     config = converted_config(model.config, keep, dtype=model.dtype, **mixer)
     converted = ReGLAForCausalLM(config).to(device=model.device, dtype=model.dtype)
     missing, unexpected = converted.load_state_dict(model.state_dict(), strict=False)
-    new = set(_own_parameters(converted))
+    new = set(own_parameters(converted))
     if unexpected or set(missing) - new:
         name = (unexpected or sorted(set(missing) - new))[0]
         raise ValueError(
@@ -118,7 +119,7 @@ def _generation_config(model: PreTrainedModel) -> GenerationConfig:
     return config
 
 
-def _own_parameters(model: ReGLAForCausalLM) -> Iterator[str]:
+def own_parameters(model: ReGLAForCausalLM) -> Iterator[str]:
     """Paths of the mixers' parameters that a softmax layer does not have."""
     for number, layer in linear_layers(model).items():
         for path, _ in layer.named_parameters(prefix=f"model.layers.{number}"):

@@ -1,9 +1,8 @@
-"""The model families that can be converted: one row each."""
+"""The model families that can be converted: one function each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -28,14 +27,6 @@ SHARED_ARGUMENTS = (
     "rope_parameters",
     "attention_dropout",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What a conversion has to know of an architecture whose modules are named as Llama's."""
-
-    #: ReGLAConfig's arguments, from the original's config.
-    arguments: Callable[[PreTrainedConfig], dict[str, Any]]
 
 
 def _shared(config: PreTrainedConfig) -> dict[str, Any]:
@@ -66,21 +57,26 @@ def _no_window(config: PreTrainedConfig, window: int | None) -> None:
         )
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(arguments=_llama),
-    "mistral": Family(arguments=_mistral),
-    "qwen2": Family(arguments=_qwen2),
+#: By model_type: ReGLAConfig's arguments, from the original's config. The modules of all are named as Llama's.
+FAMILIES: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
 }
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The row of a config's model_type.
+def config_arguments(original: PreTrainedConfig) -> dict[str, Any]:
+    """ReGLAConfig's arguments for a model with the shape of the original.
 
     Raises:
-        ValueError: the architecture is not supported; lists those that are.
+        ValueError: the architecture, or something about it, is not supported.
     """
-    if config.model_type not in FAMILIES:
+    if original.model_type == "regla":
         raise ValueError(
-            f"the model is of type {config.model_type!r}; conversion supports {', '.join(map(repr, FAMILIES))}"
+            "the model is of type 'regla' already; give its original, and the folder with --init, to go on from there"
         )
-    return FAMILIES[config.model_type]
+    if original.model_type not in FAMILIES:
+        raise ValueError(
+            f"the model is of type {original.model_type!r}; conversion supports {', '.join(map(repr, FAMILIES))}"
+        )
+    return FAMILIES[original.model_type](original)

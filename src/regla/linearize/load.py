@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from regla.linearize.families import family_of
+from regla.linearize.families import config_arguments
+from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.folders import load_model
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -23,8 +26,18 @@ def load_config(model: str) -> PreTrainedConfig:
     """
     where, options = _place(model)
     config = _load(model, AutoConfig, where, **options)
-    family_of(config).arguments(config)
+    config_arguments(config)
     return config
+
+
+def check_weights(model: str) -> None:
+    """Raise ValueError where a folder has no weights that `load_original` takes; a name on the hub is not looked up."""
+    folder = Path(model)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{model} cannot be loaded (it has no .safetensors file, and pickled weights are not read); save the model "
+            "with save_pretrained first."
+        )
 
 
 def load_original(model: str) -> tuple[PreTrainedModel, Tokenizer]:
@@ -36,17 +49,50 @@ def load_original(model: str) -> tuple[PreTrainedModel, Tokenizer]:
         ValueError: it cannot be loaded, or the tokenizer has more tokens than the model.
     """
     where, options = _place(model)
-    tokenizer = _load(model, AutoTokenizer, where, **options)
+    tokenizer = load_tokenizer(model, load_config(model))  # first, since it is soon known not to fit
     loaded = _load(
         model, AutoModelForCausalLM, where, dtype=torch.float32, **(options or {"use_safetensors": True})
     ).eval()
-    if len(tokenizer) > loaded.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {model} has {len(tokenizer)} tokens, the model only {loaded.config.vocab_size}; "
-            "give the model with its own tokenizer."
-        )
     loaded.config.quantization_config = None
     return loaded, tokenizer
+
+
+def load_tokenizer(model: str, config: PreTrainedConfig) -> Tokenizer:
+    """The tokenizer of a model with this configuration.
+
+    Raises:
+        ValueError: it cannot be loaded, or has more tokens than the model.
+    """
+    where, options = _place(model)
+    tokenizer = _load(model, AutoTokenizer, where, **options)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {model} has {len(tokenizer)} tokens, the model only {config.vocab_size}; "
+            "give the model with its own tokenizer."
+        )
+    return tokenizer
+
+
+def load_student(folder: str) -> ReGLAForCausalLM:
+    """The converted model in a folder, float32, to go on from.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    load_student_config(folder)
+    return cast(ReGLAForCausalLM, load_model(folder, torch.device("cpu")))
+
+
+def load_student_config(folder: str) -> ReGLAConfig:
+    """Its configuration alone; raises as `load_student` does."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model to go on from; give --init a folder that `regla linearize` wrote.")
+    config = _load(folder, AutoConfig, folder, local_files_only=True)
+    if not isinstance(config, ReGLAConfig):
+        raise ValueError(
+            f"{folder} holds a model of type {config.model_type!r}; give --init a folder that `regla linearize` wrote."
+        )
+    return config
 
 
 def _place(model: str) -> tuple[str, dict[str, Any]]:
@@ -56,6 +102,11 @@ def _place(model: str) -> tuple[str, dict[str, Any]]:
         return model, {}
     if not path.is_file():
         raise ValueError(f"There is no file {model}; give a .gguf file, a model folder or a name on the hub.")
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"{model} needs the package {package}, which is not installed; run `pip install {package}`."
+            )
     return str(path.parent), {"gguf_file": path.name}
 
 

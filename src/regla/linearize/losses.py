@@ -5,7 +5,7 @@ Shape legend: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -20,15 +20,22 @@ from regla.models import ReGLAForCausalLM
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
-def transfer_loss(original: PreTrainedModel) -> Loss:
-    """Attention transfer: mean over linear layers of |mixer(x) - y|^2 / |y|^2, x and y what goes into and comes out of
-    the original's attention. Layers learn independently of each other; nothing but mixers gets a gradient.
+def transfer_loss(original: PreTrainedModel, learning: Iterable[int] | None = None) -> Loss:
+    """Attention transfer: mean over the layers `learning` of |mixer(x) - y|^2 / |y|^2.
 
-    The loss takes a converted model and crops [B, T + 1], whose last token it ignores.
+    x and y are what goes into and comes out of the original's attention. Layers learn independently of each other;
+    nothing but their mixers gets a gradient. The loss takes a converted model and crops [B, T + 1], whose last token
+    it ignores.
+
+    Args:
+        original: the teacher.
+        learning: numbers of linear layers; None: all of them.
     """
+    numbers = None if learning is None else sorted(learning)
 
     def loss(model: nn.Module, crop_BL: Tensor) -> Tensor:
-        layers = linear_layers(cast(ReGLAForCausalLM, model))
+        linear = linear_layers(cast(ReGLAForCausalLM, model))
+        layers = linear if numbers is None else {number: linear[number] for number in numbers}
         errors: list[Tensor] = []
 
         def see(number: int, attention: Attention) -> None:

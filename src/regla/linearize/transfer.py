@@ -5,7 +5,7 @@ Softmax attention, run through the projections of the new mixers, has to give th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -57,9 +57,10 @@ def linear_layers(model: ReGLAForCausalLM) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def softmax_in_place_of_mixers(model: ReGLAForCausalLM) -> Iterator[None]:
-    """Within the context the model's linear layers compute softmax attention through their own weights."""
-    linear = linear_layers(model).values()
+def softmax_in_place_of_mixers(model: ReGLAForCausalLM, layers: Iterable[int] | None = None) -> Iterator[None]:
+    """Within the context the given linear layers (None: all) compute softmax attention through their own weights."""
+    found = linear_layers(model)
+    linear = [found[number] for number in (found if layers is None else layers)]
     mixers = [cast(ReGLAAttention, layer.self_attn) for layer in linear]
     try:
         for layer, mixer in zip(linear, mixers, strict=True):
@@ -73,7 +74,12 @@ def softmax_in_place_of_mixers(model: ReGLAForCausalLM) -> Iterator[None]:
 @torch.no_grad()
 @exact_products()
 def check_transfer(
-    original: PreTrainedModel, converted: ReGLAForCausalLM, input_ids: Tensor | None = None, tolerance: float = 1e-4
+    original: PreTrainedModel,
+    converted: ReGLAForCausalLM,
+    input_ids: Tensor | None = None,
+    tolerance: float = 1e-4,
+    *,
+    layers: Iterable[int] | None = None,
 ) -> float:
     """Largest difference of logits between the original and softmax through the converted weights, relative to the
     largest |logit|.
@@ -83,6 +89,7 @@ def check_transfer(
         converted: what `convert` made of it.
         input_ids: [B, T] tokens to compare on. None: 64 random ones.
         tolerance: what the difference may be.
+        layers: the linear layers whose weights were transferred; the others compute what they do. None: all.
 
     Raises:
         ValueError: the difference is above `tolerance`; names the first layer whose output differs.
@@ -95,7 +102,7 @@ def check_transfer(
     original.eval(), converted.eval()
     try:
         expected = original(input_ids, use_cache=False, output_hidden_states=True)
-        with softmax_in_place_of_mixers(converted):
+        with softmax_in_place_of_mixers(converted, layers):
             actual = converted(input_ids, use_cache=False, output_hidden_states=True)
     finally:
         original.train(training[0]), converted.train(training[1])

@@ -1,0 +1,63 @@
+"""Which folders a conversion may write to, and which it can go on in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from regla.linearize.config import LinearizeConfig, flag
+from regla.linearize.summary import finished, read_summary
+from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
+from regla.runtime.checkpoint import found_in
+from regla.runtime.files import check_new
+
+_WITHOUT_EFFECT = {  # options that do not change what a step computes; the data count by their tokens
+    *("model", "out", "data", "valid", "valid_tokens", "device", "compile", "dry_run", "save_every", "resume"),
+}
+
+
+def stage_folder(out: str | Path, number: int) -> Path:
+    return Path(out) / f"stage-{number}"
+
+
+def settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the weights depend on, by option."""
+    options = {flag(name): value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}
+    return options | {"MODEL": arguments.get("model")}
+
+
+def check_out(config: LinearizeConfig) -> None:
+    """Raise ValueError unless `config.out` is new, or is to be resumed and holds the same conversion, not finished."""
+    if config.out is None:
+        return
+    out = Path(config.out)
+    folders = [stage_folder(out, number) for number in (1, 2)]
+    begun = any(found_in(folder / CHECKPOINTS) for folder in folders)
+    summary = read_summary(out)
+    if config.resume is None:
+        if begun and not finished(summary):
+            raise ValueError(f"{out} is not empty; give --out a new folder, or --resume to go on with its conversion.")
+        check_new(out)
+        return
+    if config.steps == 0:
+        raise ValueError("--resume without --steps has nothing to go on with; repeat the --steps of the conversion.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if finished(summary):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(f"The conversion in {out} is finished; there is nothing to resume.")
+    if not begun and not summary:
+        raise ValueError(f"{out} holds no conversion to resume; give --out the folder of one.")
+    ours = settings(json.loads(json.dumps(asdict(config))))
+    theirs = settings(summary["arguments"]) if summary else ours
+    for key in ours:
+        if theirs.get(key) != ours[key]:
+            raise ValueError(
+                f"{out} is of a conversion with {key} {theirs.get(key)}, but this one has {key} {ours[key]}; repeat "
+                "the options of that conversion, or give --out a new folder."
+            )

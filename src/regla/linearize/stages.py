@@ -1,0 +1,205 @@
+"""The training stages of a conversion, each with checkpoints of its own, all through the one training loop."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from regla.linearize.config import REST_LR, LinearizeConfig
+from regla.linearize.losses import distillation_loss, transfer_loss
+from regla.linearize.resume import settings, stage_folder
+from regla.linearize.summary import write_summary
+from regla.linearize.transfer import linear_layers
+from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
+from regla.runtime.checkpoint import Checkpoints, found_in
+from regla.runtime.log import TrainingLog, read_log
+from regla.runtime.progress import Progress
+from regla.runtime.signals import Signals
+from regla.train.config import TrainConfig
+from regla.train.loop import Group, Loss, optimise
+from regla.train.regions import compiled_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from regla.models import ReGLAForCausalLM
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: how it trains, and where it goes on."""
+
+    name: str
+    config: TrainConfig
+    checkpoints: Checkpoints
+    complete: bool
+    """A later stage has checkpoints, which hold what this one has left."""
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of this stage that need not be made again."""
+        return self.config.total_steps if self.complete else self.checkpoints.step
+
+
+def plan_stages(config: LinearizeConfig, data_hash: str) -> list[Stage]:
+    """The stages that have any steps, in order.
+
+    Raises:
+        ValueError: the checkpoint to resume from is damaged, or of other settings or data.
+    """
+    assert config.out is not None
+    weights_depend_on = settings(asdict(config)) | {"--data (SHA-256 of its tokens)": data_hash}
+    stages: list[Stage] = []
+    for number, (name, steps) in reversed(list(enumerate(config.stages.items(), 1))):
+        folder = stage_folder(config.out, number)
+        complete = any(stage.complete or found_in(stage.checkpoints.folder) for stage in stages)
+        resume = None if complete else config.resume
+        if resume == "previous" and not found_in(folder / CHECKPOINTS):
+            resume = "latest"  # there is none yet; the one that is damaged is of the stage before
+        run = TrainConfig(
+            out=str(folder),
+            steps=steps,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            weight_decay=0.0,
+            seed=config.seed + number,  # other crops than calibration and the stage before
+            dtype=config.dtype,
+            compile=config.compile and name == "distillation",  # hooks do not survive compilation
+            save_every=config.save_every,
+        )
+        checkpoints = Checkpoints(folder, weights_depend_on, resume=resume, completed=True)
+        stages.insert(0, Stage(name, run, checkpoints, config.resume is not None and complete))
+    return stages
+
+
+def resumed(stages: Sequence[Stage]) -> bool:
+    """Whether the weights come from a checkpoint."""
+    return any(stage.checkpoints.resumed for stage in stages)
+
+
+def run_stages(
+    original: PreTrainedModel,
+    model: ReGLAForCausalLM,
+    new: Sequence[int],
+    tokens_N: Tensor,
+    stages: Sequence[Stage],
+    *,
+    out: Path,
+    summary: dict[str, Any],
+) -> int | None:
+    """Train `model` in place; the figures of each stage go to `summary` and to the folder.
+
+    Args:
+        original: the teacher.
+        model: the student.
+        new: the layers that learn in attention transfer; empty: all linear ones.
+        tokens_N: text, int32 [N].
+        stages: see `plan_stages`.
+        out: folder of the log and the summary.
+        summary: gets the figures.
+
+    Returns:
+        The signal that ended the training early, or None.
+
+    Raises:
+        FloatingPointError: a loss or gradient that is no longer finite; names the last checkpoint.
+        OSError: a checkpoint cannot be written.
+    """
+    recipes = _recipes(original, model, new)
+    before = 0
+    with Signals() as signals, TrainingLog(out, after=sum(stage.steps_before for stage in stages)) as log:
+        for number, stage in enumerate(stages, 1):
+            if stage.complete:
+                print(f"Stage {number}, {stage.name}: done before")
+                before += stage.config.total_steps
+                continue
+            print(_announcement(number, stage))
+            progress = Progress()
+            loss, groups = recipes[stage.name]
+            try:
+                with compiled_blocks(original) if stage.config.compile else nullcontext():
+                    optimise(
+                        model,
+                        tokens_N,
+                        stage.config,
+                        progress=progress,
+                        stop=lambda: signals.received is not None,
+                        checkpoints=stage.checkpoints,
+                        loss=loss,
+                        groups=groups,
+                        log=_log_of(log, stage.name, before),
+                    )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} {stage.checkpoints.kept}") from error
+            before += progress.steps
+            summary["stages"][stage.name] = figures = _figures(stage, progress, out)
+            print(
+                f"{stage.name}: loss {figures['first_loss']:.3f} at first, {figures['last_loss']:.3f} over the last "
+                "steps"
+            )
+            write_summary(out, summary)
+            if signals.received is not None:
+                break
+    return signals.received
+
+
+def remove_checkpoints(stages: Sequence[Stage]) -> None:
+    """Of a conversion that is finished."""
+    for stage in stages:
+        shutil.rmtree(stage.checkpoints.folder.parent, ignore_errors=True)
+
+
+def _recipes(
+    original: PreTrainedModel, model: ReGLAForCausalLM, new: Sequence[int]
+) -> dict[str, tuple[Loss, list[Group]]]:
+    """By stage: what is minimised, and what learns how fast."""
+    layers = linear_layers(model)
+    learning = {number: layers[number] for number in new or layers}
+    mixers = _mixers(layers.values())
+    own = set(mixers)
+    rest = [parameter for parameter in model.parameters() if parameter not in own]
+    return {
+        "attention transfer": (
+            transfer_loss(original, learning),
+            [Group(params=_mixers(learning.values()), lr_scale=1.0)],
+        ),
+        "distillation": (
+            distillation_loss(original),
+            [Group(params=mixers, lr_scale=1.0), Group(params=rest, lr_scale=REST_LR)],
+        ),
+    }
+
+
+def _mixers(layers: Any) -> list[nn.Parameter]:
+    return [parameter for layer in layers for parameter in layer.get_submodule("self_attn").parameters()]
+
+
+def _announcement(number: int, stage: Stage) -> str:
+    config, checkpoint = stage.config, stage.checkpoints.resumed
+    return (
+        f"Stage {number}, {stage.name}: {config.total_steps:,} steps of {config.batch_size} x {config.seq_len} tokens"
+        + (f"; goes on from {checkpoint}" if checkpoint is not None else "")
+    )
+
+
+def _log_of(log: TrainingLog, stage: str, before: int) -> Callable[[dict[str, Any]], None]:
+    """Records with the number of the step in the whole conversion."""
+    return lambda record: log(record | {"step": before + record["step"], "stage": stage})
+
+
+def _figures(stage: Stage, progress: Progress, out: Path) -> dict[str, Any]:
+    logged = [record["loss"] for record in read_log(out) if record.get("stage") == stage.name]
+    first = logged[0] if stage.checkpoints.resumed is not None and logged else progress.losses[0]
+    return {
+        "steps": progress.steps,
+        "seconds": progress.total_seconds,
+        "first_loss": first,
+        "last_loss": progress.train_loss,
+    }

@@ -1,0 +1,94 @@
+"""`linearize.json`: what a conversion was told, found and scored. What it holds need not be computed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+import regla
+from regla.eval.perplexity import Score, mean_score
+from regla.linearize.card import model_card
+from regla.linearize.config import LinearizeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from regla.models import ReGLAForCausalLM
+
+SUMMARY = "linearize.json"
+
+
+def new_summary(config: LinearizeConfig, *, texts: str, device: torch.device, origin: dict[str, Any]) -> dict[str, Any]:
+    """What is known before anything is computed. `scores` will be by state of the model ("original", "converted",
+    "trained"), a row for each validation text.
+
+    Args:
+        config: the arguments of the conversion.
+        texts: hash of all tokens, so that figures are reused for the same texts alone.
+        device: where it is computed.
+        origin: what `regla.linearize.origin.origin_of` says of the original.
+    """
+    return {
+        "arguments": asdict(config),
+        "origin": origin,
+        "texts": texts,
+        "stages": {},
+        "scores": {},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {
+            "regla": regla.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def read_summary(out: str | Path) -> dict[str, Any]:
+    """What `linearize.json` in the folder holds; empty where it is missing or damaged."""
+    try:
+        summary = json.loads((Path(out) / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    parts = ("arguments", "stages", "scores")
+    whole = isinstance(summary, dict) and all(isinstance(summary.get(part), dict) for part in parts)
+    return summary if whole else {}
+
+
+def write_summary(out: Path, summary: dict[str, Any]) -> None:
+    """Written last of all: a summary with the scores of the trained model says that everything is there."""
+    unfinished = out / f".unfinished-{SUMMARY}"
+    unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, out / SUMMARY)
+
+
+def save(out: Path, model: ReGLAForCausalLM, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]) -> None:
+    """Weights, config, generation config, tokenizer with its chat template, model card and summary."""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(model_card(summary), encoding="utf-8")
+    write_summary(out, summary)
+
+
+def finished(summary: dict[str, Any]) -> bool:
+    return "trained" in summary.get("scores", {})
+
+
+def score_table(scores: dict[str, list[dict[str, Any]]]) -> str:
+    """Perplexity by source (rows) and state of the model (columns), from the scores of a summary."""
+    found = {state: [Score(**row | {"positions": ()}) for row in rows] for state, rows in scores.items()}
+    if len(next(iter(found.values()))) > 1:
+        found = {state: [*rows, mean_score(rows)] for state, rows in found.items()}
+    names = [row.name for row in next(iter(found.values()))]
+    width = max(map(len, ["perplexity", *names]))
+    lines = [f"{'perplexity':<{width}}" + "".join(f"  {state:>10}" for state in found)]
+    for index, name in enumerate(names):
+        lines.append(f"{name:<{width}}" + "".join(f"  {rows[index].perplexity:>10.2f}" for rows in found.values()))
+    return "\n".join(lines)
