@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from regla.cli import main
 from regla.data.tokenizer import train_tokenizer
-from regla.linearize.driver import LinearizeConfig, linearize
+from regla.linearize.config import LinearizeConfig
+from regla.linearize.driver import linearize
 from regla.runtime.log import TrainingLog, read_log
 from regla.runtime.progress import Progress
 from regla.train.config import TrainConfig

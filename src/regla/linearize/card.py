@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from regla.linearize.config import flag
+from regla.runtime.errors import flag
 
 _OF_ONE_RUN = ("dry_run", "resume", "save_every")
 _STATES = {"original": "original", "converted": "after conversion", "trained": "after training"}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from regla.runtime.errors import OptionError, check_choice, check_count, check_number, check_seed
+from regla.train.config import DEVICES, DTYPES, RESUME
 
 CALIBRATION_LENGTH = 512  # tokens of a sequence that layers are calibrated on
 KEEP = "every-2"
@@ -13,7 +17,6 @@ REST_LR = 0.1  # learning rate of everything but the mixers, in relation to thei
 #: transfer on SmolLM2-135M (0, 1, 2, 3, 4, 6), with gates on the value axis. Not settled: sweep --gate-bias.
 GATE_BIAS = 3.0
 
-_LARGEST_SEED = 2**63 - 1
 _TRANSFER_SHARE = 1 / 3  # of the steps go to attention transfer, unless told otherwise
 
 
@@ -27,7 +30,7 @@ class LinearizeConfig:
     """Folder for the converted model; must be new or empty, unless `resume`. A dry run needs none."""
     init: str | None = None
     """Folder of a converted model to go on from, with `model` as its teacher; None: convert `model` itself."""
-    keep: str | None = None
+    keep: str | Sequence[int] | None = None
     """Layers that keep softmax attention, see `regla.linearize.layer_types`; None: KEEP, or those of `init`."""
     gate_bias: float = GATE_BIAS
     """Where the biases of the new forget gates start."""
@@ -60,29 +63,37 @@ class LinearizeConfig:
     def __post_init__(self) -> None:
         if self.keep is None and self.init is None:
             object.__setattr__(self, "keep", KEEP)
+        elif self.keep is not None and not isinstance(self.keep, str):
+            object.__setattr__(self, "keep", ",".join(map(str, self.keep)))
         if self.out is None and not self.dry_run:
-            raise ValueError("--out is missing; name a new folder for the model, or add --dry-run.")
-        for name in ("valid_tokens", "seq_len", "batch_size", "lr", "save_every"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{flag(name)} is {value}, expected a number above 0.")
+            raise OptionError("{out} is missing; name a new folder for the model, or use {dry_run}.")
+        for name in ("valid_tokens", "seq_len", "batch_size", "save_every"):
+            check_count(name, getattr(self, name))
+        check_count("steps", self.steps, least=0)
+        check_count("transfer_steps", self.transfer_steps, least=0)
+        check_seed(self.seed)
+        check_number("lr", self.lr)
         if not math.isfinite(self.gate_bias):
-            raise ValueError(f"--gate-bias is {self.gate_bias}, expected a finite number.")
-        if self.steps < 0:
-            raise ValueError(f"--steps is {self.steps}, expected 0 or more.")
-        if not 0 <= self.seed <= _LARGEST_SEED:
-            raise ValueError(f"--seed is {self.seed}, expected 0 to {_LARGEST_SEED}.")
+            raise OptionError("{gate_bias} is {value}, expected a finite number.", value=self.gate_bias)
+        for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("resume", (None, *RESUME))):
+            check_choice(name, getattr(self, name), allowed)
         if self.calibration_tokens < 2 * CALIBRATION_LENGTH:
-            raise ValueError(
-                f"--calibration-tokens is {self.calibration_tokens}, expected at least {2 * CALIBRATION_LENGTH}: "
-                f"a sequence of {CALIBRATION_LENGTH} to calibrate on, and one to check it."
+            raise OptionError(
+                "{calibration_tokens} is {value}, expected at least {least}: a sequence of {length} to calibrate on, "
+                "and one to check it.",
+                value=self.calibration_tokens,
+                least=2 * CALIBRATION_LENGTH,
+                length=CALIBRATION_LENGTH,
             )
-        if self.transfer_steps is not None and not 0 <= self.transfer_steps <= self.steps:
-            raise ValueError(
-                f"--transfer-steps is {self.transfer_steps}, expected 0 to {self.steps}, since --steps counts them."
+        check_count("calibration_tokens", self.calibration_tokens)
+        if self.transfer_steps is not None and self.transfer_steps > self.steps:
+            raise OptionError(
+                "{transfer_steps} is {value}, expected 0 to {total}, since {steps} counts them.",
+                value=self.transfer_steps,
+                total=self.steps,
             )
         if self.init is not None and self.keep is None and self.steps == 0:
-            raise ValueError("--init without --steps or --keep changes nothing; give one of them.")
+            raise OptionError("{init} without {steps} or {keep} changes nothing; give one of them.")
 
     @property
     def stages(self) -> dict[str, int]:
@@ -92,8 +103,3 @@ class LinearizeConfig:
             transfer = 0 if self.keep is None else round(self.steps * _TRANSFER_SHARE)
         stages = {"attention transfer": transfer, "distillation": self.steps - transfer}
         return {name: steps for name, steps in stages.items() if steps}
-
-
-def flag(name: str) -> str:
-    """The option that sets a field."""
-    return "--" + name.replace("_", "-")

@@ -12,6 +12,7 @@ from regla.linearize.config import GATE_BIAS
 from regla.linearize.families import config_arguments
 from regla.linearize.transfer import check_transfer, linear_layers
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.runtime.errors import OptionError
 
 #: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
 #: way in or out but the calibration of q and k, which starts as the identity. What is not here, such as the gate's
@@ -40,7 +41,9 @@ def layer_types(num_layers: int, keep: str | Iterable[int]) -> list[str]:
     kept = _kept(num_layers, keep) if isinstance(keep, str) else set(keep)
     missing = sorted(kept - set(range(num_layers)))
     if missing:
-        raise ValueError(f"keep names layer {missing[0]}; the model has layers 0 to {num_layers - 1}")
+        raise OptionError(
+            "{keep} names layer {layer}; the model has layers 0 to {last}", layer=missing[0], last=num_layers - 1
+        )
     return ["full_attention" if i in kept else "linear_attention" for i in range(num_layers)]
 
 
@@ -52,8 +55,9 @@ def _kept(num_layers: int, keep: str) -> set[int]:
         return set(range(int(number) - 1, num_layers, int(number)))
     numbers = [number.strip() for number in keep.split(",")]
     if not all(number.isdecimal() for number in numbers):
-        raise ValueError(
-            f"keep is {keep!r}; expected 'none', 'every-N' with N of at least 2, or layer numbers such as '0,7,14'"
+        raise OptionError(
+            "{keep} is {value!r}; expected 'none', 'every-N' with N of at least 2, or layer numbers such as '0,7,14'",
+            value=keep,
         )
     return {int(number) for number in numbers}
 

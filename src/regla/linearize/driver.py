@@ -29,8 +29,6 @@ from regla.runtime.files import new_folder
 from regla.runtime.signals import Interrupted
 from regla.train.loop import crops
 
-__all__ = ["LinearizeConfig", "linearize"]
-
 
 def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
     """Convert a pretrained model, prove it, calibrate it, train it, and save it with everything that belongs to it.
@@ -59,11 +57,11 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
     check_out(config)
     device = pick_device(config.device)
     original_config = load_config(config.model)
+    check_weights(config.model)
     planned = student_config(config, original_config)
     sources = read_texts(config)
     with _enough_memory():
         if config.dry_run:
-            check_weights(config.model)
             texts = encode_texts(config, sources, load_tokenizer(config.model, original_config))
             _print_plan(config, original_config, planned, texts, device)
             return None

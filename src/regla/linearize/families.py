@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from regla.runtime.errors import OptionError
+
 #: Arguments that ReGLAConfig shares with the configs of all families, by name and meaning.
 SHARED_ARGUMENTS = (
     "vocab_size",
@@ -72,8 +74,8 @@ def config_arguments(original: PreTrainedConfig) -> dict[str, Any]:
         ValueError: the architecture, or something about it, is not supported.
     """
     if original.model_type == "regla":
-        raise ValueError(
-            "the model is of type 'regla' already; give its original, and the folder with --init, to go on from there"
+        raise OptionError(
+            "the model is of type 'regla' already; give its original, and this folder with {init}, to go on from there"
         )
     if original.model_type not in FAMILIES:
         raise ValueError(

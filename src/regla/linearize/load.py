@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from regla.linearize.families import config_arguments
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.models.folders import load_model
+from regla.runtime.errors import OptionError
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -86,11 +87,15 @@ def load_student(folder: str) -> ReGLAForCausalLM:
 def load_student_config(folder: str) -> ReGLAConfig:
     """Its configuration alone; raises as `load_student` does."""
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model to go on from; give --init a folder that `regla linearize` wrote.")
+        raise OptionError(
+            "{folder} holds no model to go on from; give {init} a folder that `regla linearize` wrote.", folder=folder
+        )
     config = _load(folder, AutoConfig, folder, local_files_only=True)
     if not isinstance(config, ReGLAConfig):
-        raise ValueError(
-            f"{folder} holds a model of type {config.model_type!r}; give --init a folder that `regla linearize` wrote."
+        raise OptionError(
+            "{folder} holds a model of type {kind!r}; give {init} a folder that `regla linearize` wrote.",
+            folder=folder,
+            kind=config.model_type,
         )
     return config
 

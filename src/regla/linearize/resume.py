@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from regla.linearize.config import LinearizeConfig, flag
+from regla.linearize.config import LinearizeConfig
 from regla.linearize.summary import finished, read_summary
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
 from regla.runtime.checkpoint import found_in
-from regla.runtime.files import check_new
+from regla.runtime.errors import OptionError, flag
+from regla.runtime.files import check_new, content_of
 
 _WITHOUT_EFFECT = {  # options that do not change what a step computes; the data count by their tokens
     *("model", "out", "data", "valid", "valid_tokens", "device", "compile", "dry_run", "save_every", "resume"),
@@ -40,24 +41,30 @@ def check_out(config: LinearizeConfig) -> None:
     summary = read_summary(out)
     if config.resume is None:
         if begun and not finished(summary):
-            raise ValueError(f"{out} is not empty; give --out a new folder, or --resume to go on with its conversion.")
+            raise OptionError(
+                "{folder} is not empty; give {out} a new folder, or {resume} to go on with its conversion.", folder=out
+            )
         check_new(out)
         return
     if config.steps == 0:
-        raise ValueError("--resume without --steps has nothing to go on with; repeat the --steps of the conversion.")
-    if not out.is_dir() or not any(out.iterdir()):
+        raise OptionError("{resume} without {steps} has nothing to go on with; repeat the {steps} of the conversion.")
+    if not out.is_dir() or not content_of(out):
         return
     if finished(summary):
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         raise ValueError(f"The conversion in {out} is finished; there is nothing to resume.")
     if not begun and not summary:
-        raise ValueError(f"{out} holds no conversion to resume; give --out the folder of one.")
+        raise OptionError("{folder} holds no conversion to resume; give {out} the folder of one.", folder=out)
     ours = settings(json.loads(json.dumps(asdict(config))))
     theirs = settings(summary["arguments"]) if summary else ours
     for key in ours:
         if theirs.get(key) != ours[key]:
-            raise ValueError(
-                f"{out} is of a conversion with {key} {theirs.get(key)}, but this one has {key} {ours[key]}; repeat "
-                "the options of that conversion, or give --out a new folder."
+            raise OptionError(
+                "{folder} is of a conversion with {key} {theirs}, but this one has {key} {ours}; repeat the options of "
+                "that conversion, or give {out} a new folder.",
+                folder=out,
+                key=key,
+                theirs=theirs.get(key),
+                ours=ours[key],
             )

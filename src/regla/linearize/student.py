@@ -12,6 +12,7 @@ from regla.linearize.convert import convert, converted_config, layer_types, own_
 from regla.linearize.load import load_student, load_student_config
 from regla.linearize.transfer import linear_layers
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.runtime.errors import OptionError
 
 _SHARED = ("num_hidden_layers", "hidden_size", "vocab_size")  # what attention transfer and distillation compare
 
@@ -40,7 +41,9 @@ def student_config(config: LinearizeConfig, original: PreTrainedConfig) -> ReGLA
         planned = _further_config(config, load_student_config(config.init), original)
     assert planned.layer_types is not None
     if "linear_attention" not in planned.layer_types:
-        raise ValueError(f"--keep {config.keep} names every layer, so that none becomes linear; name fewer.")
+        raise OptionError(
+            "{keep} {value} names every layer, so that none becomes linear; name fewer.", value=config.keep
+        )
     return planned
 
 
@@ -84,12 +87,18 @@ def _further_config(config: LinearizeConfig, before: ReGLAConfig, original: PreT
     kinds = layer_types(before.num_hidden_layers, config.keep)
     lost = [i for i, pair in enumerate(zip(before.layer_types, kinds, strict=True)) if pair == _LINEAR_TO_SOFTMAX]
     if lost:
-        raise ValueError(
-            f"--keep {config.keep} keeps layer {lost[0]}, which is linear in {config.init} already; name layers that "
-            "are softmax there."
+        raise OptionError(
+            "{keep} {value} keeps layer {layer}, which is linear in {folder} already; name softmax layers of it.",
+            value=config.keep,
+            layer=lost[0],
+            folder=config.init,
         )
     if kinds == before.layer_types:
-        raise ValueError(f"--keep {config.keep} makes no further layer of {config.init} linear; leave it out.")
+        raise OptionError(
+            "{keep} {value} makes no further layer of {folder} linear; leave it out.",
+            value=config.keep,
+            folder=config.init,
+        )
     return ReGLAConfig(**before.to_dict() | {"layer_types": kinds, "gate_bias": config.gate_bias})
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-
-import regla
 from regla.eval.perplexity import Score, mean_score
 from regla.linearize.card import model_card
 from regla.linearize.config import LinearizeConfig
+from regla.runtime.files import write_json, write_text
+from regla.runtime.versions import device_name, versions
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from regla.models import ReGLAForCausalLM
@@ -41,13 +38,8 @@ def new_summary(config: LinearizeConfig, *, texts: str, device: torch.device, or
         "texts": texts,
         "stages": {},
         "scores": {},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {
-            "regla": regla.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "device": device_name(device),
+        "versions": versions(),
     }
 
 
@@ -64,16 +56,14 @@ def read_summary(out: str | Path) -> dict[str, Any]:
 
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
     """Written last of all: a summary with the scores of the trained model says that everything is there."""
-    unfinished = out / f".unfinished-{SUMMARY}"
-    unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, out / SUMMARY)
+    write_json(out / SUMMARY, summary)
 
 
 def save(out: Path, model: ReGLAForCausalLM, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]) -> None:
     """Weights, config, generation config, tokenizer with its chat template, model card and summary."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(model_card(summary), encoding="utf-8")
+    write_text(out / "README.md", model_card(summary))
     write_summary(out, summary)
 
 
