@@ -65,10 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     _train_arguments(command("train", "train a model from scratch", help_texts.TRAIN, _train))
 
     evaluate = command("eval", "score a model: perplexity", help_texts.EVAL, _evaluate)
-    evaluate.add_argument("folder", metavar="MODEL_DIR")
+    evaluate.add_argument("model", metavar="MODEL", help="folder, .gguf file or name on the hub")
     evaluate.add_argument(
         "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
     )
+    _text_field_argument(evaluate)
     evaluate.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens of a window (default: the model's, at most 1024)"
     )
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _where_arguments(evaluate)
 
     generate = command("generate", "continue a text", help_texts.GENERATE, _generate)
-    generate.add_argument("folder", metavar="MODEL_DIR")
+    generate.add_argument("model", metavar="MODEL", help="folder, .gguf file or name on the hub")
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompts.add_argument("--prompts", dest="prompts_file", metavar="FILE", help="or a file of them, one a line")
@@ -389,7 +390,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-    from regla.data.tokenizer import tokenize_files
+    from regla.data.tokenize import tokenize_files
 
     tokenize_files(**_options(args))
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from regla.data.embedded import embedded_text
-from regla.data.sources import Text, Tokens, encode, encode_source, read_dataset, read_source
+from regla.data.records import read_dataset
+from regla.data.sources import encode_source, read_source
+from regla.data.text import Text, encode
 from regla.data.tokenizer import train_tokenizer
+from regla.data.tokens import Tokens
 
 DOCUMENTS = ("One line.\n\nAnother line of the first.", "Grüße, 世界 🙂", "An <|endoftext|> inside a line stays text.")
 
@@ -38,7 +41,7 @@ def test_every_document_ends_with_the_end_of_text_token_and_decodes_to_itself(to
 
 def test_encoding_in_batches_changes_nothing(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = encode(tokenizer, DOCUMENTS)
-    monkeypatch.setattr("regla.data.sources._ENCODE_CHARACTERS", 1)
+    monkeypatch.setattr("regla.data.text._ENCODE_CHARACTERS", 1)
     np.testing.assert_array_equal(encode(tokenizer, DOCUMENTS), at_once)
 
 
@@ -94,6 +97,13 @@ def test_embedded_text_is_prose_without_repetitions() -> None:
         ("a.jsonl", b"[1]", r"Line 1 of .*a.jsonl has no field 'text' \(it has no fields\)"),
         ("a.jsonl", b'{"text": 3}', r"Field 'text' in line 1 of .*a.jsonl is of type int, expected text"),
         ("a.jsonl", b"\n", r"a.jsonl holds no text"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"Line 2 of .*a.jsonl is nested too deeply"),
+        (
+            "A.jsonl",  # the name as it is
+            b'{"text": "a"}\n{"text": "half \\ud83d emoji"}',
+            r"'text' in line 2 of .*A.jsonl is no valid Unicode text \(a lone surrogate, '\\ud83d', at character 5",
+        ),
+        ("A.jsonl", b'{"body": "a"}', r"Line 1 of .*A.jsonl has no field"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -109,7 +119,9 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_tokens_of_another_tokenizer_are_refused(tokenizer) -> None:
     source = Tokens("a.bin", np.array([1, 5000], dtype=np.uint16))
-    with pytest.raises(ValueError, match=r"a.bin holds token id 5000, but the tokenizer has only \d+ tokens"):
+    with pytest.raises(
+        ValueError, match=r"a.bin holds token id 5000, but the largest id of the tokenizer is \d+; give"
+    ):
         source.tokens(tokenizer)
 
 
@@ -175,3 +187,29 @@ def test_packages_that_are_not_installed(package: str, tmp_path: Path, monkeypat
     (tmp_path / "a.parquet").touch()
     with pytest.raises(ValueError, match=rf"needs the package {package}, which is not installed; run `pip install"):
         read_source(tmp_path / "a.parquet") if package == "pyarrow" else read_dataset("name")
+
+
+def test_text_in_parquet_that_is_not_utf8_names_its_row(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data = pyarrow.array([b"good", b"caf\xe9"]).cast(pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": data}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"Field 'text' in row 2 of .*a.parquet is not UTF-8 text \(byte 3\)"):
+        read_source(tmp_path / "a.parquet")
+
+
+def test_documents_that_no_file_can_hold_are_refused(tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"Document 2 is no valid Unicode text"):
+        encode(tokenizer, ["good", "half \ud83d"])
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"a.txt cannot be read \(Permission denied\); give"):
+        read_source(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"cannot be read \(File name too long\)"):
+        read_source(tmp_path / ("a" * 300 + ".txt"))

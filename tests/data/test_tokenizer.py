@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from regla.data.sources import read_source
-from regla.data.tokenizer import tokenize_files, train_tokenizer
+from regla.data.sources import encode_source, read_source, text_size
+from regla.data.text import Text
+from regla.data.tokenize import tokenize_files
+from regla.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+from regla.data.tokens import write_tokens
 
 TEXTS = ["the cat sat on the mat, the cat sat", "Ünïcödé 世界 🙂\ttabs  and   spaces\r\n", "\x00\x7f odd bytes"]
 
@@ -66,7 +69,7 @@ def test_bad_input(tmp_path: Path) -> None:
         tokenize_files([text], out, vocab_size=256)
     with pytest.raises(ValueError, match="either --tokenizer DIR or --vocab-size N"):
         tokenize_files([text], out)
-    with pytest.raises(ValueError, match="no tokenizer folder"):
+    with pytest.raises(ValueError, match="There is no tokenizer folder"):
         tokenize_files([text], out, tokenizer=tmp_path / "none")
     with pytest.raises(ValueError, match="holds no readable tokenizer"):
         tokenize_files([text], out, tokenizer=other)
@@ -85,3 +88,48 @@ def test_a_tokenizer_too_large_for_uint16_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"vocabulary of 65537 does not fit token files of uint16"):
         tokenize_files([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "large")
+
+
+def with_gaps(folder: Path, ids: dict[str, int]) -> Path:
+    """A tokenizer of words with these ids."""
+    words = Tokenizer(models.WordLevel(ids, unk_token="end"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end").save_pretrained(folder)
+    return folder
+
+
+def test_ids_with_gaps_are_counted_to_the_largest(tmp_path: Path) -> None:
+    codec = load_tokenizer(with_gaps(tmp_path / "codec", {"end": 0, "a": 1, "b": 409}))
+    assert len(codec) == 3 and vocabulary_size(codec) == 410
+    (tmp_path / "t.txt").write_text("a b a")
+    tokenize_files([tmp_path / "t.txt"], tmp_path / "out", tokenizer=tmp_path / "codec")
+    np.testing.assert_array_equal(read_source(tmp_path / "out" / "t.bin").tokens(codec), [1, 409, 1, 0])
+    encoded = encode_source(read_source(tmp_path / "out" / "t.bin"), codec)
+    assert (encoded.bytes, encoded.words) == (5, 3)
+    codec.add_tokens(["<extra>"])
+    assert vocabulary_size(codec) == max(codec.get_vocab().values()) + 1
+
+
+def test_an_id_beyond_16_bits_is_refused_and_never_wrapped(tmp_path: Path) -> None:
+    with_gaps(tmp_path / "codec", {"end": 0, "a": 1, "b": 70_399})
+    (tmp_path / "t.txt").write_text("a b a")
+    with pytest.raises(ValueError, match=r"vocabulary of 70400 does not fit token files of uint16"):
+        tokenize_files([tmp_path / "t.txt"], tmp_path / "out", tokenizer=tmp_path / "codec")
+    assert not (tmp_path / "out").exists()
+    for ids in ([0, 70_399], [-1, 3]):
+        with pytest.raises(ValueError, match=r"do not fit the 16 bits of .*wrong.bin"):
+            write_tokens(tmp_path / "wrong.bin", np.array(ids))
+    assert not (tmp_path / "wrong.bin").exists()
+
+
+def test_the_text_of_tokens_is_measured(tmp_path: Path) -> None:
+    """Bytes and words of a token file are those of the text it was made from; so are those of a text's start."""
+    documents = ("Grüße,  世界 🙂", "two words\nand more", "x")
+    text = Text("a", documents)
+    codec = train_tokenizer(TEXTS, 300)
+    whole = encode_source(text, codec)
+    assert text_size(whole.ids, codec) == (text.bytes, text.words) == (whole.bytes, whole.words)
+    first = len(codec(documents[0])["input_ids"]) + 1
+    start = whole.start(first, codec)
+    assert (len(start.ids), start.bytes, start.words) == (first, len(documents[0].encode()), 3)
+    assert whole.start(10_000, codec) is whole

@@ -10,12 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from regla.data.embedded import embedded_text
-from regla.data.sources import HELD_OUT, Encoded, Text, encode_source, read_source
-from regla.data.tokenizer import train_tokenizer
+from regla.data.sources import HELD_OUT, Encoded, encode_source, read_source
+from regla.data.text import Text
+from regla.data.tokenizer import first_id, train_tokenizer
 from regla.eval import perplexity
 from regla.eval.perplexity import (
     evaluate,
-    first_id,
     mean_score,
     position_scores,
     position_table,
@@ -133,7 +133,7 @@ def test_files_are_scored_one_by_one(folder: Path, tokenizer, tmp_path: Path, ca
     files = [tmp_path / name for name in ("a.txt", "b.txt", "a.bin")]
     scores = evaluate(folder, data=files, device="cpu", json_file=tmp_path / "scores.json")
     assert [score.name for score in scores] == [str(file) for file in files]
-    assert scores[0].loss == scores[2].loss and scores[2].bits_per_byte is None
+    assert scores[0].loss == scores[2].loss and scores[0].bits_per_byte == scores[2].bits_per_byte
 
     model = ReGLAForCausalLM.from_pretrained(folder)
     ids = encode_source(Text("b", ("Quite another one, and longer than the first.",)), tokenizer).ids
@@ -156,11 +156,13 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--seq-len is 0"):
         evaluate(folder, seq_len=0)
     with pytest.raises(ValueError, match="is no model folder"):
+        evaluate(tmp_path)
+    with pytest.raises(ValueError, match=r"There is no model folder .*none"):
         evaluate(tmp_path / "none")
     with pytest.raises(ValueError, match="There is no folder for"):
         evaluate(folder, json_file=tmp_path / "none" / "scores.json")
     (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"holds no readable model \(.*\); give another folder"):
+    with pytest.raises(ValueError, match=r"holds no readable model \(.*\); give another"):
         evaluate(folder)
 
 
@@ -268,12 +270,16 @@ def test_streaming_scores_as_one_window_does(kind: str, chunk: int) -> None:
     assert (cut_off[17:] - whole[17:]).abs().max() > 1e-3  # so the context beyond 16 tokens did count
 
 
-def test_the_stream_of_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_stream_of_a_file(folder: Path, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text = embedded_text().documents[0]
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     options = {"data": [tmp_path / "a.txt"], "device": "cpu", "by_position": True}
     (part,) = evaluate(folder, stream=200, json_file=tmp_path / "s.json", **options)
-    assert part.tokens == 200 and part.bytes is None and part.word_perplexity is None
+    encoded = encode_source(Text("a", (text,)), tokenizer)
+    start = tokenizer.decode(encoded.ids[:200])
+    assert text.startswith(start)
+    assert (part.tokens, part.bytes, part.words) == (200, len(start.encode()), len(start.split()))
+    assert part.bits_per_byte == pytest.approx(part.loss * 200 / math.log(2) / part.bytes)
     assert [(bin_.first, bin_.last) for bin_ in part.positions] == [(0, 63), (64, 127), (128, 199)]
     printed = capsys.readouterr().out
     assert position_table([part]) in printed and "128-199" in printed
@@ -293,8 +299,8 @@ def test_perplexity_of_words(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert result.word_perplexity == pytest.approx(math.exp(result.loss * result.tokens / 6))
     head, line = capsys.readouterr().out.splitlines()
     assert head.endswith("per word") and line.endswith(f"{result.word_perplexity:.2f}")
-    other = score(make_model("llama"), Encoded("b", np.ones(9, np.int32), 9), first=0, seq_len=16, batch_size=2,
-                  dtype="float32", words=3)  # fmt: skip
+    other = score(make_model("llama"), Encoded("b", np.ones(9, np.int32), 9, 3), first=0, seq_len=16, batch_size=2,
+                  dtype="float32")  # fmt: skip
     mean = mean_score([result, other])
     assert mean.words == 9
     assert mean.word_perplexity == pytest.approx(math.sqrt(result.word_perplexity * other.word_perplexity))
@@ -303,3 +309,30 @@ def test_perplexity_of_words(folder: Path, tmp_path: Path, capsys: pytest.Captur
 def test_bad_stream(folder: Path) -> None:
     with pytest.raises(ValueError, match="--stream is 0, expected a number above 0"):
         evaluate(folder, stream=0)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("regla", False), ("hybrid", True), ("llama", True)])
+@pytest.mark.parametrize("options", [{"stream": 99_999_999}, {"seq_len": 99_999}])
+def test_the_context_is_what_the_text_has(
+    kind: str, said: bool, options: dict, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Not what was asked for; a model without positions knows no limit."""
+    make_model(kind).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("A text of more than sixteen tokens.", encoding="utf-8")
+    (result,) = evaluate(tmp_path / "model", data=[tmp_path / "a.txt"], device="cpu", **options)
+    note = f"{result.tokens} tokens of context are more than the model's max_position_embeddings, 16."
+    printed = capsys.readouterr().out
+    assert (note in printed) == said and ("max_position_embeddings" in printed) == said
+
+
+def test_a_tokenizer_beyond_the_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    train_tokenizer(embedded_text().documents[:3], 400).save_pretrained(folder)
+    (tmp_path / "a.txt").write_text(embedded_text().documents[0][:500], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"The tokens of .*a.txt hold id 3\d\d, but the model's vocab_size is 300; "):
+        evaluate(folder, data=[tmp_path / "a.txt"], device="cpu")
+
+
+def test_figures_are_not_lost_for_want_of_a_file(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder; give the name of a file in it"):
+        evaluate(folder, device="cpu", json_file=tmp_path)

@@ -146,7 +146,7 @@ def test_from_folder_to_folder(tmp_path):
     ("arguments", "message"),
     [
         (["missing.gguf", "--out", "new"], "There is no file missing.gguf"),
-        (["missing-folder", "--out", "new"], "missing-folder cannot be loaded"),
+        (["missing-folder", "--out", "new"], "There is no model folder missing-folder, and the hub has no such model"),
         (["missing.gguf", "--out", "."], "is not empty"),
     ],
 )

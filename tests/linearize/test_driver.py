@@ -301,7 +301,7 @@ def pickled(place):
     ("make", "message"),
     [
         (unsupported, "the model is of type 'gpt2'; conversion supports 'llama', 'mistral', 'qwen2'"),
-        (foreign_tokenizer, r"has \d+ tokens, the model only 97"),
+        (foreign_tokenizer, r"has ids up to \d+, but the model's vocab_size is 97"),
         (window, "sliding_window is 64"),
         (pickled, "cannot be loaded"),
     ],

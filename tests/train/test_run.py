@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regla.data.embedded import embedded_text
-from regla.data.sources import HELD_OUT, Text, encode
-from regla.data.tokenizer import tokenize_files
+from regla.data.sources import HELD_OUT
+from regla.data.text import Text, encode
+from regla.data.tokenize import tokenize_files
 from regla.eval.perplexity import evaluate, mean_score, position_table
 from regla.train import loop, run
 from regla.train.config import TrainConfig

@@ -5,7 +5,7 @@ It needs no download, so it is the default for training and evaluation. How much
 
 from __future__ import annotations
 
-from regla.data.sources import Text
+from regla.data.text import Text
 
 NAME = "pydoc_data.topics"
 _SHORTEST = 60  # characters; shorter paragraphs are headings and signatures

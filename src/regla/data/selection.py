@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regla.data.embedded import embedded_text
-from regla.data.sources import HELD_OUT, TEXT_FIELD, Source, read_source
+from regla.data.records import TEXT_FIELD
+from regla.data.sources import HELD_OUT, Source, read_source
 
 
 def read_sources(files: Sequence[str | Path], text_field: str = TEXT_FIELD) -> list[Source]:

@@ -1,33 +1,48 @@
-"""Tokenizers: train a byte-level BPE, and write token files."""
+"""Tokenizers: load one, train a byte-level BPE, and what is asked of either."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regla.data.sources import END_OF_TEXT, TEXT_FIELD, Text, read_source
-from regla.runtime.files import brief, check_new, new_folder
+from regla.data.pretrained import load_pretrained
+from regla.runtime.reading import check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+END_OF_TEXT = "<|endoftext|>"
+"""Line between two documents of a text file, and the end-of-text token of tokenizers trained here."""
+
 SMALLEST_VOCABULARY = 257  # every byte, and the end-of-text token
-LARGEST_UINT16_VOCABULARY = 2**16
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder on disk."""
-    if not Path(folder).is_dir():
-        raise ValueError(
-            f"There is no tokenizer folder {folder}; give one that `regla tokenize` or save_pretrained wrote."
-        )
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, in a .gguf file, or of a name on the Hugging Face hub."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers lets through whatever its parsers raise
-        raise ValueError(f"{folder} holds no readable tokenizer ({brief(error)}); give another folder.") from error
+    tokenizer = load_pretrained(AutoTokenizer, name, "tokenizer")
+    for part in (*tokenizer.all_special_tokens, str(tokenizer.chat_template or "")):
+        check_text(part, f"A special token or the chat template of the tokenizer {name}")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id and one: rows that an embedding needs. `len(tokenizer)` is less where ids have gaps."""
+    return 1 + max(max(tokenizer.get_vocab().values()), max(tokenizer.added_tokens_decoder, default=0))
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a document."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-text (eos) token; set its eos_token and save it again.")
+    return int(tokenizer.eos_token_id)
+
+
+def first_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before a text: the beginning-of-text token, or for want of one the end of the text before."""
+    return end_of_text_id(tokenizer) if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -59,55 +74,4 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
-    )
-
-
-def tokenize_files(
-    files: Sequence[str | Path],
-    out: str | Path,
-    *,
-    tokenizer: str | Path | None = None,
-    vocab_size: int | None = None,
-    text_field: str = TEXT_FIELD,
-) -> dict[Path, int]:
-    """Write NAME.bin (little-endian uint16) for each text file and the tokenizer beside them; the tokens in each file.
-
-    Without `tokenizer`, a folder, one of `vocab_size` tokens is trained on the files.
-    """
-    if (tokenizer is None) == (vocab_size is None):
-        raise ValueError("Give either --tokenizer DIR or --vocab-size N: a tokenizer, or the size of one to train.")
-    if vocab_size is not None and vocab_size > LARGEST_UINT16_VOCABULARY:
-        raise ValueError(_too_large(vocab_size))
-    check_new(out)
-    targets: dict[Path, Text] = {}
-    for file in files:
-        source = read_source(file, text_field)
-        if not isinstance(source, Text):
-            raise ValueError(f"{file} is not text; give .txt, .jsonl or .parquet files to tokenize.")
-        target = Path(out) / f"{Path(file).stem}.bin"
-        if target in targets:
-            raise ValueError(f"Two files would both be written to {target}; rename one of them.")
-        targets[target] = source
-    if tokenizer is not None:
-        codec = load_tokenizer(tokenizer)
-    else:
-        assert vocab_size is not None
-        codec = train_tokenizer((document for text in targets.values() for document in text.documents), vocab_size)
-    if len(codec) > LARGEST_UINT16_VOCABULARY:
-        raise ValueError(_too_large(len(codec)))
-    new_folder(out)
-    codec.save_pretrained(str(out))
-    counts = {}
-    for target, text in targets.items():
-        ids_N = text.tokens(codec)
-        ids_N.astype("<u2").tofile(target)
-        counts[target] = len(ids_N)
-        print(f"{target}: {len(ids_N):,} tokens")
-    return counts
-
-
-def _too_large(vocabulary: int) -> str:
-    return (
-        f"A vocabulary of {vocabulary} does not fit token files of uint16, which hold {LARGEST_UINT16_VOCABULARY} ids; "
-        "use a smaller one, or train on the text files themselves."
     )

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regla.data.sources import end_of_text_id
-from regla.data.tokenizer import load_tokenizer
-from regla.eval.perplexity import first_id
-from regla.models.folders import load_model
+from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer
+from regla.models.folders import check_ids, load_model
 from regla.runtime.device import pick_device
+from regla.runtime.reading import check_text, read_utf8
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate(
-    folder: str | Path,
+    model: str | Path,
     prompt: str,
     *,
     max_new_tokens: int = 100,
@@ -28,19 +27,20 @@ def generate(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Print `prompt` and what the model in `folder` writes after it, token by token.
+    """Print `prompt` and what a model (a folder, a .gguf file or a name on the hub) writes after it, token by token.
 
     It ends after `max_new_tokens` tokens, or before if the model ends the text. `temperature` 0 takes the likeliest
     token every time; otherwise one of the `top_k` likeliest (0: of all) is drawn, repeatably for a seed.
     """
     sampling = _sampling(max_new_tokens, temperature, top_k)
+    check_text(prompt, "--prompt")
     where = pick_device(device)
-    model, tokenizer = load_model(folder, where), load_tokenizer(folder)
+    loaded, tokenizer = load_model(model, where), load_tokenizer(model)
     from transformers import TextStreamer
 
-    input_ids_1T = torch.tensor([_ids(tokenizer, prompt)], device=where)
+    input_ids_1T = torch.tensor([_ids(loaded, tokenizer, prompt)], device=where)
     torch.manual_seed(seed)
-    model.generate(
+    loaded.generate(
         input_ids_1T,
         attention_mask=torch.ones_like(input_ids_1T),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
@@ -49,7 +49,7 @@ def generate(
 
 
 def generate_batch(
-    folder: str | Path,
+    model: str | Path,
     prompts_file: str | Path,
     *,
     batch_size: int = 8,
@@ -70,17 +70,17 @@ def generate_batch(
         raise ValueError(f"--batch-size is {batch_size}, expected a number above 0.")
     prompts = read_prompts(prompts_file)
     where = pick_device(device)
-    model, tokenizer = load_model(folder, where), load_tokenizer(folder)
+    loaded, tokenizer = load_model(model, where), load_tokenizer(model)
     padding = end_of_text_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     torch.manual_seed(seed)
     continuations: list[str] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        rows = [_ids(tokenizer, prompt) for prompt in batch]
+        rows = [_ids(loaded, tokenizer, prompt) for prompt in batch]
         longest = max(map(len, rows))
         input_ids_BT = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=where)
         mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=where)
-        output_BL = model.generate(input_ids_BT, attention_mask=mask_BT, pad_token_id=padding, **sampling)
+        output_BL = loaded.generate(input_ids_BT, attention_mask=mask_BT, pad_token_id=padding, **sampling)
         texts = tokenizer.batch_decode(output_BL[:, longest:], skip_special_tokens=True)
         for prompt, text in zip(batch, texts, strict=True):
             print(
@@ -92,23 +92,18 @@ def generate_batch(
 
 def read_prompts(file: str | Path) -> list[str]:
     """The lines of a UTF-8 file that are not blank."""
-    try:
-        text = Path(file).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(
-            f"{file} cannot be read ({error.strerror}); give --prompts a file with one prompt a line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+    text = read_utf8(file, "a file with one prompt a line")
     prompts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{file} holds no prompt; write one a line.")
     return prompts
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """A text begins with the beginning-of-text token if it begins with nothing else."""
-    return tokenizer(prompt)["input_ids"] or [first_id(tokenizer)]
+    ids = tokenizer(prompt)["input_ids"] or [first_id(tokenizer)]
+    check_ids(model, ids, "The tokens of the prompt")
+    return ids
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_k: int) -> dict[str, Any]:

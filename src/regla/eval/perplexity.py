@@ -5,7 +5,8 @@
 
 Every one of a source's N tokens, end-of-text tokens included, is predicted exactly once: window w holds the tokens
 wT .. wT+T-1 and takes the one before them as its first input (before the first token: the beginning-of-text token).
-Streaming is one window of N tokens, fed in chunks through the cache. Words are what stands between white space.
+Streaming is one window of N tokens, fed in chunks through the cache. Words are what stands between white space. Of
+token files and of the first tokens of a text, bytes and words are those of the decoded tokens.
 Shape legend: N tokens of a source, T predicted tokens of a window, B windows, V vocabulary.
 """
 
@@ -24,15 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regla.data.records import TEXT_FIELD
 from regla.data.selection import read_sources, split_validation
-from regla.data.sources import Encoded, Source, Text, encode_source, end_of_text_id
-from regla.data.tokenizer import load_tokenizer
+from regla.data.sources import Encoded, encode_source
+from regla.data.tokenizer import first_id, load_tokenizer
 from regla.eval.streaming import stream as stream_chunks
-from regla.models.folders import load_model
+from regla.models.folders import check_ids, load_model
+from regla.report.tables import plain
 from regla.runtime.device import autocast, pick_device
+from regla.runtime.files import check_writable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _LONGEST_DEFAULT = 1024
 _FIRST_BIN = 64  # positions; every further bin ends at twice the one before
@@ -63,7 +67,7 @@ class Score:
     """Nats per token."""
     perplexity: float
     bits_per_byte: float | None
-    """None where only the tokens are known, not the text."""
+    """None where the text is not known, or empty."""
     words: int | None = None
     word_perplexity: float | None = None
     """None where the words are not known."""
@@ -79,13 +83,12 @@ def score(
     seq_len: int,
     batch_size: int,
     dtype: str,
-    words: int | None = None,
     by_position: bool = False,
 ) -> Score:
     """Score one source in windows of `seq_len` tokens; `first` is the id that stands before its first token."""
     nats_N = token_nats(model, text.ids, first=first, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
     positions = position_scores(nats_N, seq_len) if by_position else ()
-    return _score(text.name, nats_N, text.bytes, words, positions)
+    return _score(text, nats_N, positions)
 
 
 def score_stream(
@@ -93,36 +96,28 @@ def score_stream(
     text: Encoded,
     *,
     first: int,
-    length: int,
     chunk: int,
     dtype: str,
-    words: int | None = None,
     by_position: bool = False,
 ) -> Score:
-    """Score the first `length` tokens of one source (or all it has) as one sequence, in chunks through the cache.
-
-    Bytes and words of a part are not known, so their figures are left out unless the whole source is scored.
-    """
-    nats_N = stream_nats(model, text.ids[:length], first=first, chunk=chunk, dtype=dtype)
-    whole = len(nats_N) == len(text.ids)
+    """Score one source as one sequence, in chunks through the cache."""
+    nats_N = stream_nats(model, text.ids, first=first, chunk=chunk, dtype=dtype)
     positions = position_scores(nats_N, len(nats_N)) if by_position else ()
-    return _score(text.name, nats_N, text.bytes if whole else None, words if whole else None, positions)
+    return _score(text, nats_N, positions)
 
 
-def _score(
-    name: str, nats_N: Tensor, size: int | None, words: int | None, positions: tuple[PositionScore, ...]
-) -> Score:
+def _score(text: Encoded, nats_N: Tensor, positions: tuple[PositionScore, ...]) -> Score:
     nats = float(nats_N.double().sum())
     loss = nats / len(nats_N)
     return Score(
-        name=name,
+        name=text.name,
         tokens=len(nats_N),
-        bytes=size,
+        bytes=text.bytes,
         loss=loss,
         perplexity=_exp(loss),
-        bits_per_byte=nats / math.log(2) / size if size else None,
-        words=words,
-        word_perplexity=_exp(nats / words) if words else None,
+        bits_per_byte=nats / math.log(2) / text.bytes if text.bytes else None,
+        words=text.words,
+        word_perplexity=_exp(nats / text.words) if text.words else None,
         positions=positions,
     )
 
@@ -176,11 +171,6 @@ def _mean_positions(sources: Sequence[tuple[PositionScore, ...]]) -> tuple[Posit
         tokens = sum(bin_.tokens for bin_ in bins)
         means.append(PositionScore(bins[0].first, bins[0].last, tokens, loss, _exp(loss)))
     return tuple(means)
-
-
-def count_words(source: Source) -> int | None:
-    """Runs of characters between white space; None where only the tokens are known."""
-    return sum(len(document.split()) for document in source.documents) if isinstance(source, Text) else None
 
 
 def total_nats(
@@ -244,9 +234,10 @@ def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def evaluate(
-    folder: str | Path,
+    model: str | Path,
     *,
     data: Sequence[str | Path] = (),
+    text_field: str = TEXT_FIELD,
     seq_len: int | None = None,
     batch_size: int = 16,
     device: str = "auto",
@@ -255,42 +246,63 @@ def evaluate(
     stream: int | None = None,
     json_file: str | Path | None = None,
 ) -> list[Score]:
-    """Score the model in `folder` on each file of `data`, by default on the held-out tenth of the embedded text.
+    """Score a model on each file of `data`, by default on the held-out tenth of the embedded text.
 
-    Prints a table, and writes the same figures to `json_file`. `seq_len` None: the model's own length, at most 1024.
-    `by_position`: a second table, see `position_scores`. `stream`: the first so many tokens of every source as one
-    sequence in chunks of `seq_len`, see `score_stream`.
+    Prints a table, and writes the same figures to `json_file`.
+
+    Args:
+        model: a folder, a .gguf file, or a name on the Hugging Face hub.
+        data: text, records or token files.
+        text_field: name of the text in a record.
+        seq_len: tokens of a window. None: the model's own length, at most 1024.
+        batch_size: windows at a time.
+        device: auto, cpu or cuda.
+        dtype: of matrix products.
+        by_position: print a second table, see `position_scores`.
+        stream: score the first so many tokens of every source as one sequence, in chunks of `seq_len`, see
+            `score_stream`.
+        json_file: where the figures go, too.
+
+    Returns:
+        One score for each source.
+
+    Raises:
+        ValueError: whatever can be wrong with the input, before anything is scored.
     """
     for name, value in (("--seq-len", seq_len), ("--batch-size", batch_size), ("--stream", stream)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}, expected a number above 0.")
-    if json_file is not None and not Path(json_file).parent.is_dir():
-        raise ValueError(f"There is no folder for {json_file}; give --json a file in a folder that exists.")
+    if json_file is not None:
+        check_writable(json_file)
     where = pick_device(device)
-    sources = read_sources(data) if data else split_validation(read_sources([]))[1]
-    model, tokenizer = load_model(folder, where), load_tokenizer(folder)
-    length = seq_len or min(getattr(model.config, "max_position_embeddings", _LONGEST_DEFAULT), _LONGEST_DEFAULT)
+    sources = read_sources(data, text_field) if data else split_validation(read_sources([]))[1]
+    loaded, tokenizer = load_model(model, where), load_tokenizer(model)
+    length = seq_len or min(getattr(loaded.config, "max_position_embeddings", _LONGEST_DEFAULT), _LONGEST_DEFAULT)
+    first = first_id(tokenizer)
     texts = [encode_source(source, tokenizer) for source in sources]
+    for text in texts:
+        check_ids(loaded, [first, int(text.ids.max())], f"The tokens of {text.name}")
     scores = []
-    for source, text in zip(sources, texts, strict=True):
-        options: dict[str, Any] = {"first": first_id(tokenizer), "dtype": dtype, "by_position": by_position}
-        options["words"] = count_words(source)
+    for text in texts:
         if stream is None:
-            scores.append(score(model, text, seq_len=length, batch_size=batch_size, **options))
+            options: dict[str, Any] = {"seq_len": length, "batch_size": batch_size}
+            found = score(loaded, text, first=first, dtype=dtype, by_position=by_position, **options)
         else:
-            scores.append(score_stream(model, text, length=stream, chunk=length, **options))
+            part = text.start(stream, tokenizer)
+            found = score_stream(loaded, part, first=first, chunk=length, dtype=dtype, by_position=by_position)
+        scores.append(found)
     print(table(scores))
     if by_position:
         print("\n" + position_table(scores))
-    context = length if stream is None else stream
-    if (note := beyond_the_model(model, context)) is not None:
+    context = min(length if stream is None else stream, max(len(text.ids) for text in texts))
+    if (note := beyond_the_model(loaded, context)) is not None:
         print("\n" + note)
     if json_file is not None:
         result: dict[str, Any] = {
-            "model": str(folder),
+            "model": str(model),
             "seq_len": length,
             "stream": stream,
-            "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
+            "max_position_embeddings": getattr(loaded.config, "max_position_embeddings", None),
             "device": where.type,
             "dtype": dtype,
             "sources": [asdict(score) for score in scores],
@@ -300,15 +312,10 @@ def evaluate(
     return scores
 
 
-def first_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before a text: the beginning-of-text token, or for want of one the end of the text before."""
-    return end_of_text_id(tokenizer) if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-
-
 def beyond_the_model(model: PreTrainedModel, context: int) -> str | None:
-    """A sentence where `context` tokens are more than the model's configuration names."""
+    """A sentence where `context` tokens are more than the configuration names, of a model that has positions."""
     named = getattr(model.config, "max_position_embeddings", None)
-    if named is None or context <= named:
+    if named is None or context <= named or not getattr(model.config, "uses_rope", True):
         return None
     return f"{context:,} tokens of context are more than the model's max_position_embeddings, {named:,}."
 
@@ -316,16 +323,22 @@ def beyond_the_model(model: PreTrainedModel, context: int) -> str | None:
 def table(scores: Sequence[Score]) -> str:
     """One line per source and, for several, their mean."""
     rows = [*scores, mean_score(scores)] if len(scores) > 1 else list(scores)
-    width = max(len("source"), *(len(row.name) for row in rows))
-    with_words = any(row.word_perplexity is not None for row in rows)
-    head = f"{'source':<{width}}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}"
-    lines = [head + (f"  {'per word':>10}" if with_words else "")]
-    for row in rows:
-        bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-        words = "-" if row.word_perplexity is None else f"{row.word_perplexity:.2f}"
-        line = f"{row.name:<{width}}  {row.tokens:>12,}  {row.loss:>8.4f}  {row.perplexity:>10.2f}  {bits:>9}"
-        lines.append(line + (f"  {words:>10}" if with_words else ""))
-    return "\n".join(lines)
+    header = ["source", "tokens", "loss", "perplexity", "bits/byte"]
+    body = [
+        [
+            row.name,
+            f"{row.tokens:,}",
+            f"{row.loss:.4f}",
+            f"{row.perplexity:.2f}",
+            "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}",
+        ]
+        for row in rows
+    ]
+    if any(row.word_perplexity is not None for row in rows):
+        header.append("per word")
+        for cells, row in zip(body, rows, strict=True):
+            cells.append("-" if row.word_perplexity is None else f"{row.word_perplexity:.2f}")
+    return plain(header, body)
 
 
 def position_table(scores: Sequence[Score]) -> str:
@@ -335,17 +348,15 @@ def position_table(scores: Sequence[Score]) -> str:
     """
     if len(scores) > 1 and (mean := mean_score(scores)).positions:
         scores = [*scores, mean]
-    widths = [max(len(score.name), 10) for score in scores]
-    names = "  ".join(f"{score.name:>{width}}" for score, width in zip(scores, widths, strict=True))
-    lines = [f"{'positions':<15}  {names}"]
     longest = max(scores, key=lambda score: len(score.positions))
-    for index, bin_ in enumerate(longest.positions):
-        cells = [
-            f"{score.positions[index].perplexity:.2f}" if index < len(score.positions) else "-" for score in scores
+    body = [
+        [
+            f"{bin_.first}-{bin_.last}",
+            *(f"{score.positions[index].perplexity:.2f}" if index < len(score.positions) else "-" for score in scores),
         ]
-        values = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append(f"{f'{bin_.first}-{bin_.last}':<15}  {values}")
-    return "\n".join(lines)
+        for index, bin_ in enumerate(longest.positions)
+    ]
+    return plain(["positions", *(score.name for score in scores)], body)
 
 
 def _exp(loss: float) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+import regla.data.tokenizer
+from regla.data.pretrained import load_pretrained
+from regla.data.tokenizer import vocabulary_size
 from regla.linearize.families import config_arguments
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.models.folders import load_model
@@ -25,8 +27,7 @@ def load_config(model: str) -> PreTrainedConfig:
     Raises:
         ValueError: it cannot be loaded, or no supported family describes it.
     """
-    where, options = _place(model)
-    config = _load(model, AutoConfig, where, **options)
+    config = load_pretrained(AutoConfig, model, "model")
     config_arguments(config)
     return config
 
@@ -49,11 +50,9 @@ def load_original(model: str) -> tuple[PreTrainedModel, Tokenizer]:
     Raises:
         ValueError: it cannot be loaded, or the tokenizer has more tokens than the model.
     """
-    where, options = _place(model)
     tokenizer = load_tokenizer(model, load_config(model))  # first, since it is soon known not to fit
-    loaded = _load(
-        model, AutoModelForCausalLM, where, dtype=torch.float32, **(options or {"use_safetensors": True})
-    ).eval()
+    options = {} if Path(model).suffix.lower() == ".gguf" else {"use_safetensors": True}
+    loaded = load_pretrained(AutoModelForCausalLM, model, "model", dtype=torch.float32, **options).eval()
     loaded.config.quantization_config = None
     return loaded, tokenizer
 
@@ -64,11 +63,10 @@ def load_tokenizer(model: str, config: PreTrainedConfig) -> Tokenizer:
     Raises:
         ValueError: it cannot be loaded, or has more tokens than the model.
     """
-    where, options = _place(model)
-    tokenizer = _load(model, AutoTokenizer, where, **options)
-    if len(tokenizer) > config.vocab_size:
+    tokenizer = regla.data.tokenizer.load_tokenizer(model)
+    if (size := vocabulary_size(tokenizer)) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer of {model} has {len(tokenizer)} tokens, the model only {config.vocab_size}; "
+            f"The tokenizer of {model} has ids up to {size - 1}, but the model's vocab_size is {config.vocab_size}; "
             "give the model with its own tokenizer."
         )
     return tokenizer
@@ -90,7 +88,7 @@ def load_student_config(folder: str) -> ReGLAConfig:
         raise OptionError(
             "{folder} holds no model to go on from; give {init} a folder that `regla linearize` wrote.", folder=folder
         )
-    config = _load(folder, AutoConfig, folder, local_files_only=True)
+    config = load_pretrained(AutoConfig, folder, "model")
     if not isinstance(config, ReGLAConfig):
         raise OptionError(
             "{folder} holds a model of type {kind!r}; give {init} a folder that `regla linearize` wrote.",
@@ -98,28 +96,3 @@ def load_student_config(folder: str) -> ReGLAConfig:
             kind=config.model_type,
         )
     return config
-
-
-def _place(model: str) -> tuple[str, dict[str, Any]]:
-    """What transformers wants to know: a name or folder, and the GGUF file in it."""
-    path = Path(model)
-    if path.suffix != ".gguf":
-        return model, {}
-    if not path.is_file():
-        raise ValueError(f"There is no file {model}; give a .gguf file, a model folder or a name on the hub.")
-    for package in ("gguf", "accelerate"):
-        if find_spec(package) is None:
-            raise ValueError(
-                f"{model} needs the package {package}, which is not installed; run `pip install {package}`."
-            )
-    return str(path.parent), {"gguf_file": path.name}
-
-
-def _load(model: str, kind: Any, where: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(where, **options)
-    except Exception as error:  # transformers lets through whatever its parsers and its downloads raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")
-        raise ValueError(
-            f"{model} cannot be loaded ({first}); give a model folder, a .gguf file or a hub name."
-        ) from error

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regla.data.selection import read_sources, split_validation
-from regla.data.sources import Encoded, Source, encode_source, end_of_text_id
-from regla.eval.perplexity import Score, first_id, score
+from regla.data.sources import Encoded, Source, encode_source
+from regla.data.tokenizer import end_of_text_id, first_id
+from regla.eval.perplexity import Score, score
 from regla.linearize.config import CALIBRATION_LENGTH, LinearizeConfig
 
 if TYPE_CHECKING:
@@ -80,21 +81,5 @@ def encode_texts(
         raise ValueError(
             f"The training text has {len(train_N)} tokens, expected more than one sequence of {length}; give more text."
         )
-    starts = [_start(encode_source(source, tokenizer), config.valid_tokens, tokenizer) for source in valid]
+    starts = [encode_source(source, tokenizer).start(config.valid_tokens, tokenizer) for source in valid]
     return Texts(train_N, starts, first_id(tokenizer))
-
-
-def _start(text: Encoded, tokens: int, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """The first `tokens` of a text."""
-    if len(text.ids) <= tokens:
-        return text
-    ids_N = text.ids[:tokens]
-    return Encoded(text.name, ids_N, None if text.bytes is None else _bytes(ids_N, tokenizer))
-
-
-def _bytes(ids_N: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 length of the documents that these tokens spell; a character that is cut at the end counts as three."""
-    ends = np.flatnonzero(ids_N == end_of_text_id(tokenizer))
-    documents = np.split(ids_N, ends + 1)
-    texts = tokenizer.batch_decode(documents, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return sum(len(text.encode()) for text in texts)

@@ -1,4 +1,4 @@
-"""Markdown tables from measured rows (JSON objects, one a line, as `regla.bench.rows` writes them)."""
+"""Tables: how all of them are laid out, and those of measured rows (JSON lines of `regla.bench.rows`)."""
 
 from __future__ import annotations
 
@@ -107,6 +107,19 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]], *, numbers_fr
     """A Markdown table; columns from `numbers_from` on are set to the right."""
     rule = ["---:" if index >= numbers_from else "---" for index in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
+
+
+def plain(header: Sequence[str], body: Sequence[Sequence[str]], *, numbers_from: int = 1) -> str:
+    """A table for the terminal; columns from `numbers_from` on are set to the right."""
+    rows = [header, *body]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column >= numbers_from else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def ran_on(rows: Sequence[Row]) -> str:

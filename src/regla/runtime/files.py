@@ -171,6 +171,17 @@ def _made(folder: str | Path) -> Path:
     return Path(folder)
 
 
+def check_writable(file: str | Path) -> None:
+    """Raise ValueError unless a file can be written there, so that a result is not lost at the end."""
+    file = Path(file)
+    if not file.parent.is_dir():
+        raise ValueError(f"There is no folder for {file}; give a file in a folder that exists.")
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give the name of a file in it.")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"{file} cannot be written; give a file in a folder that you may write to.")
+
+
 def brief(error: Exception) -> str:
     """The kind of an error and the first sentence of what it says."""
     lines = str(error).strip().splitlines()

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from regla.data.selection import read_sources, split_validation
-from regla.data.sources import READERS, Source, Text, end_of_text_id, read_source
-from regla.data.tokenizer import LARGEST_UINT16_VOCABULARY, load_tokenizer, train_tokenizer
+from regla.data.sources import READERS, Source, read_source
+from regla.data.text import Text
+from regla.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
+from regla.data.tokens import SUFFIX, Tokens, check_fits, write_tokens
 from regla.runtime.files import unfinished_name
 from regla.train.config import DEFAULT_VOCAB_SIZE
-
-_TOKENS = ".bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def prepare(
             "leave out one of them (--set vocab_size=null)."
         )
     options = _options(data, valid, tokenizer)
-    if tokenizer is not None and data and valid and all(Path(file).suffix == _TOKENS for file in (*data, *valid)):
+    if tokenizer is not None and data and valid and all(Path(file).suffix == SUFFIX for file in (*data, *valid)):
         return _describe(data, valid, tokenizer, options)
     train_sources, valid_sources = split_validation(read_sources(data), valid)
     target = Path(folder) / _digest_of_sources(train_sources, valid_sources, tokenizer, vocab_size)
@@ -86,7 +86,7 @@ def _describe(data: Sequence[str], valid: Sequence[str], folder: str, options: t
         tokenizer=folder,
         digest=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
         tokens=sum(map(len, train_ids)),
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         end_of_text=end_of_text_id(tokenizer),
         options=options,
     )
@@ -111,7 +111,7 @@ def _digest_of_sources(
 def _contents(source: Source) -> list[bytes]:
     if isinstance(source, Text):
         return [document.encode() for document in source.documents]
-    return [np.ascontiguousarray(source.ids).tobytes()] if hasattr(source, "ids") else []
+    return [np.ascontiguousarray(source.ids).tobytes()] if isinstance(source, Tokens) else []
 
 
 def _write(
@@ -128,11 +128,7 @@ def _write(
                 )
         texts = (document for source in train if isinstance(source, Text) for document in source.documents)
         codec = train_tokenizer(texts, vocab_size or DEFAULT_VOCAB_SIZE)
-    if len(codec) > LARGEST_UINT16_VOCABULARY:
-        raise ValueError(
-            f"The tokenizer has {len(codec)} tokens, too many for token files of uint16, which hold "
-            f"{LARGEST_UINT16_VOCABULARY} ids; give a smaller one."
-        )
+    check_fits(vocabulary_size(codec))
     unfinished = unfinished_name(target)
     shutil.rmtree(unfinished, ignore_errors=True)
     for part, sources in (("train", train), ("valid", valid)):
@@ -143,7 +139,7 @@ def _write(
                 raise ValueError(f"{source.name} is too short to hold out a part of it; give more text, or --valid.")
             folder = unfinished / part / f"{number:03d}"  # keeps the order, and apart what has one name
             folder.mkdir()
-            ids_N.astype("<u2").tofile(folder / f"{_plain_name(source.name)}{_TOKENS}")
+            write_tokens(folder / f"{_plain_name(source.name)}{SUFFIX}", ids_N)
     codec.save_pretrained(str(unfinished / "tokenizer"))
     os.replace(unfinished, target)
 
@@ -155,4 +151,4 @@ def _plain_name(name: str) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(map(str, folder.glob(f"*/*{_TOKENS}")))
+    return sorted(map(str, folder.glob(f"*/*{SUFFIX}")))

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from regla.data.tokenizer import load_tokenizer
+from regla.data.tokenizer import load_tokenizer, vocabulary_size
 from regla.report.studies import row_name
 from regla.runtime.files import alone_in
 from regla.runtime.processes import check_one_process
@@ -69,7 +69,9 @@ def study(
         write_page(plan, [row for row in rows if only is None or fnmatchcase(row_name(row), only)], out)
         return []
     known = [] if rows_file is None else read_study_rows(rows_file, plan.name)
-    check_variants(plan, plan.variants, vocab_size=None if tokenizer is None else len(load_tokenizer(tokenizer)))
+    check_variants(
+        plan, plan.variants, vocab_size=None if tokenizer is None else vocabulary_size(load_tokenizer(tokenizer))
+    )
     places = _places(device, devices) * runs_per_device
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def _places(device: str, number: int) -> list[Place]:
 
 
 def _print_grid(plan: Study, tokenizer: str | None) -> None:
-    vocab_size = len(load_tokenizer(tokenizer)) if tokenizer is not None else None
+    vocab_size = vocabulary_size(load_tokenizer(tokenizer)) if tokenizer is not None else None
     sizes, _ = check_variants(plan, plan.variants, vocab_size=vocab_size)
     trials = in_order(plan)
     width = max(len(variant.name) for variant in plan.variants)

@@ -74,7 +74,7 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
     } | dict(config.overrides)
     if arguments["vocab_size"] < vocab_size:
         raise ValueError(
-            f"vocab_size is {arguments['vocab_size']}, but the tokenizer has {vocab_size} tokens; "
+            f"vocab_size is {arguments['vocab_size']}, but the largest id of the tokenizer is {vocab_size - 1}; "
             "leave it out of --config or raise it."
         )
     return checked_config(**arguments)

@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 
 import regla
 from regla.data.embedded import embedded_text
-from regla.data.sources import HELD_OUT, Source, Text, encode_source, end_of_text_id, read_dataset, read_source
-from regla.data.tokenizer import load_tokenizer, train_tokenizer
-from regla.eval.perplexity import Score, beyond_the_model, first_id, mean_score, position_table, score, table
+from regla.data.records import read_dataset
+from regla.data.sources import HELD_OUT, Source, encode_source, read_source
+from regla.data.text import Text
+from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer, train_tokenizer, vocabulary_size
+from regla.eval.perplexity import Score, beyond_the_model, mean_score, position_table, score, table
 from regla.models.modeling import ReGLAForCausalLM
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
 from regla.runtime.checkpoint import Checkpoints, found_in
@@ -77,7 +79,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     torch.manual_seed(config.seed)
     model_configuration, softmax_parameters = match_softmax(
-        model_config(config, vocab_size=len(tokenizer), end_of_text=end_of_text_id(tokenizer))
+        model_config(config, vocab_size=vocabulary_size(tokenizer), end_of_text=end_of_text_id(tokenizer))
     )
     model = ReGLAForCausalLM(model_configuration).to(device)
     parameters = count_parameters(model_configuration)

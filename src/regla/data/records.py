@@ -1,0 +1,120 @@
+"""Records with a text field: .jsonl and .parquet files, and data sets of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from regla.data.text import Text, trimmed
+from regla.runtime.install import require
+from regla.runtime.reading import check_text, parse_json
+
+TEXT_FIELD = "text"
+"""Name of the text in a record of a .jsonl or .parquet file or a data set."""
+
+
+class UnusableRecordError(ValueError):
+    """A record without the text that was asked for."""
+
+
+def read_jsonl(path: Path, text_field: str) -> Text:
+    """A JSON object on each line, whose `text_field` is one document."""
+
+    def records() -> Iterator[tuple[str, Any]]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number} of {path}", parse_json(line, f"Line {number} of {path}")
+
+    return _text_of_records(str(path), records(), text_field)
+
+
+def read_parquet(path: Path, text_field: str) -> Text:
+    """A table with a column `text_field` of documents; read a few rows at a time, that column alone."""
+    require("pyarrow", f"{path} needs")
+    import pyarrow
+    import pyarrow.parquet
+
+    def records(table: pyarrow.parquet.ParquetFile) -> Iterator[tuple[str, Any]]:
+        number = 0
+        for batch in table.iter_batches(columns=[text_field]):
+            for value in batch.column(0):
+                number += 1
+                where = f"row {number} of {path}"
+                try:
+                    yield where, {text_field: value.as_py()}
+                except UnicodeDecodeError as error:
+                    raise UnusableRecordError(
+                        f"Field {text_field!r} in {where} is not UTF-8 text (byte {error.start}); convert it to UTF-8."
+                    ) from error
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise UnusableRecordError(_no_field(str(path), names, text_field))
+            return _text_of_records(str(path), records(table), text_field)
+    except UnusableRecordError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:  # among them names that are not UTF-8
+        raise ValueError(f"{path} is no readable Parquet file ({error}); give another.") from error
+
+
+def read_dataset(name: str, text_field: str = TEXT_FIELD, *, characters: int | None = None) -> Text:
+    """The split `train` of a Hugging Face data set, streamed until its documents have `characters`.
+
+    name: NAME or NAME:CONFIG on the hub, or a folder of data files. Only as much as asked for is downloaded and kept.
+    """
+    require("datasets", "A data set needs")
+    import datasets
+
+    path, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+
+    def records() -> Iterator[tuple[str, Any]]:
+        size = 0
+        stream = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
+        for number, record in enumerate(stream, 1):
+            yield f"record {number} of {name}", record
+            size += len(record[text_field])
+            if characters is not None and size >= characters:
+                break
+
+    try:
+        return _text_of_records(name, records(), text_field)
+    except UnusableRecordError:
+        raise
+    except Exception as error:  # whatever the hub, the network and the readers of many formats raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"The data set {name} cannot be read ({type(error).__name__}: {reason}); check its name and the network."
+        ) from error
+
+
+def _text_of_records(name: str, records: Iterable[tuple[str, Any]], text_field: str) -> Text:
+    """records: where each stands, and its fields."""
+
+    def texts() -> Iterator[str]:
+        for where, record in records:
+            if not isinstance(record, dict) or text_field not in record:
+                names = list(record) if isinstance(record, dict) else []
+                raise UnusableRecordError(_no_field(where[0].upper() + where[1:], names, text_field))
+            text = record[text_field]
+            if not isinstance(text, str):
+                raise UnusableRecordError(
+                    f"Field {text_field!r} in {where} is of type {type(text).__name__}, expected text."
+                )
+            try:
+                yield check_text(text, f"Field {text_field!r} in {where}")
+            except ValueError as error:
+                raise UnusableRecordError(str(error)) from error
+
+    documents = trimmed(texts())
+    if not documents:
+        raise UnusableRecordError(f"{name} holds no text; give one with text in it.")
+    return Text(name, documents)
+
+
+def _no_field(where: str, names: Sequence[str], text_field: str) -> str:
+    known = f"it has {', '.join(names)}" if names else "it has no fields"
+    return f"{where} has no field {text_field!r} ({known}); name the field of the text with --text-field."
