@@ -1,18 +1,12 @@
 """ReGLA: refined gated linear attention for PyTorch and Hugging Face (arXiv 2502.01578).
 
-The names below load on first use, so that `import regla.ops` needs torch alone. `import regla` makes the model type
-"regla" known to transformers' Auto classes, whichever of the two is imported first.
+The names below load on first use: `import regla` is quick, and `import regla.ops` needs torch alone.
+`import regla.models` makes the model type "regla" known to transformers' Auto classes.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -27,6 +21,9 @@ _HOME = {
     "ReGLAState": "regla.layers",
     "ReGLAConfig": "regla.models",
     "ReGLAForCausalLM": "regla.models",
+    "ReGLAForQuestionAnswering": "regla.models",
+    "ReGLAForSequenceClassification": "regla.models",
+    "ReGLAForTokenClassification": "regla.models",
     "ReGLAModel": "regla.models",
 }
 
@@ -43,33 +40,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _RegisterWithAutoClasses(importlib.abc.MetaPathFinder):
-    """Imports ReGLAConfig, which registers itself, as soon as transformers' module of AutoConfig has been imported."""
-
-    target = "transformers.models.auto.configuration_auto"
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.target:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            importlib.import_module("regla.models.configuration")
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _RegisterWithAutoClasses.target in sys.modules:
-    importlib.import_module("regla.models.configuration")
-else:
-    sys.meta_path.insert(0, _RegisterWithAutoClasses())

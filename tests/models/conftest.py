@@ -59,7 +59,6 @@ VARIANTS = {
     },
     "hybrid, extras": {
         "layer_types": [L, F],
-        "qk_temperature": True,
         "qk_initializer_range": 0.2,
         "gate_half_life": [2, 32],
         "softmax_conv_kernel_dim": 3,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from regla.models import ReGLAConfig, ReGLAForCausalLM, ReGLAModel
+from regla.models.configuration import FORMAT_VERSION
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
@@ -42,19 +43,53 @@ def test_tied_weights_stay_tied(build, tmp_path):
 
 
 def test_folders_from_before_an_option_load(build, tmp_path):
-    """A config that lacks the options of gates' starts, temperatures and softmax extras means that they are off."""
+    """A config that lacks the options of gates' starts and softmax extras means that they are off."""
     model = build("hybrid")
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     for name in list(config):
-        if name.startswith(("softmax_", "gate_half_life", "qk_temperature", "qk_initializer_range")):
+        if name.startswith(("softmax_", "gate_half_life", "qk_initializer_range", "format_version")):
             del config[name]
     path.write_text(json.dumps(config))
     again, report = ReGLAForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = torch.randint(3, 97, (2, 9))
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.fixture
+def edited(build, tmp_path):
+    """`edited(name=value)`: a saved folder whose config.json says so."""
+
+    def save(**entries):
+        build("hybrid").save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+        return tmp_path
+
+    return save
+
+
+def test_a_saved_model_has_a_format_version(edited):
+    assert json.loads((edited() / "config.json").read_text())["format_version"] == FORMAT_VERSION == 2
+
+
+@pytest.mark.parametrize("load", [ReGLAConfig, AutoConfig, ReGLAForCausalLM, AutoModelForCausalLM])
+def test_formats_of_newer_versions_are_refused(edited, load):
+    with pytest.raises(ValueError, match=r"format_version is 3, .* up to version 2; install a newer regla"):
+        load.from_pretrained(edited(format_version=3))
+
+
+@pytest.mark.parametrize("load", [ReGLAConfig, ReGLAForCausalLM])
+def test_removed_options_load_if_they_were_off_and_are_refused_if_in_use(build, edited, load):
+    off = load.from_pretrained(edited(format_version=1, qk_temperature=False, gate_half_life_over="channels"))
+    config = off if load is ReGLAConfig else off.config
+    assert config.format_version == 2
+    assert not {"qk_temperature", "gate_half_life_over"} & config.to_dict().keys()
+    for option, value in (("qk_temperature", True), ("gate_half_life_over", "layers")):
+        with pytest.raises(ValueError, match=f"{option} is {value!r}, an option that was removed after git revision"):
+            load.from_pretrained(edited(format_version=1, **{option: value}))
 
 
 def test_a_missing_bias_starts_at_its_half_life_and_a_saved_one_is_kept(build, tmp_path):
@@ -109,10 +144,9 @@ def test_missing_weights_start_like_new_ones_and_the_others_are_kept(build, tmp_
 
 def test_dtype_of_loading(build, tmp_path):
     build("hybrid").save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    with pytest.raises(ValueError, match=r"dtype is float16.* use bfloat16 or float32"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    for dtype in (torch.bfloat16, torch.float16):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_more_tokens(build):
@@ -134,6 +168,9 @@ def test_a_config_alone_takes_its_module_along(tmp_path):
         "AutoConfig": "modeling_regla_hub.ReGLAConfig",
         "AutoModel": "modeling_regla_hub.ReGLAModel",
         "AutoModelForCausalLM": "modeling_regla_hub.ReGLAForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_regla_hub.ReGLAForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_regla_hub.ReGLAForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_regla_hub.ReGLAForQuestionAnswering",
     }
     assert type(AutoConfig.from_pretrained(tmp_path)) is ReGLAConfig
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorWithFlattening, DynamicCache
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
 
 
 def tokens(*shape):
@@ -157,3 +157,93 @@ def test_bad_input(build):
         with pytest.raises(ValueError) as error:
             model(**{"input_ids": ids, **kwargs})
         assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("token", [0, 5])
+def test_the_padding_token_trains_where_it_occurs_in_text(build, token, tied):
+    """It is often the separator, too: `regla train` makes the end of a text both."""
+    model = build("hybrid", pad_token_id=token, eos_token_id=token, tie_word_embeddings=tied)
+    ids = torch.tensor([[5, 6, 0, 7, 8]])
+    model(ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad[token].count_nonzero() == 48
+
+
+def test_padding_itself_trains_nothing(build):
+    model = build("hybrid", tie_word_embeddings=False)
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 5, 6, 7, 8, 4]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+    grad = model.get_input_embeddings().weight.grad
+    assert grad[0].count_nonzero() == 0 and grad[5].count_nonzero() > 0
+
+
+def test_an_embedding_of_zeros_from_an_old_folder_trains(build, tmp_path):
+    model = build("hybrid")
+    model.get_input_embeddings().weight.data[0] = 0.0  # what versions with a fixed row of zeros have saved
+    model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 0, 7, 8]])
+    model(ids, labels=ids).loss.backward()
+    for parameter, resized in ((model.get_input_embeddings().weight, False), (None, True)):
+        if resized:
+            model.zero_grad()
+            model.resize_token_embeddings(101)
+            model(ids, labels=ids).loss.backward()
+            parameter = model.get_input_embeddings().weight
+        assert parameter.grad[0].count_nonzero() == 48
+
+
+@pytest.mark.parametrize("of", ["the model", "one layer"])
+def test_a_cache_in_training_with_checkpointing_is_refused(build, of):
+    model = build("hybrid").train()
+    model.gradient_checkpointing_enable()
+    if of == "one layer":
+        model.gradient_checkpointing_disable()
+        model.model.layers[1].gradient_checkpointing = True
+    ids, cache = tokens(1, 5), DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match=r"past_key_values is given in training with activation checkpointing"):
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    model.eval()(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+@torch.no_grad()
+def test_text_generated_within_training_keeps_its_cache(build):
+    """Without gradients nothing is recomputed, so the cache is as good as ever."""
+    model = build("hybrid").train()
+    ids = tokens(1, 5)
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **kwargs)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(ids, **kwargs), expected)
+    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 5
+
+
+def test_float16(model):
+    """Weights and activations of 11 bits, states and outputs before their norm of 24: large values overflow nowhere."""
+    ids = tokens(2, 33)
+    with torch.no_grad():
+        expected = model(ids).logits
+        low = model.half()
+        logits = low(ids).logits
+        assert logits.dtype == torch.float16
+        error = (logits.float() - expected).norm() / expected.norm()
+        assert error < 0.015, error
+        cache = DynamicCache(config=low.config)
+        pieces = [low(piece, past_key_values=cache).logits for piece in ids.split([20, 1, 1, 11], 1)]
+        error = (torch.cat(pieces, 1).float() - expected).norm() / expected.norm()
+        assert error < 0.015, error
+    low(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in low.parameters())
+
+
+def test_values_beyond_float16_between_the_projection_and_the_norm(build):
+    """A sum over tokens of values near the largest float16 is none."""
+    model = build("pure", gate="none", feature_map="relu").half()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(2000)
+        logits = model(tokens(1, 200)).logits
+    assert logits.isfinite().all()

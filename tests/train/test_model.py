@@ -59,9 +59,7 @@ def test_the_same_overrides_fit_every_mixer() -> None:
     """A study gives one set of options to regla, hybrid and softmax; each takes what concerns its layers."""
     overrides = EXTRAS | {
         "gate_half_life": [4, 1024],
-        "gate_half_life_over": "layers",
         "qk_initializer_range": 0.09,
-        "qk_temperature": True,
     }
     sizes = set()
     for mixer in ("regla", "hybrid", "softmax"):

@@ -162,6 +162,8 @@ class ReGLAAttention(nn.Module):
         q, k = q.unflatten(-1, (-1, self.head_dim)), k.unflatten(-1, (-1, self.head_dim))
         v = v.unflatten(-1, (-1, self.value_head_dim))
         parts = q, k, v
+        if v.dtype == torch.float16:  # too narrow for outputs that are not normalised yet
+            v = v.float()
         qk_norm = None if rotary is not None or overwrite_state else self._norm_before_features(x.device)
         if qk_norm is None and self.q_norm is not None and self.k_norm is not None:
             q, k = (norm(x.to(norm.weight.dtype)).to(x.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
@@ -193,6 +195,8 @@ class ReGLAAttention(nn.Module):
         o = o.flatten(2)
         if gate is not None and self.output_activation is not None:
             o = o * ACTIVATIONS[self.output_activation](gate)
+        if parts[2].dtype == torch.float16:
+            o = o.to(parts[2].dtype)
         y = self.o_proj(o)
         return y, ReGLAState(after[0], after[1], conv_state) if return_state and after is not None else None
 

@@ -1,21 +1,18 @@
-"""ReGLA as Hugging Face models. The names load on first use: the configuration must be importable without the model."""
+"""ReGLA as Hugging Face models. Importing this package makes the model type "regla" known to the Auto classes."""
 
-from __future__ import annotations
+from regla.models.configuration import ReGLAConfig
+from regla.models.heads import ReGLAForQuestionAnswering, ReGLAForSequenceClassification, ReGLAForTokenClassification
+from regla.models.modeling import ReGLAForCausalLM, ReGLAModel, ReGLAPreTrainedModel
+from regla.models.registration import register
 
-import importlib
-from typing import TYPE_CHECKING, Any
+__all__ = [
+    "ReGLAConfig",
+    "ReGLAForCausalLM",
+    "ReGLAForQuestionAnswering",
+    "ReGLAForSequenceClassification",
+    "ReGLAForTokenClassification",
+    "ReGLAModel",
+    "ReGLAPreTrainedModel",
+]
 
-if TYPE_CHECKING:
-    from regla.models.configuration import ReGLAConfig
-    from regla.models.modeling import ReGLAForCausalLM, ReGLAModel, ReGLAPreTrainedModel
-
-__all__ = ["ReGLAConfig", "ReGLAForCausalLM", "ReGLAModel", "ReGLAPreTrainedModel"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'regla.models' has no attribute {name!r}")
-    home = "configuration" if name == "ReGLAConfig" else "modeling"
-    value = getattr(importlib.import_module(f"regla.models.{home}"), name)
-    globals()[name] = value
-    return value
+register()

@@ -1,24 +1,32 @@
 """ReGLAConfig: Llama's argument names, the kind of every layer, and ReGLA's own choices."""
 
-import importlib
 import math
 import os
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from regla.layers.feature_maps import FEATURE_MAPS
-from regla.layers.gates import GATE_AXES, GATES, HalfLife, check_gate_start, half_life_ends
+from regla.layers.gates import GATE_AXES, GATES, check_gate_start
 from regla.layers.norms import NORMS
-from regla.models.export import AUTO_MAP, write_hub_module
+from regla.models.hub import AUTO_MAP, write_hub_module
 from regla.ops.backends import BACKENDS
 from regla.ops.features import KEY_MAX
 from regla.ops.output_norm import ACTIVATIONS
 
+#: The format of saved models (config.json and the names of the weights). Folders without a version are of version 1;
+#: whatever a later version leaves out of it stands in REMOVED_OPTIONS.
+FORMAT_VERSION = 2
+
+#: Options of earlier versions: the value that changed nothing, with which a model still loads, and the last git
+#: revision of regla that had the option.
+REMOVED_OPTIONS: dict[str, tuple[Any, str]] = {
+    "qk_temperature": (False, "e07f40d"),
+    "gate_half_life_over": ("channels", "e07f40d"),
+}
+
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
-SPREADS = ("channels", "layers")
 
 
 @strict
@@ -46,8 +54,6 @@ class ReGLAConfig(PreTrainedConfig):
         linear_conv_kernel_dim: taps of the causal convolution on q, k and v of linear layers; 0 leaves it out.
         qk_norm: normalise q and k of linear layers, with a learnt gain.
         qk_calibration: shift and scale q and k of linear layers before the feature map; conversions set it from data.
-        qk_temperature: scale q and k of linear layers by a learnt positive factor per head, right before the feature
-            map; it starts at 1.
         qk_initializer_range: standard deviation of the weights of q and k in linear layers at the start; None means
             initializer_range. hidden_size^-1/2 gives q and k unit variance.
         attention_out_bias: a bias on the output projection of attention, linear and softmax; None means as on q, k, v
@@ -57,12 +63,12 @@ class ReGLAConfig(PreTrainedConfig):
         gate_low_rank_dim: rank of low-rank gates.
         gate_bias, refine_bias: where the biases of the forget gate and of the refine gate start.
         gate_half_life: where the forget gate starts, in tokens until half is forgotten; takes the place of gate_bias.
-            A number for all channels alike; a pair [shortest, longest] is log-spaced by gate_half_life_over.
-        gate_half_life_over: "channels" (of each head) or "layers" (linear ones, from first to last).
+            A number for all channels alike; a pair [shortest, longest] is log-spaced over the channels of each head.
         softmax_conv_kernel_dim, softmax_qk_norm, softmax_output_gate, softmax_output_norm: what linear layers have,
             for softmax layers: the convolution on q, k and v, the normalisation of q and k before RoPE, the gate on
             the output, the RMS norm of the output per head. All off, a softmax layer is Llama's.
-        backend: of the operation, "auto", "recurrent", "chunked" or "triton".
+        backend: of the operation, "auto", "recurrent", "chunked", "native" or "triton".
+        format_version: of saved models; set by the package.
 
     Raises:
         ValueError: a value that does not fit; the sentence names it, what is expected, and the fix.
@@ -105,7 +111,6 @@ class ReGLAConfig(PreTrainedConfig):
     linear_conv_kernel_dim: int = 0
     qk_norm: bool = True
     qk_calibration: bool = False
-    qk_temperature: bool = False
     qk_initializer_range: int | float | None = None
     attention_out_bias: bool | None = None
     output_gate: str | None = "silu"
@@ -114,12 +119,12 @@ class ReGLAConfig(PreTrainedConfig):
     gate_bias: int | float = 0.0
     refine_bias: int | float = 0.0
     gate_half_life: int | float | list[int | float] | None = None
-    gate_half_life_over: str = "channels"
     softmax_conv_kernel_dim: int = 0
     softmax_qk_norm: bool = False
     softmax_output_gate: str | None = None
     softmax_output_norm: bool = False
     backend: str = "auto"
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -132,27 +137,16 @@ class ReGLAConfig(PreTrainedConfig):
             self.attention_out_bias = self.attention_bias
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        self.format_version = _checked_format(self.format_version)
+        kwargs = _without_removed_options(kwargs)
         kwargs["auto_map"] = AUTO_MAP
         self.check()
         super().__post_init__(**kwargs)
-        self.check_dtype()
-        # Whoever asks an Auto class for a model has made a config first, so this registers the models in time, and
-        # it happens outside of transformers' own imports, where the modeling code could not be imported.
-        importlib.import_module("regla.models.modeling")
 
     @property
     def uses_rope(self) -> bool:
         """Whether any layer rotates its queries and keys."""
         return self.linear_rope or any(kind != "linear_attention" for kind in self.layer_types or ())
-
-    def half_life(self, layer_idx: int) -> HalfLife | None:
-        """Where the forget gate of this (linear) layer starts: `gate_half_life`, or the layer's part of the spread."""
-        if self.gate_half_life is None or self.gate_half_life_over == "channels":
-            return self.gate_half_life
-        assert self.layer_types is not None
-        shortest, longest = half_life_ends(self.gate_half_life)
-        linear = [index for index, kind in enumerate(self.layer_types) if kind == "linear_attention"]
-        return shortest * (longest / shortest) ** (linear.index(layer_idx) / max(1, len(linear) - 1))
 
     def check(self) -> None:
         """Raise a ValueError that names the first value that does not fit."""
@@ -199,7 +193,12 @@ class ReGLAConfig(PreTrainedConfig):
                 f"qk_initializer_range is {self.qk_initializer_range}; expected a number above 0, or None for "
                 "initializer_range"
             )
-        self._check_half_life()
+        check_gate_start(
+            GATES[self.gate],
+            gate_bias=self.gate_bias,
+            refine_bias=self.refine_bias,
+            gate_half_life=self.gate_half_life,
+        )
         if self.uses_rope and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs of channels: make it even")
         rotary = (self.rope_parameters or {}).get("partial_rotary_factor")
@@ -207,28 +206,6 @@ class ReGLAConfig(PreTrainedConfig):
             raise ValueError(
                 f"partial_rotary_factor in rope_parameters is {rotary}; heads are rotated as a whole: leave it out"
             )
-
-    def _check_half_life(self) -> None:
-        assert self.layer_types is not None
-        check_gate_start(
-            GATES[self.gate],
-            gate_bias=self.gate_bias,
-            refine_bias=self.refine_bias,
-            gate_half_life=self.gate_half_life,
-            over_channels=self.gate_half_life_over == "channels",
-        )
-        if self.gate_half_life is not None and self.gate_half_life_over == "layers":
-            shortest, longest = half_life_ends(self.gate_half_life)
-            if shortest < longest and self.layer_types.count("linear_attention") == 1:
-                raise ValueError(
-                    f"gate_half_life is {self.gate_half_life} over layers, but one layer alone is linear: give one "
-                    "number of tokens"
-                )
-
-    def check_dtype(self) -> None:
-        """Raise a ValueError if the weights would be float16, whose range the unnormalised outputs leave."""
-        if self.dtype == torch.float16:
-            raise ValueError("dtype is float16, too narrow for the outputs of linear layers; use bfloat16 or float32")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers; writes the module that `auto_map` names beside config.json."""
@@ -248,7 +225,6 @@ KNOWN: dict[str, list[str | None]] = {
     "attention_norm": [*NORMS],
     "output_gate": [None, *ACTIVATIONS],
     "softmax_output_gate": [None, *ACTIVATIONS],
-    "gate_half_life_over": [*SPREADS],
     "backend": ["auto", *BACKENDS],
 }
 
@@ -265,10 +241,22 @@ POSITIVE = (
 )
 
 
-def _register() -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
+def _checked_format(version: int) -> int:
+    """The version that a config of this one is written in; a ValueError for one that this package does not know."""
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version is {version}, and this regla reads models up to version {FORMAT_VERSION}; install a newer "
+            "regla"
+        )
+    return FORMAT_VERSION
 
-    AutoConfig.register(ReGLAConfig.model_type, ReGLAConfig, exist_ok=True)
 
-
-_register()
+def _without_removed_options(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` less those that ReGLAConfig once had; a ValueError for one that was in use."""
+    for name, (neutral, last) in REMOVED_OPTIONS.items():
+        if name in options and options[name] != neutral:
+            raise ValueError(
+                f"{name} is {options[name]!r}, an option that was removed after git revision {last}: use regla of that "
+                f"revision, or a model with {name}={neutral!r}"
+            )
+    return {name: value for name, value in options.items() if name not in REMOVED_OPTIONS}

@@ -33,9 +33,7 @@ def layer_masks(
     """The mask of each layer type: [B, T] bool of real tokens for "linear_attention", causal for "full_attention",
     causal within the window for "sliding_attention". A convolution in softmax layers needs the former, too.
 
-    Replaces transformers' `create_masks_for_generate`, which leaves the mask of linear layers out when T = 1, although
-    a prompt that is fed token by token begins with padding. Restarting position_ids make the causal mask
-    block-diagonal, if there is neither mask nor cache.
+    Restarting position_ids make the causal mask block-diagonal, if there is neither mask nor cache.
     """
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
@@ -59,6 +57,24 @@ def layer_masks(
                 position_ids=position_ids,
             )
     return masks
+
+
+def masks_for_generate(*args: Any, **kwargs: Any) -> LayerMasks:
+    """`layer_masks`, that of linear layers as [B, 1, T, 1].
+
+    Replaces transformers' `create_masks_for_generate`, which leaves this mask out when T = 1, although a prompt that
+    is fed token by token begins with padding. Four dimensions, tokens in the third as in a causal mask, because that
+    is how transformers' exporters put the masks of several decoding steps together.
+    """
+    masks = layer_masks(*args, **kwargs)
+    real = masks.get("linear_attention")
+    return masks if real is None else masks | {"linear_attention": real[:, None, :, None]}
+
+
+def token_mask(masks: LayerMasks) -> Tensor | None:
+    """[B, T] bool, True for real tokens, from `layer_masks` or `masks_for_generate`."""
+    mask = masks.get("linear_attention")
+    return mask if mask is None or mask.ndim == 2 else mask[:, 0, :, 0]
 
 
 def positions(

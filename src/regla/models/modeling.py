@@ -16,8 +16,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -25,7 +24,17 @@ from regla.layers.attention import ReGLAAttention
 from regla.layers.init import init_linear_attention
 from regla.models.cache import adopt_cache
 from regla.models.configuration import ReGLAConfig
-from regla.models.inputs import LayerMasks, check_packing, layer_masks, packed_boundaries, packed_positions, positions
+from regla.models.inputs import (
+    LayerMasks,
+    check_packing,
+    layer_masks,
+    masks_for_generate,
+    packed_boundaries,
+    packed_positions,
+    positions,
+    token_mask,
+)
+from regla.models.rotary import RotaryEmbedding
 from regla.models.softmax import SoftmaxAttention
 
 
@@ -35,6 +44,7 @@ class ReGLADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: ReGLAConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.layer_types is not None and config.head_dim is not None
+        self._checkpoints = False
         self.layer_idx = layer_idx
         self.is_linear = config.layer_types[layer_idx] == "linear_attention"
         self.linear_rope = config.linear_rope
@@ -42,6 +52,16 @@ class ReGLADecoderLayer(GradientCheckpointingLayer):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @property
+    def gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        """Whether the backward pass is to recompute this block: if enabled, and if there will be one. Text generated
+        in between steps of training keeps its cache."""
+        return self._checkpoints and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self._checkpoints = enabled
 
     def forward(
         self,
@@ -100,30 +120,28 @@ class ReGLAPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ReGLAConfig, *args: Any, **kwargs: Any) -> None:
         config.check()  # again: attributes may have changed since the config was made
-        config.check_dtype()
         super().__init__(config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Give every parameter its start; transformers calls it for each module, inner ones first.
 
-        embeddings, projections and MLP: normal(0, initializer_range), biases 0, the padding token's embedding 0
+        embeddings, projections and MLP: normal(0, initializer_range), biases 0
         norms: weight 1
         linear mixers: `regla.layers.init.init_linear_attention`, with the config's qk_initializer_range, gate_bias,
-            refine_bias and, layer by layer, half-life
+            refine_bias and gate_half_life
         convolution of softmax mixers: normal(0, initializer_range) around its identity path
         RoPE: its frequencies, which are computed
 
         Weights that came from a checkpoint carry `_is_hf_initialized` and stay as they are.
         """
         if isinstance(module, ReGLAAttention):
-            assert module.layer_idx is not None
             init_linear_attention(
                 module,
                 std=self.config.initializer_range,
                 qk_std=self.config.qk_initializer_range,
                 gate_bias=self.config.gate_bias,
                 refine_bias=self.config.refine_bias,
-                gate_half_life=self.config.half_life(module.layer_idx),
+                gate_half_life=self.config.gate_half_life,
             )
         elif isinstance(module, SoftmaxAttention) and module.conv is not None:
             nn.init.normal_(module.conv.weight, 0.0, self.config.initializer_range)
@@ -135,7 +153,7 @@ class ReGLAPreTrainedModel(PreTrainedModel):
         # and a mixer is one, in case they overwrite loaded weights. `_init_weights` does not.
         super()._initialize_weights(module, is_custom_code=False)
 
-    create_masks_for_generate = staticmethod(layer_masks)
+    create_masks_for_generate = staticmethod(masks_for_generate)
 
 
 class ReGLAModel(ReGLAPreTrainedModel):
@@ -143,12 +161,13 @@ class ReGLAModel(ReGLAPreTrainedModel):
 
     def __init__(self, config: ReGLAConfig) -> None:
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # No padding_idx, which would hold that row at zero: the padding token may occur in text, where it has to train
+        # (often it is the separator). What is padding, attention_mask tells.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ReGLADecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config) if config.uses_rope else None
+        self.rotary_emb = RotaryEmbedding(config) if config.uses_rope else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -179,14 +198,13 @@ class ReGLAModel(ReGLAPreTrainedModel):
             kwargs: for the attention implementation of softmax layers.
 
         Raises:
-            ValueError: float16; a mask that does not fit; packing with a cache or a mask; a foreign cache.
+            ValueError: a mask that does not fit; packing with a cache or a mask; a foreign cache; a cache in training
+                with activation checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; pass exactly one of them")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.dtype == torch.float16:
-            raise ValueError("the model runs in float16, too narrow for linear layers; use bfloat16 or float32")
         B, T = inputs_embeds.shape[:2]
 
         if cu_seq_lens_q is None and position_ids is not None and attention_mask is None and past_key_values is None:
@@ -194,8 +212,13 @@ class ReGLAModel(ReGLAPreTrainedModel):
         if cu_seq_lens_q is not None:
             check_packing(B, attention_mask, past_key_values, use_cache)
             use_cache = False
-        if self.gradient_checkpointing and self.training:
-            use_cache = False  # the second forward would write the cache again
+        if any(layer.gradient_checkpointing and layer.training for layer in self.layers):
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values is given in training with activation checkpointing, whose second forward pass "
+                    "would write the cache again; call model.gradient_checkpointing_disable(), or leave the cache out"
+                )
+            use_cache = False
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None and use_cache:
@@ -216,14 +239,16 @@ class ReGLAModel(ReGLAPreTrainedModel):
                 position_ids = positions(attention_mask, past_key_values, inputs_embeds)
             rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
-        hidden_states = inputs_embeds
+        real = token_mask(masks)
+        # Padding has no part in the model, so its embedding takes no gradient, not even from labels that follow it.
+        hidden_states = inputs_embeds if real is None else torch.where(real[..., None], inputs_embeds, 0.0)
         assert self.config.layer_types is not None
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 rotary=rotary,
                 causal_mask=masks.get(kind),
-                token_mask=masks.get("linear_attention"),
+                token_mask=real,
                 cu_seqlens=cu_seq_lens_q,
                 past_key_values=past_key_values,
                 cu_seq_lens_q=cu_seq_lens_q,
@@ -313,7 +338,6 @@ def _linear_mixer(config: ReGLAConfig, layer_idx: int) -> ReGLAAttention:
         conv_size=config.linear_conv_kernel_dim,
         qk_norm=config.qk_norm,
         qk_calibration=config.qk_calibration,
-        qk_temperature=config.qk_temperature,
         output_gate=config.output_gate,
         bias=config.attention_bias,
         out_bias=bool(config.attention_out_bias),
@@ -322,7 +346,3 @@ def _linear_mixer(config: ReGLAConfig, layer_idx: int) -> ReGLAAttention:
     )
     mixer.layer_idx = layer_idx
     return mixer
-
-
-AutoModel.register(ReGLAConfig, ReGLAModel, exist_ok=True)
-AutoModelForCausalLM.register(ReGLAConfig, ReGLAForCausalLM, exist_ok=True)
