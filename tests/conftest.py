@@ -60,6 +60,16 @@ def _poison_uninitialised_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(was_on, warn_only=was_warn_only)
 
 
+@pytest.fixture(autouse=True)
+def _float32_means_float32() -> Iterator[None]:
+    """A GPU multiplies and convolves float32 in float32, and a test leaves that as it was."""
+    from regla.runtime.device import float32_products  # not before the environment is set
+
+    with float32_products():
+        yield
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")

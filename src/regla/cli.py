@@ -169,6 +169,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--config", metavar="FILE.json", help="ReGLAConfig arguments that win over all flags")
 
     run = parser.add_argument_group("run")
+    run.add_argument("--init", metavar="DIR", help="start from the weights, config and tokenizer of this model")
     add(run, "--steps", int, f"optimiser steps (default: {DEFAULT_STEPS})")
     add(run, "--tokens", int, "or tokens to train on, rounded up to whole steps")
     add(run, "--seq-len", int, "tokens of a sequence")
@@ -176,7 +177,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add(run, "--accumulate", int, "forward passes per step")
     add(run, "--lr", float, "peak learning rate; decays to a tenth along a cosine")
     add(run, "--warmup", int, "steps of linear warm-up (default: a tenth of all)")
-    add(run, "--weight-decay", float, "of weights; norms and biases do not decay")
+    add(run, "--weight-decay", float, "of linear maps, embeddings and convolutions; norms and biases do not decay")
     add(run, "--seed", int, "of initial weights and crops")
     run.add_argument("--compile", action="store_true", help="torch.compile the blocks and the loss")
     run.add_argument(

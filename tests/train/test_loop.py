@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from regla.models import ReGLAForCausalLM
+from regla.runtime.device import float32_products
 from regla.runtime.progress import Progress
 from regla.train.config import TrainConfig
-from regla.train.loop import crops, learning_rate, make_optimizer, next_token_loss, optimise
+from regla.train.loop import crops, finite_step, learning_rate, make_optimizer, next_token_loss, optimise
 from regla.train.model import model_config
 
 TINY = {
@@ -68,14 +70,103 @@ def test_learning_rate_rises_and_falls_to_a_tenth() -> None:
     assert learning_rate(0, steps=1, warmup=0, peak=2.0) == 2.0
 
 
-def test_vectors_do_not_decay() -> None:
-    model, _ = tiny_model(mixer="hybrid")
+def decay_of(model: nn.Module, **options) -> dict[str, float]:
+    """The weight decay of each trained parameter by its name; each is in one group."""
+    optimizer = make_optimizer(model, weight_decay=0.1, device=torch.device("cpu"), **options)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        assert group["role"] == ("decays" if group["weight_decay"] else "constant")
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in decay
+            decay[names[id(parameter)]] = group["weight_decay"]
+    assert decay.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return decay
+
+
+EVERYTHING = {
+    "overrides": {
+        "gate": "gla",
+        "attention_norm": "layernorm",
+        "linear_conv_kernel_dim": 4,
+        "softmax_conv_kernel_dim": 4,
+        "softmax_qk_norm": True,
+        "softmax_output_norm": True,
+        "qk_calibration": True,
+        "attention_bias": True,
+    }
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"mixer": "hybrid"}, {"mixer": "hybrid"} | EVERYTHING])
+def test_weights_decay_by_their_role_not_by_their_shape(options: dict) -> None:
+    model, _ = tiny_model(**options)
+    decay = decay_of(model)
+    for name, value in decay.items():
+        module, _, leaf = name.rpartition(".")
+        kept = leaf != "weight" or "norm" in module
+        assert value == (0.0 if kept else 0.1), name
+    shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    assert any(shapes[name] == 2 and not value for name, value in decay.items())  # shape would tell nothing
+
+
+def test_a_norm_gain_stays_where_gradients_are_zero() -> None:
+    """At decay 0.1 and lr 3e-3 it would be 0.97 after 100 steps."""
+    model, _ = tiny_model()
     optimizer = make_optimizer(model, weight_decay=0.1, device=torch.device("cpu"))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        assert decay[id(parameter)] == (0.1 if parameter.ndim > 1 else 0.0), name
-    assert {0.0, 0.1} == set(decay.values())
+    gain = model.model.layers[0].self_attn.norm.weight
+    up = model.model.layers[0].mlp.up_proj.weight
+    before = up.detach().clone()
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-3
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(100):
+        optimizer.step()
+    assert gain.ndim == 2 and torch.equal(gain, torch.ones_like(gain))
+    torch.testing.assert_close(up, before * (1 - 3e-4) ** 100)
+
+
+def test_tied_unknown_and_convolving_modules() -> None:
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3))
+            self.temperature = nn.Parameter(torch.ones(2, 1))
+
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(5, 3),
+            "head": nn.Linear(3, 5),
+            "conv": nn.Conv1d(3, 3, 2),
+            "norm": nn.LayerNorm([3, 3]),
+            "unknown": Unknown(),
+            "frozen": nn.Linear(3, 3).requires_grad_(False),
+        }
+    )
+    model["head"].weight = model["embedding"].weight
+    decaying = {name for name, value in decay_of(model).items() if value}
+    assert decaying == {"embedding.weight", "conv.weight"}
+
+
+def test_adapters_decay_as_the_linear_maps_they_are() -> None:
+    peft = pytest.importorskip("peft")
+    model, _ = tiny_model()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], use_dora=True, r=2))
+    decay = decay_of(adapted)
+    assert {name.rsplit(".", 3)[1] for name in decay} == {"lora_A", "lora_B", "lora_magnitude_vector"}
+    for name, value in decay.items():
+        assert value == (0.0 if "magnitude" in name else 0.1), name
+
+
+def test_groups_with_a_parameter_twice_or_a_strange_one() -> None:
+    model, _ = tiny_model()
+    for parameters, message in (
+        ([model.lm_head.weight] * 2, "is in two groups"),
+        ([nn.Parameter(torch.ones(3))], r"of shape \(3,\) is none of the model's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decay_of(model, groups=[{"params": parameters, "lr_scale": 1.0}])
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_token() -> None:
@@ -168,6 +259,83 @@ def test_stop_ends_after_the_current_step() -> None:
 def test_numbers_that_are_not_finite_end_the_run(mixer: str) -> None:
     with pytest.raises(FloatingPointError, match=r"step \d+.*; lower --lr or lengthen --warmup\.$|Step \d+ failed"):
         run(steps=50, lr=1e30, mixer=mixer)
+
+
+def spoiled(number: int, kind: float, parameter: nn.Parameter):
+    """A loss whose gradient of `parameter` holds one `kind` in step `number`; its value is the usual one."""
+    calls: list[int] = []
+    handles: list[RemovableHandle] = []
+
+    def once(grad: Tensor) -> Tensor:
+        handles.pop().remove()
+        return grad.index_fill(0, torch.tensor(0), kind)
+
+    def loss(model: nn.Module, crop_BL: Tensor) -> Tensor:
+        calls.append(0)
+        if len(calls) == number:
+            handles.append(parameter.register_hook(once))
+        return next_token_loss(model, crop_BL)
+
+    return loss
+
+
+@pytest.mark.parametrize("kind", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [2, 4])  # 4: the last
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(kind: float, step: int) -> None:
+    model, config = tiny_model(steps=4)
+    parameter = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(FloatingPointError, match=rf"^The gradient is no longer finite \(by step {step}\); lower --lr"):
+        optimise(model, TOKENS_N, config, progress=Progress(), stop=lambda: False, loss=spoiled(step, kind, parameter))
+    expected, config = tiny_model(steps=4)
+    optimise(expected, TOKENS_N, config, progress=(done := Progress()), stop=lambda: done.steps == step - 1)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_the_fused_kernel_makes_no_step_of_a_gradient_that_is_not_finite() -> None:
+    """As on a GPU, where nothing waits for the norm."""
+    for norm, changes in ((math.nan, False), (math.inf, False), (1.0, True)):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        weight.grad = torch.full((3,), 1.0 if changes else math.nan)
+        assert finite_step(optimizer, torch.tensor(norm))
+        optimizer.step()
+        assert torch.equal(weight, torch.ones(3)) != changes and bool(torch.isfinite(weight).all())
+        assert all(torch.isfinite(value).all() for value in optimizer.state[weight].values())
+
+
+def test_weights_that_are_not_finite_end_the_run_in_its_last_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = tiny_model(steps=3)
+    step = torch.optim.AdamW.step
+    progress = Progress()
+
+    def spoil(optimizer: torch.optim.AdamW) -> None:
+        step(optimizer)
+        if progress.steps == 2:
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = math.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(FloatingPointError, match=r"^The weights are no longer finite \(by step 3\)"):
+        optimise(model, TOKENS_N, config, progress=progress, stop=lambda: False)
+
+
+@pytest.mark.parametrize(("dtype", "inside"), [("float32", "highest"), ("bfloat16", "high")])
+def test_a_run_sets_its_precision_and_restores_it(dtype: str, inside: str) -> None:
+    seen, evaluated = [], []
+    model, config = tiny_model(steps=2, dtype=dtype, eval_every=1)
+
+    def look(model: nn.Module, crop_BL: Tensor) -> Tensor:
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return next_token_loss(model, crop_BL)
+
+    def evaluate() -> float:
+        evaluated.append(torch.get_float32_matmul_precision())
+        return 0.0
+
+    with float32_products(tf32=True):
+        optimise(model, TOKENS_N, config, progress=Progress(), stop=lambda: False, loss=look, evaluate=evaluate)
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    assert set(seen) == {(inside, inside == "high")} and evaluated == ["high"] * 2
 
 
 def test_a_model_that_cannot_run_is_bad_input() -> None:

@@ -134,15 +134,15 @@ def test_override_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": 0}, "--layers is 0, expected a number above 0"),
-        ({"lr": -1.0}, "--lr is -1.0"),
-        ({"steps": 0}, "--steps is 0"),
-        ({"warmup": -1}, "--warmup is -1, expected 0 or more"),
-        ({"mixer": "mamba"}, "--mixer is 'mamba', expected one of regla, hybrid, softmax"),
-        ({"steps": 1, "tokens": 1}, "Both --steps and --tokens"),
-        ({"tokenizer": "a", "vocab_size": 300}, "Both --tokenizer and --vocab-size"),
-        ({"hidden_size": 100, "heads": 3}, "--hidden-size 100 is no multiple of --heads 3"),
-        ({"heads": 4, "kv_heads": 3}, "--heads 4 is no multiple of --kv-heads 3"),
+        ({"layers": 0}, "layers is 0, expected a number above 0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"warmup": -1}, "warmup is -1, expected 0 or more"),
+        ({"mixer": "mamba"}, "mixer is 'mamba', expected one of regla, hybrid, softmax"),
+        ({"steps": 1, "tokens": 1}, "Both steps and tokens"),
+        ({"tokenizer": "a", "vocab_size": 300}, "Both tokenizer and vocab_size"),
+        ({"hidden_size": 100, "heads": 3}, "hidden_size 100 is no multiple of heads 3"),
+        ({"heads": 4, "kv_heads": 3}, "heads 4 is no multiple of kv_heads 3"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments: dict, message: str) -> None:
@@ -166,5 +166,5 @@ def test_the_window_is_in_the_configuration(options: dict[str, int], window: int
 
 
 def test_a_window_without_its_mixer() -> None:
-    with pytest.raises(ValueError, match="--window 8 is given with --mixer regla; it is of --mixer window"):
+    with pytest.raises(ValueError, match="window 8 is given with mixer regla; it is of mixer window"):
         TrainConfig(out="-", window=8)

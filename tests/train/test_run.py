@@ -118,7 +118,7 @@ def test_the_perplexity_by_position_is_that_of_the_saved_model(
 
 
 def test_a_context_that_no_text_has(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has \d+ tokens, fewer than --eval-context 1000000; give more text or a sh"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, fewer than eval_context 1000000; give more text or a sh"):
         run.train(config(tmp_path / "run", corpus, eval_context=10**6))
     assert not (tmp_path / "run").exists()
 
@@ -180,7 +180,7 @@ def test_an_error_behind_the_first_step_saves_the_model(
         raise torch.OutOfMemoryError("no room")
 
     act_in_step(4, fail, monkeypatch)
-    with pytest.raises(MemoryError, match="lower --batch-size and raise --accumulate"):
+    with pytest.raises(MemoryError, match="lower batch_size and raise accumulate"):
         run.train(config(tmp_path / "run", corpus))
     assert "Stopped by OutOfMemoryError in step 4; the model as it was is in" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 3
@@ -204,12 +204,12 @@ def test_nothing_is_saved_that_is_not_worth_it(corpus: Path, tmp_path: Path, mon
 
 def test_text_shorter_than_a_sequence(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Only a few words of text are in here.")
-    with pytest.raises(ValueError, match=r"The training text has \d+ tokens, expected more than --seq-len 32"):
+    with pytest.raises(ValueError, match=r"The training text has \d+ tokens, expected more than seq_len 32"):
         run.train(config(tmp_path / "run", tmp_path / "short.txt"))
     assert not (tmp_path / "run").exists()
 
 
 def test_token_files_need_their_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\x01\x00" * 1000)
-    with pytest.raises(ValueError, match=r"a.bin holds tokens; name the folder of their tokenizer with --tokenizer"):
+    with pytest.raises(ValueError, match=r"a.bin holds tokens; name the folder of their tokenizer with tokenizer"):
         run.train(config(tmp_path / "run", tmp_path / "a.bin"))

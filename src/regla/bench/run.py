@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from regla.bench import cpu, decode, ops, train
 from regla.bench.measure import Case, Row, give_memory_back
 from regla.bench.rows import write_rows
 from regla.report.benches import lines
-from regla.runtime.device import DTYPES, pick_device
+from regla.runtime.device import DTYPES, TF32_IN_TRAINING, float32_products, pick_device
 from regla.train.model import read_overrides
 
 
@@ -26,7 +27,9 @@ def bench_ops(
 ) -> list[Row]:
     """Time the operations against their peers; see `regla.bench.ops`. The rows."""
     where = pick_device(device)
-    return run(ops.cases(where, _dtype(dtype, where), quick=quick), where, out=out, only=only)
+    kind = _dtype(dtype, where)
+    with _as_in_training(kind):
+        return run(ops.cases(where, kind, quick=quick), where, out=out, only=only)
 
 
 def bench_decode(
@@ -42,8 +45,10 @@ def bench_decode(
     """Time `model.generate` at long contexts; see `regla.bench.decode`. The rows."""
     where = pick_device(device)
     own = None if config is None else read_overrides(config)
-    cases = decode.cases(where, _dtype(dtype, where), quick=quick, eager=eager, overrides=own)
-    return run(cases, where, out=out, only=only)
+    kind = _dtype(dtype, where)
+    with _as_in_training(kind):
+        cases = decode.cases(where, kind, quick=quick, eager=eager, overrides=own)
+        return run(cases, where, out=out, only=only)
 
 
 def bench_train(
@@ -59,8 +64,10 @@ def bench_train(
     """Time training steps; see `regla.bench.train`. The rows."""
     where = pick_device(device)
     own = None if config is None else read_overrides(config)
-    cases = train.cases(where, _dtype(dtype, where), quick=quick, eager=eager, overrides=own)
-    return run(cases, where, out=out, only=only)
+    kind = _dtype(dtype, where)
+    with _as_in_training(kind):
+        cases = train.cases(where, kind, quick=quick, eager=eager, overrides=own)
+        return run(cases, where, out=out, only=only)
 
 
 def bench_cpu(*, out: str | None = None, only: Sequence[str] = (), threads: int = 2) -> list[Row]:
@@ -127,6 +134,11 @@ def _check_file(out: str) -> None:
         path.open("a", encoding="utf-8").close()
     except OSError as error:
         raise ValueError(f"{out} cannot be written ({error.strerror}); give --out another file.") from error
+
+
+def _as_in_training(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """What training in `dtype` leaves in float32 is computed as there."""
+    return float32_products(tf32=any(DTYPES[name] == dtype for name in TF32_IN_TRAINING))
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -10,13 +10,14 @@ import torch
 
 from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer
 from regla.models.folders import check_ids, load_model
-from regla.runtime.device import pick_device
+from regla.runtime.device import float32_products, pick_device
 from regla.runtime.reading import check_text, read_utf8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@float32_products()
 def generate(
     model: str | Path,
     prompt: str,
@@ -48,6 +49,7 @@ def generate(
     )
 
 
+@float32_products()
 def generate_batch(
     model: str | Path,
     prompts_file: str | Path,

@@ -32,7 +32,7 @@ from regla.data.tokenizer import first_id, load_tokenizer
 from regla.eval.streaming import stream as stream_chunks
 from regla.models.folders import check_ids, load_model
 from regla.report.tables import plain
-from regla.runtime.device import autocast, pick_device
+from regla.runtime.device import pick_device, precision
 from regla.runtime.files import check_writable
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def token_nats(
         batches.append((inputs_N[None, whole:], targets_N[None, whole:]))
     nats = []
     for inputs_BT, targets_BT in batches:
-        with autocast(device, dtype):
+        with precision(device, dtype):
             logits_BTV = model(input_ids=inputs_BT.to(device), use_cache=False).logits
         nats.append(_nats(logits_BTV, targets_BT.to(device)))
     return torch.cat(nats).cpu()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regla.models.cache import ReGLACacheLayer
-from regla.runtime.device import autocast
+from regla.runtime.device import precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ def stream(
     model.eval()
     cache: Cache | None = None
     for ids_1C in ids_1T.split(chunk, dim=1):
-        with autocast(model.device, dtype):
+        with precision(model.device, dtype):
             out = model(input_ids=ids_1C.to(model.device), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         yield out.logits, cache

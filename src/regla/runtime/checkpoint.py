@@ -2,9 +2,9 @@
 
     OUT/checkpoints/step-000050/
         model.safetensors       parameters and buffers
-        optimizer.safetensors   PARAMETER_INDEX.NAME: what AdamW keeps for each parameter
+        optimizer.safetensors   PARAMETER/KEY: what AdamW keeps for each parameter
         random.safetensors      states of PyTorch's generators
-        state.json              step, last losses, seconds, and the settings of the run
+        state.json              format, step, last losses, seconds, and the settings of the run
         manifest.json           size and SHA-256 of each file above
 
 The crops of a batch depend on its number alone, so the step is also the position in the data.
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from regla.runtime.progress import FINAL_STEPS, Progress
+from regla.runtime.files import remove_unfinished, sync_folder, unfinished_name, write_synced
+from regla.runtime.progress import CALMER, FINAL_STEPS, Progress
 
 FOLDER = "checkpoints"
 _KEEP = 2
+FORMAT = 2
+"""1 had the optimiser's state by number of parameter, in the order of groups that let norm gains decay."""
 _PREFIX = "step-"
-_TEMPORARY = ".unfinished-"
 _MODEL, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
 _FILES = (_MODEL, _OPTIMIZER, _RANDOM, _STATE)
 _MANIFEST = "manifest.json"
@@ -40,15 +41,23 @@ class Checkpoints:
 
     settings: what the weights depend on, by the name of its option; JSON types. A checkpoint of other settings is
     refused. resume: None (a new run), "latest", or "previous" to the newest. completed: whether the run that has made
-    its last step leaves a checkpoint, too, for another that follows.
+    its last step leaves a checkpoint, too, for another that follows; a run that was too short for any other leaves one
+    anyway. free: settings that may differ from those of the checkpoint.
 
-    Raises ValueError where the checkpoint to resume from is of other settings, corrupt or, for "previous", absent.
+    Raises ValueError where the checkpoint to resume from is of other settings or of an older version of regla, corrupt
+    or, for "previous", absent.
     """
 
     def __init__(
-        self, out: str | Path, settings: Mapping[str, Any], *, resume: str | None = None, completed: bool = False
+        self,
+        out: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: str | None = None,
+        completed: bool = False,
+        free: Collection[str] = (),
     ) -> None:
-        self.completed = completed
+        self._completed = completed
         self.folder = Path(out) / FOLDER
         self.settings = json.loads(json.dumps(settings))
         self._resumed: Path | None = None
@@ -57,12 +66,17 @@ class Checkpoints:
             self._resumed = _choose(self.folder, resume)
             if self._resumed is not None:
                 self._files = _verified(self._resumed)
-                self._check_settings(json.loads(self._files[_STATE])["settings"])
+                self._check_state(json.loads(self._files[_STATE]), free)
 
     @property
     def resumed(self) -> Path | None:
         """The checkpoint that `restore` goes on from."""
         return self._resumed
+
+    @property
+    def completed(self) -> bool:
+        """Whether the last step of the run is to be saved, too."""
+        return self._completed or not found_in(self.folder)
 
     @property
     def step(self) -> int:
@@ -80,8 +94,7 @@ class Checkpoints:
 
         Checkpoints behind it and unfinished ones are removed: the run writes them anew.
         """
-        for unfinished in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(unfinished)
+        remove_unfinished(self.folder)
         if self._resumed is None:
             return
         for later in found_in(self.folder):
@@ -90,9 +103,10 @@ class Checkpoints:
         weights = safetensors.torch.load(self._files[_MODEL])
         for name, tensor in _weights(model).items():
             tensor.copy_(weights[name])
+        numbers = {name: number for number, name in enumerate(_trained(model, optimizer))}
         optimizer.load_state_dict(
             {
-                "state": _unflatten(safetensors.torch.load(self._files[_OPTIMIZER])),
+                "state": _unflatten(safetensors.torch.load(self._files[_OPTIMIZER]), numbers),
                 "param_groups": optimizer.state_dict()["param_groups"],
             }
         )
@@ -110,34 +124,37 @@ class Checkpoints:
         """Write the checkpoint of `progress.steps`, then remove all but the last two.
 
         It is written beside its place, synced to the disk and renamed into it. Raises OSError where it
-        cannot be written; nothing of it stays then, and those before it are untouched.
+        cannot be written; nothing of it stays then, and those before it are untouched. FloatingPointError where the
+        model or the optimiser's state is not finite, before anything is written.
         """
+        check_finite(model, optimizer, progress.steps)
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators["cuda"] = torch.cuda.get_rng_state()
         state = {
+            "format": FORMAT,
             "step": progress.steps,
             "losses": progress.losses[-FINAL_STEPS:],
             "seconds": progress.total_seconds,
             "settings": self.settings,
         }
         target = self.folder / f"{_PREFIX}{progress.steps:06d}"
-        temporary = self.folder / f"{_TEMPORARY}{target.name}"
+        temporary = unfinished_name(target)
         try:
             temporary.mkdir(parents=True)
             manifest = {}
             for name, tensors in (
                 (_MODEL, _weights(model)),
-                (_OPTIMIZER, _flatten(optimizer.state_dict()["state"])),
+                (_OPTIMIZER, _flatten(optimizer.state_dict()["state"], _trained(model, optimizer))),
                 (_RANDOM, generators),
             ):
                 content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
                 manifest[name] = _write(temporary / name, content)
             manifest[_STATE] = _write(temporary / _STATE, _json(state))
             _write(temporary / _MANIFEST, _json({"files": manifest}))
-            _sync_folder(temporary)
+            sync_folder(temporary)
             temporary.rename(target)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
@@ -151,10 +168,16 @@ class Checkpoints:
             _remove(old)
         return target
 
-    def _check_settings(self, saved: Mapping[str, Any]) -> None:
+    def _check_state(self, state: Mapping[str, Any], free: Collection[str]) -> None:
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"{self._resumed} was written by another version of regla (format {state.get('format', 1)}, this one "
+                f"reads {FORMAT}); go on with that version, or give --out a new folder."
+            )
+        saved = state["settings"]
         for key in {**saved, **self.settings}:
             ours, theirs = self.settings.get(key), saved.get(key)
-            if ours != theirs:
+            if ours != theirs and key not in free:
                 raise ValueError(
                     f"{self._resumed} is of a run with {key} {theirs}, but this one has {key} {ours}; "
                     "repeat the options of that run, or give --out a new folder."
@@ -215,15 +238,33 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def _flatten(state: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raise FloatingPointError unless all parameters and all that the optimiser keeps are finite."""
+    kept = (tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor))
+    if not (is_finite(model) and all(bool(torch.isfinite(tensor).all()) for tensor in kept)):
+        raise FloatingPointError(f"The weights are no longer finite (by step {step}); {CALMER}.")
 
 
-def _unflatten(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+def is_finite(model: nn.Module) -> bool:
+    """Whether all parameters are finite."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the optimiser's parameters, in its order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _flatten(state: Mapping[int, Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+    return {f"{names[number]}/{key}": tensor for number, entry in state.items() for key, tensor in entry.items()}
+
+
+def _unflatten(tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> dict[int, dict[str, Tensor]]:
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = tensor
+        name, _, entry = key.rpartition("/")
+        state.setdefault(numbers[name], {})[entry] = tensor
     return state
 
 
@@ -233,25 +274,12 @@ def _json(value: Any) -> bytes:
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
     """Write and sync one file; its entry in the manifest."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(path, content)
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; only POSIX systems can open one for that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint; interrupted at any moment it leaves a whole one or an unfinished one."""
-    doomed = checkpoint.with_name(f"{_TEMPORARY}{checkpoint.name}")
+    doomed = unfinished_name(checkpoint)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)

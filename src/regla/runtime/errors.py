@@ -13,8 +13,8 @@ LARGEST_SEED = 2**63 - 1
 """The largest seed that PyTorch's and NumPy's generators both take."""
 
 
-class OptionError(ValueError):
-    """A value of an option that does not fit.
+class NamesOptions(Exception):
+    """An error whose sentence names options.
 
         raise OptionError("{batch_size} is {value}, expected a number above 0.", value=batch_size)
 
@@ -41,7 +41,15 @@ class OptionError(ValueError):
         return self.message.format_map(_Values(self.values, call))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.message, self.values)
+        return _again, (type(self), self.message, self.values)
+
+
+class OptionError(NamesOptions, ValueError):
+    """A value of an option that does not fit."""
+
+
+class OptionMemoryError(NamesOptions, MemoryError):
+    """The memory of the device is too small for what the options ask for."""
 
 
 class _Values(dict[str, object]):
@@ -53,18 +61,21 @@ class _Values(dict[str, object]):
         return self._call(name)
 
 
-def _again(message: str, values: dict[str, object]) -> OptionError:
-    return OptionError(message, **values)
+def _again(kind: type[NamesOptions], message: str, values: dict[str, object]) -> NamesOptions:
+    return kind(message, **values)
+
+
+_FLAGS = {"overrides": "--config"}
 
 
 def flag(name: str) -> str:
     """The flag of the option that Python calls `name`."""
-    return "--" + name.replace("_", "-")
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def told_in_flags(error: BaseException) -> str:
     """What the command line says of an error."""
-    return error.told(flag) if isinstance(error, OptionError) else str(error)
+    return error.told(flag) if isinstance(error, NamesOptions) else str(error)
 
 
 def check_count(name: str, value: int | None, *, least: int = 1, most: int = LARGEST_COUNT) -> None:

@@ -30,12 +30,17 @@ class Progress:
     seconds_before: float = 0.0
     """Spent before a resume."""
 
-    def read(self, losses: list[Tensor], started: float) -> None:
-        """Take over the losses of the latest steps; waits for the device to finish them."""
-        self.losses.extend(torch.stack(losses).tolist())
+    def read(self, latest: list[tuple[Tensor, Tensor]], started: float) -> None:
+        """Take over (loss, norm of the gradient) of the latest steps; waits for the device to finish them.
+
+        Raises FloatingPointError where one of them is not finite.
+        """
+        losses, norms = torch.stack([torch.stack(pair) for pair in latest]).T.tolist()
+        self.losses.extend(losses)
         self.seconds.extend([time.perf_counter() - started - self.seconds_aside] * len(losses))
-        if not math.isfinite(sum(self.losses[-len(losses) :])):
-            raise FloatingPointError(f"The loss is no longer finite (by step {self.steps}); {CALMER}.")
+        for name, numbers in (("loss", losses), ("gradient", norms)):
+            if not all(map(math.isfinite, numbers)):
+                raise FloatingPointError(f"The {name} is no longer finite (by step {self.steps}); {CALMER}.")
 
     @property
     def train_loss(self) -> float | None:

@@ -38,6 +38,7 @@ _ELSEWHERE = {  # fields of TrainConfig that a study's settings do not hold, and
     "tokenizer": "--tokenizer",
     "device": "--device",
     "out": "--out",
+    "init": "the study itself, whose models are new,",
     "dataset": "--data",
     "text_field": "--data",
     "resume": "the study itself",

@@ -6,21 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regla.runtime.options import with_effect
 from regla.study.data import StudyData
 from regla.study.grid import Study, Variant, in_order
 from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
 
 if TYPE_CHECKING:
     from regla.models.configuration import ReGLAConfig
-
-_OF_THE_PLACE = (  # fields of TrainConfig that say where a run reads and writes, not what it computes
-    *("out", "data", "dataset", "text_field", "valid", "tokenizer", "vocab_size", "device", "compile"),
-    *("activation_checkpointing", "save_every", "resume", "eval_every", "eval_context", "tensorboard"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +102,8 @@ def make_trials(study: Study, data: StudyData, *, out: str | Path, device: str) 
                 f"The training text has {data.tokens} tokens, expected more than the seq_len {config.seq_len} of the "
                 f"variant {variant.name}; give more text or a smaller seq_len."
             )
-        settings = {name: value for name, value in asdict(config).items() if name not in _OF_THE_PLACE}
+        settings = with_effect(config)
+        del settings["vocab_size"]  # the tokenizer is there, and counts by its tokens and the size of the model
         row = {
             "benchmark": "study",
             "study": study.name,

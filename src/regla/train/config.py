@@ -6,8 +6,11 @@ No heavy imports: `regla train --help` takes its defaults from here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from regla.runtime.errors import OptionError, check_choice, check_count, check_number, check_seed
+from regla.runtime.options import without_effect
 
 MIXERS = ("regla", "hybrid", "softmax", "window")
 DEVICES = ("auto", "cpu", "cuda")
@@ -17,46 +20,12 @@ DEFAULT_STEPS = 300
 DEFAULT_WINDOW = 64
 RESUME = ("latest", "previous")
 SHORTEST_SAVE = 50
+_MOST_TOKENS = 2**53
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One run of `regla.train.run.train`.
-
-    The defaults make a small model that two CPU cores train on the embedded text in about a minute.
-    """
-
-    out: str
-    """Folder for the model; must be new or empty, unless `resume` goes on in it."""
-    data: tuple[str, ...] = ()
-    """Text (.txt), records (.jsonl, .parquet) or tokens (.bin); where `dataset` is None, too: the embedded text."""
-    dataset: str | None = None
-    """NAME or NAME:CONFIG of a Hugging Face data set, or a folder of one: as much of it as the run needs."""
-    text_field: str = "text"
-    """Where a record has its text."""
-    valid: tuple[str, ...] = ()
-    """Files to validate on; none: the last tenth of every data file, which is then not trained on."""
-    tokenizer: str | None = None
-    """Folder of a tokenizer; None: train one on the training text."""
-    vocab_size: int | None = None
-    """Tokens of the tokenizer to train; None: DEFAULT_VOCAB_SIZE."""
-
-    mixer: str = "regla"
-    """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA and softmax in turn; window:
-    softmax attention over a sliding window in every layer."""
-    window: int | None = None
-    """Tokens that a layer of the mixer `window` attends to, its own included; None: DEFAULT_WINDOW."""
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int | None = None
-    """None: as many as heads."""
-    head_dim: int | None = None
-    """None: hidden_size / heads."""
-    intermediate_size: int | None = None
-    """MLP width of the softmax model; None: 8/3 of hidden_size. Layers of ReGLA narrow it, see `regla.train.model`."""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of ReGLAConfig that win over all of the above."""
+class LoopConfig:
+    """What the training loop needs to know, whatever model and loss it trains."""
 
     steps: int | None = None
     tokens: int | None = None
@@ -71,68 +40,30 @@ class TrainConfig:
     warmup: int | None = None
     """Steps of linear warm-up; None: a tenth of the run."""
     weight_decay: float = 0.1
+    """Of the weights of linear maps, embeddings and convolutions; nothing else decays."""
     seed: int = 0
-    device: str = "auto"
     dtype: str = "float32"
-    """Of matrix products; weights, states and the loss stay float32."""
-    compile: bool = False
-    activation_checkpointing: bool = False
+    """Of matrix products; weights, states and the loss stay float32. float32 is IEEE float32 on a GPU, too; bfloat16
+    leaves some products in float32, which a GPU computes in TF32 while it trains."""
+    compile: bool = without_effect(False)
+    activation_checkpointing: bool = without_effect(False)
     """Compute each layer's activations again in the backward pass: less memory, more time, the same numbers."""
-
-    save_every: int | None = None
+    save_every: int | None = without_effect(None)
     """Steps between checkpoints; None: a tenth of the run, but at least SHORTEST_SAVE."""
-    resume: str | None = None
-    """Go on in `out`, from its newest checkpoint (`latest`) or the one before that (`previous`)."""
-    eval_every: int | None = None
+    eval_every: int | None = without_effect(None)
     """Steps between validations in the log; None: only one, at the end."""
-    eval_context: int | None = None
-    """Tokens of the windows in which the trained model is scored by position, too; None: not done."""
-    tensorboard: bool = False
-    """Write the log for TensorBoard, too."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "layers", "heads", "seq_len", "batch_size", "accumulate", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{_flag(name)} is {getattr(self, name)}, expected a number above 0.")
-        for name in (
-            "kv_heads",
-            "head_dim",
-            "intermediate_size",
-            "window",
-            "vocab_size",
-            "steps",
-            "tokens",
-            "save_every",
-            "eval_every",
-            "eval_context",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{_flag(name)} is {value}, expected a number above 0.")
-        for name in ("warmup", "weight_decay", "seed"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{_flag(name)} is {value}, expected 0 or more.")
-        for name, allowed in (("mixer", MIXERS), ("device", DEVICES), ("dtype", DTYPES), ("resume", (None, *RESUME))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{_flag(name)} is {getattr(self, name)!r}, expected one of {', '.join(map(str, allowed))}."
-                )
-        if self.window is not None and self.mixer != "window":
-            raise ValueError(
-                f"--window {self.window} is given with --mixer {self.mixer}; it is of --mixer window: leave one out."
-            )
+        for name in ("steps", "seq_len", "batch_size", "accumulate", "save_every", "eval_every"):
+            check_count(name, getattr(self, name))
+        check_count("tokens", self.tokens, most=_MOST_TOKENS)
+        check_count("warmup", self.warmup, least=0)
+        check_number("lr", self.lr)
+        check_number("weight_decay", self.weight_decay, zero=True)
+        check_seed(self.seed)
+        check_choice("dtype", self.dtype, DTYPES)
         if self.steps is not None and self.tokens is not None:
-            raise ValueError("Both --steps and --tokens are given; give one of them.")
-        if self.tokenizer is not None and self.vocab_size is not None:
-            raise ValueError("Both --tokenizer and --vocab-size are given; the size is that of a tokenizer to train.")
-        if self.head_dim is None and self.hidden_size % self.heads:
-            raise ValueError(
-                f"--hidden-size {self.hidden_size} is no multiple of --heads {self.heads}; "
-                "change one or give --head-dim."
-            )
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"--heads {self.heads} is no multiple of --kv-heads {self.kv_heads}; change one of them.")
+            raise OptionError("Both {steps} and {tokens} are given; give one of them.")
 
     @property
     def tokens_per_step(self) -> int:
@@ -153,5 +84,96 @@ class TrainConfig:
         return self.total_steps // 10 if self.warmup is None else self.warmup
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _model(default: Any) -> Any:
+    """A field that describes a new model: with `init` it keeps its default."""
+    return field(default=default, metadata={"model": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """One run of `regla.train.run.train`.
+
+    The defaults make a small model that two CPU cores train on the embedded text in about a minute.
+    """
+
+    out: str = without_effect()
+    """Folder for the model; must be new or empty, unless `resume` goes on in it."""
+    init: str | None = without_effect(None)
+    """Folder of a model to start from (trained or converted): its weights, config and tokenizer; None: a new model."""
+    data: tuple[str, ...] = without_effect(())
+    """Text (.txt), records (.jsonl, .parquet) or tokens (.bin); where `dataset` is None, too: the embedded text."""
+    dataset: str | None = without_effect(None)
+    """NAME or NAME:CONFIG of a Hugging Face data set, or a folder of one: as much of it as the run needs."""
+    text_field: str = without_effect("text")
+    """Where a record has its text."""
+    valid: tuple[str, ...] = without_effect(())
+    """Files to validate on; none: the last tenth of every data file, which is then not trained on."""
+    tokenizer: str | None = without_effect(None, model=True)
+    """Folder of a tokenizer; None: train one on the training text."""
+    vocab_size: int | None = _model(None)
+    """Tokens of the tokenizer to train; None: DEFAULT_VOCAB_SIZE."""
+
+    mixer: str = _model("regla")
+    """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA and softmax in turn; window:
+    every layer softmax attention over a sliding window."""
+    window: int | None = _model(None)
+    """Tokens that a layer of the mixer `window` attends to, its own included; None: DEFAULT_WINDOW."""
+    hidden_size: int = _model(128)
+    layers: int = _model(4)
+    heads: int = _model(4)
+    kv_heads: int | None = _model(None)
+    """None: as many as heads."""
+    head_dim: int | None = _model(None)
+    """None: hidden_size / heads."""
+    intermediate_size: int | None = _model(None)
+    """MLP width of the softmax model; None: 8/3 of hidden_size. Layers of ReGLA narrow it, see `regla.train.model`."""
+    overrides: Mapping[str, Any] = field(default_factory=dict, metadata={"model": True})
+    """Arguments of ReGLAConfig that win over all of the above."""
+
+    device: str = without_effect("auto")
+    resume: str | None = without_effect(None)
+    """Go on in `out`, from its newest checkpoint (`latest`) or the one before that (`previous`)."""
+    eval_context: int | None = without_effect(None)
+    """Tokens of the windows in which the trained model is scored by position, too; None: not done."""
+    tensorboard: bool = without_effect(False)
+    """Write the log for TensorBoard, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = ("hidden_size", "layers", "heads", "window", "kv_heads", "head_dim", "intermediate_size", "vocab_size")
+        for name in (*sizes, "eval_context"):
+            check_count(name, getattr(self, name))
+        check_choice("mixer", self.mixer, MIXERS)
+        check_choice("device", self.device, DEVICES)
+        check_choice("resume", self.resume, (None, *RESUME))
+        if self.init is not None:
+            self._check_init()
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise OptionError("Both {tokenizer} and {vocab_size} are given; the size is that of a tokenizer to train.")
+        if self.window is not None and self.mixer != "window":
+            raise OptionError(
+                "{window} {value} is given with {mixer} {other}; it is of {mixer} window: leave one out.",
+                value=self.window,
+                other=self.mixer,
+            )
+        if self.head_dim is None and self.hidden_size % self.heads:
+            raise OptionError(
+                "{hidden_size} {width} is no multiple of {heads} {number}; change one or give {head_dim}.",
+                width=self.hidden_size,
+                number=self.heads,
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise OptionError(
+                "{heads} {number} is no multiple of {kv_heads} {groups}; change one of them.",
+                number=self.heads,
+                groups=self.kv_heads,
+            )
+
+    def _check_init(self) -> None:
+        for entry in fields(self):
+            default = {} if entry.name == "overrides" else entry.default
+            if entry.metadata.get("model") and getattr(self, entry.name) != default:
+                raise OptionError(
+                    f"Both {{init}} and {{{entry.name}}} are given; the model and its tokenizer are those of the "
+                    "folder: leave one out."
+                )

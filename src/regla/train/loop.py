@@ -16,12 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
-from regla.runtime.checkpoint import Checkpoints
-from regla.runtime.device import autocast
+from regla.layers.positions import ShortConvolution
+from regla.runtime.checkpoint import Checkpoints, check_finite
+from regla.runtime.device import TF32_IN_TRAINING, autocast, float32_products
 from regla.runtime.progress import CALMER, READ_EVERY, Progress
-from regla.train.config import TrainConfig
+from regla.train.config import LoopConfig
 from regla.train.regions import compiled_blocks
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ _MAX_GRADIENT_NORM = 1.0
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 """(model, crop_BL int64) to the mean loss, a scalar with a gradient. Input are the crop's tokens but its last one."""
+
+
+DECAYING = (nn.Linear, nn.Embedding, nn.EmbeddingBag, _ConvNd, ShortConvolution)
+"""Modules whose `weight` decays: linear maps, embeddings, convolutions."""
 
 
 class Group(TypedDict):
@@ -74,22 +80,58 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over `groups`, by default all parameters of `model` that need a gradient, at one learning rate.
 
-    Weights decay, vectors (norm gains, biases) do not.
+    Every group is split by role: what `decaying` names decays, and nothing else does. The groups of the optimiser say
+    so under `role`, `decays` or `constant`.
+
+    Raises:
+        ValueError: `groups` have a parameter twice, or one that is not the model's.
     """
+    weights = decaying(model)
+    known = {id(parameter) for parameter in model.parameters()}
+    seen: set[int] = set()
     split = []
     for group in groups or [Group(params=model.parameters(), lr_scale=1.0)]:
         parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
-        for vectors, decay in ((False, weight_decay), (True, 0.0)):
-            chosen = [parameter for parameter in parameters if (parameter.ndim <= 1) == vectors]
+        for parameter in parameters:
+            if id(parameter) in seen or id(parameter) not in known:
+                raise ValueError(
+                    f"A parameter of shape {tuple(parameter.shape)} "
+                    + ("is in two groups" if id(parameter) in seen else "is none of the model's")
+                    + "; give each parameter of the model at most once."
+                )
+            seen.add(id(parameter))
+        for role, decay in (("decays", weight_decay), ("constant", 0.0)):
+            chosen = [parameter for parameter in parameters if (id(parameter) in weights) == (role == "decays")]
             if chosen:
-                split.append({"params": chosen, "weight_decay": decay, "lr_scale": group["lr_scale"]})
+                split.append({"params": chosen, "role": role, "weight_decay": decay, "lr_scale": group["lr_scale"]})
     return torch.optim.AdamW(split, betas=(0.9, 0.95), fused=device.type == "cuda")
+
+
+def decaying(model: nn.Module) -> set[int]:
+    """The ids of the parameters that decay: weights of linear maps, embeddings and convolutions.
+
+    The module that owns a parameter decides, not its shape: norms, biases, temperatures, means and scales do not decay,
+    and neither do parameters of modules whose role is unknown. A tied weight decays where one of its roles does.
+    """
+    return {id(module.weight) for module in model.modules() if isinstance(module, DECAYING)}
+
+
+def finite_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+    """Whether to make the step of a gradient of norm `norm`; keeps one that is not finite from the weights.
+
+    On a GPU the answer would wait for the device. There the fused kernel is told, as torch.amp.GradScaler tells it, and
+    changes nothing where the norm is not finite.
+    """
+    if all(group["fused"] for group in optimizer.param_groups):
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        return True
+    return bool(torch.isfinite(norm))
 
 
 def optimise(
     model: PreTrainedModel,
     tokens_N: Tensor,
-    config: TrainConfig,
+    config: LoopConfig,
     *,
     progress: Progress,
     stop: Callable[[], bool],
@@ -113,8 +155,12 @@ def optimise(
     one, `"validation_loss"`, each time the losses are read: after every step on a CPU, every tenth elsewhere; `loss`
     and `tokens_per_second` are the means since the record before.
 
-    Raises FloatingPointError if the loss or what leads to it is no longer finite, at the latest ten steps after it
-    happened and before anything of it is saved; OSError where a checkpoint cannot be written.
+    A gradient that is not finite never reaches the optimiser, and no weights that are not finite are saved.
+
+    Raises:
+        FloatingPointError: the loss, the gradient's norm or a weight is no longer finite. It is raised at the latest
+            ten steps after it happened, and before anything of it is saved.
+        OSError: a checkpoint cannot be written.
     """
     device = tokens_N.device
     optimizer = make_optimizer(model, weight_decay=config.weight_decay, device=device, groups=groups)
@@ -127,7 +173,7 @@ def optimise(
         enable()
     model.train()
     steps = config.total_steps
-    unread: list[Tensor] = []
+    unread: list[tuple[Tensor, Tensor]] = []  # loss and norm of the gradient
     read_at = started = time.perf_counter()
     shown_every = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
     total = steps * config.tokens_per_step
@@ -143,29 +189,31 @@ def optimise(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
             step_loss = torch.zeros((), device=device)
-            for micro in range(config.accumulate):
-                crop_BL = crops(
-                    tokens_N,
-                    seed=config.seed,
-                    batch=step * config.accumulate + micro,
-                    batch_size=config.batch_size,
-                    length=config.seq_len + 1,
-                )
-                try:
-                    with autocast(device, config.dtype):
-                        part = loss_of(model, crop_BL) / config.accumulate
-                except ValueError as error:
-                    if step == first:
-                        raise
-                    # Every step has the same shapes, so behind the first only the numbers can be at fault.
-                    raise FloatingPointError(f"Step {step + 1} failed: {error}; {CALMER}.") from error
-                part.backward()
-                step_loss += part.detach()
+            with float32_products(tf32=config.dtype in TF32_IN_TRAINING):
+                for micro in range(config.accumulate):
+                    crop_BL = crops(
+                        tokens_N,
+                        seed=config.seed,
+                        batch=step * config.accumulate + micro,
+                        batch_size=config.batch_size,
+                        length=config.seq_len + 1,
+                    )
+                    try:
+                        with autocast(device, config.dtype):
+                            part = loss_of(model, crop_BL) / config.accumulate
+                    except ValueError as error:
+                        if step == first:
+                            raise
+                        # Every step has the same shapes, so behind the first only the numbers can be at fault.
+                        raise FloatingPointError(f"Step {step + 1} failed: {error}; {CALMER}.") from error
+                    part.backward()
+                    step_loss += part.detach()
             norm = nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
-            optimizer.step()
+            if finite_step(optimizer, norm):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.steps = step + 1
-            unread.append(step_loss)
+            unread.append((step_loss, norm))
             complete = progress.steps == steps
             last = complete or stop()
             due = checkpoints is not None and (checkpoints.completed or not complete)
@@ -185,6 +233,8 @@ def optimise(
                 }
                 unread.clear()
                 bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
+                if save or last:
+                    check_finite(model, optimizer, progress.steps)
                 if score and evaluate is not None:
                     with torch.compiler.set_stance("force_eager"):  # its shapes are others, each a compilation
                         record["validation_loss"] = evaluate()

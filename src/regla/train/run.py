@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
+import math
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError
 
-import regla
-from regla.data.embedded import embedded_text
 from regla.data.records import read_dataset
-from regla.data.sources import HELD_OUT, Source, encode_source, read_source
+from regla.data.selection import read_sources, split_validation
+from regla.data.sources import Source, encode_source
 from regla.data.text import Text
 from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer, train_tokenizer, vocabulary_size
 from regla.eval.perplexity import Score, beyond_the_model, mean_score, position_table, score, table
+from regla.models.folders import check_ids, load_model
 from regla.models.modeling import ReGLAForCausalLM
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
-from regla.runtime.checkpoint import Checkpoints, found_in
-from regla.runtime.device import pick_device
-from regla.runtime.files import check_new, new_folder
+from regla.runtime.checkpoint import Checkpoints, found_in, is_finite
+from regla.runtime.device import float32_products, out_of_memory, pick_device
+from regla.runtime.errors import OptionError, OptionMemoryError
+from regla.runtime.files import alone_in, check_new, content_of, new_folder_alone, remove_unfinished, write_json
 from regla.runtime.log import FILE as LOG
 from regla.runtime.log import TENSORBOARD, TrainingLog, check_tensorboard
-from regla.runtime.progress import Progress
+from regla.runtime.options import by_flag, with_effect
+from regla.runtime.processes import check_one_process
+from regla.runtime.progress import CALMER, Progress
 from regla.runtime.signals import Interrupted, Signals
+from regla.runtime.versions import commit, device_name, versions
 from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
 from regla.train.loop import optimise
-from regla.train.model import count_parameters, match_softmax, model_config
+from regla.train.model import match_softmax, model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,53 +45,84 @@ if TYPE_CHECKING:
 SUMMARY = "training.json"
 _OF_A_BEGINNING = (LOG, TENSORBOARD, CHECKPOINTS)  # what a run writes before its model
 _CHARACTERS_PER_TOKEN = 8  # of a data set: more than English text has in any tokenizer, so that crops repeat little
-_WITHOUT_EFFECT = {  # options that do not change what a step computes; the data count by their tokens
-    *("out", "data", "valid", "tokenizer", "device", "compile", "activation_checkpointing"),
-    *("save_every", "resume", "eval_every", "eval_context", "tensorboard", "text_field", "dataset"),
-}
+_LENGTH = ("--steps", "--tokens")  # what may differ where a finished run goes on
 
 
+@float32_products()
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train a model as `config` says, save it to `config.out`, score it, and return what `training.json` there holds.
 
-    Everything that can be wrong with the input is found before the first step. While it runs, `out` holds the log
-    (`log.jsonl`) and the last two checkpoints. Ctrl-C and SIGTERM end the run after the current step, save a checkpoint
-    and the model as it is then, and raise Interrupted. Any other error behind the first step saves the model, too,
-    unless the weights are spoilt (FloatingPointError) or the disk is full (OSError): those name the last checkpoint.
+    Everything that can be wrong with the input is found before the first step. While it runs, `out` is held by this
+    process alone, with the log (`log.jsonl`) and the last two checkpoints. Ctrl-C and SIGTERM end the run after the
+    current step, save a checkpoint and the model as it is then, and raise Interrupted. Any other error behind the first
+    step saves the model, too, unless the weights are spoilt (FloatingPointError) or the disk is full (OSError): those
+    name the last checkpoint.
 
-    On a CPU a resumed run ends in the same weights, bit for bit, as one that nothing disturbed.
+    On a CPU a resumed run ends in the same weights, bit for bit, as one that nothing disturbed. A finished run that is
+    resumed with more steps goes on from its last checkpoint, with the learning rates of the longer run from there on.
+
+    Raises:
+        ValueError: whatever can be wrong with the input, or another process is at work in `out`.
+        FloatingPointError: the loss, a gradient, a weight or the validation loss is not finite.
+        MemoryError: that of the device is too small.
+        OSError: the disk is full or refuses.
     """
-    _check_out(config)
+    check_one_process("train")
     if config.tensorboard:
         check_tensorboard()
+    with ExitStack() as held:
+        try:
+            return _train(config, held)
+        except BaseException as error:
+            if not out_of_memory(error):
+                raise
+            raise OptionMemoryError(
+                "The memory of the device is full; lower {batch_size} and raise {accumulate} to match, or take a "
+                "smaller model."
+            ) from error
+
+
+def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
+    goes_on = config.resume is not None and Path(config.out).is_dir()
+    if goes_on:
+        held.enter_context(alone_in(config.out, "run"))
+    _check_out(config)
     device = pick_device(config.device)
     train_sources, valid_sources = _sources(config)
     tokenizer = _tokenizer(config, train_sources, valid_sources)
     train_ids_N = np.concatenate([source.tokens(tokenizer) for source in train_sources])
     if len(train_ids_N) <= config.seq_len:
-        raise ValueError(
-            f"The training text has {len(train_ids_N)} tokens, expected more than --seq-len {config.seq_len}; "
-            "give more text or a smaller --seq-len."
+        raise OptionError(
+            "The training text has {tokens} tokens, expected more than {seq_len} {length}; "
+            "give more text or a smaller {seq_len}.",
+            tokens=len(train_ids_N),
+            length=config.seq_len,
         )
     valid_texts = [encode_source(source, tokenizer) for source in valid_sources]
     for text in valid_texts:
         if config.eval_context is not None and len(text.ids) < config.eval_context:
-            raise ValueError(
-                f"The validation text {text.name} has {len(text.ids)} tokens, fewer than --eval-context "
-                f"{config.eval_context}; give more text or a shorter context."
+            raise OptionError(
+                "The validation text {name} has {tokens} tokens, fewer than {eval_context} {context}; give more text "
+                "or a shorter context.",
+                name=text.name,
+                tokens=len(text.ids),
+                context=config.eval_context,
             )
 
     torch.manual_seed(config.seed)
-    model_configuration, softmax_parameters = match_softmax(
-        model_config(config, vocab_size=vocabulary_size(tokenizer), end_of_text=end_of_text_id(tokenizer))
-    )
-    model = ReGLAForCausalLM(model_configuration).to(device)
-    parameters = count_parameters(model_configuration)
-    checkpoints = Checkpoints(config.out, _settings(config, train_ids_N), resume=config.resume)
-    out = Path(config.out) if config.resume is not None and Path(config.out).is_dir() else new_folder(config.out)
+    model, softmax_parameters = _model(config, tokenizer)
+    for name, ids_N in (("the training text", train_ids_N), *((text.name, text.ids) for text in valid_texts)):
+        check_ids(model, [int(ids_N.max())], f"The tokens of {name}")
+    model.to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    settings = _settings(config, model, train_ids_N)
+    free = _LENGTH if _extends(config) else ()
+    checkpoints = Checkpoints(config.out, settings, resume=config.resume, free=free)
+    out = Path(config.out) if goes_on else held.enter_context(new_folder_alone(config.out, "run"))
+    against = f" ({parameters / softmax_parameters - 1:+.2%} against softmax)" if softmax_parameters else ""
     print(
-        f"{config.mixer}: {parameters:,} parameters ({parameters / softmax_parameters - 1:+.2%} against softmax), "
-        f"MLP width {model_configuration.intermediate_size}, vocabulary {model_configuration.vocab_size:,}; "
+        f"{config.init or config.mixer}: {parameters:,} parameters{against}, "
+        f"MLP width {model.config.intermediate_size}, vocabulary {model.config.vocab_size:,}; "
         f"{len(train_ids_N):,} tokens of text; "
         f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens on {device.type}"
     )
@@ -98,20 +133,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "arguments": asdict(config),
         "parameters": parameters,
         "softmax_parameters": softmax_parameters,
-        "intermediate_size": model_configuration.intermediate_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {
-            "regla": regla.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "intermediate_size": model.config.intermediate_size,
+        "device": device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions(),
+        "commit": commit(),
         "text_tokens": len(train_ids_N),
     }
     progress = Progress()
 
     def save() -> None:
         try:
+            remove_unfinished(out)
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
             summary.update(
@@ -122,7 +154,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 tokens_per_second=progress.tokens_per_second(config.tokens_per_step),
                 train_loss=progress.train_loss,
             )
-            _write(out, summary)
+            write_json(out / SUMMARY, summary)
         except (OSError, SafetensorError) as error:
             raise OSError(f"The model cannot be written to {out} ({error}). {checkpoints.kept}") from error
 
@@ -157,16 +189,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
             _tidy(out)
             raise type(error)(f"{error} {checkpoints.kept}") from error
         except BaseException as error:
-            if progress.steps > checkpoints.step:
+            if progress.steps > checkpoints.step and is_finite(model):
                 save()
                 print(
                     f"Stopped by {type(error).__name__} in step {progress.steps + 1}; the model as it was is in {out}. "
                     f"{checkpoints.kept}"
                 )
             _tidy(out)
-            if isinstance(error, torch.OutOfMemoryError):
-                advice = "lower --batch-size and raise --accumulate to match"
-                raise MemoryError(f"The memory of the GPU is full; {advice}.") from error
             raise
         save()
     if not summary["complete"] and signals.received is not None:
@@ -183,14 +212,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "validation_loss": mean.loss,
         "validation_perplexity": mean.perplexity,
     }
-    _write(out, summary)
+    write_json(out / SUMMARY, summary)
     print(table(scores))
     if config.eval_context is not None:
         scores = validate(config.eval_context, by_position=True)
         summary["by_position"] = [asdict(bin_) for bin_ in mean_score(scores).positions]
-        _write(out, summary)
+        write_json(out / SUMMARY, summary)
         note = beyond_the_model(model, config.eval_context)
         print("\n" + position_table(scores) + (f"\n{note}" if note else "") + "\n")
+    if not math.isfinite(mean.loss):
+        raise FloatingPointError(f"The validation loss of the model in {out} is not finite; {CALMER}.")
     print(f"Validation loss {mean.loss:.4f}, perplexity {mean.perplexity:.2f}. Saved to {out}.")
     return summary
 
@@ -201,26 +232,41 @@ def _check_out(config: TrainConfig) -> None:
     found = found_in(out / CHECKPOINTS)
     if config.resume is None:
         if found:
-            raise ValueError(
-                f"{out} is not empty; give --out a new folder, or --resume to go on from its {found[-1].name}."
+            raise OptionError(
+                "{folder} is not empty; give {out} a new folder, or {resume} to go on from its {newest}.",
+                folder=out,
+                newest=found[-1].name,
             )
         check_new(out)
-    elif out.is_dir() and not found and any(entry.name not in _OF_A_BEGINNING for entry in out.iterdir()):
-        raise ValueError(f"{out} holds no checkpoint to resume from; give --out the folder of a run, or a new one.")
+    elif out.is_dir() and not found and any(entry.name not in _OF_A_BEGINNING for entry in content_of(out)):
+        raise OptionError(
+            "{folder} holds no checkpoint to resume from; give {out} the folder of a run, or a new one.", folder=out
+        )
 
 
-def _settings(config: TrainConfig, train_ids_N: np.ndarray) -> dict[str, Any]:
+def _extends(config: TrainConfig) -> bool:
+    """Whether the run resumed is finished, and is to be longer now."""
+    try:
+        summary = json.loads((Path(config.out) / SUMMARY).read_text(encoding="utf-8"))
+        return config.resume is not None and summary["complete"] and config.total_steps > summary["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _settings(config: TrainConfig, model: ReGLAForCausalLM, train_ids_N: np.ndarray) -> dict[str, Any]:
     """What the weights of a run depend on, by option."""
-    options = {
-        "--config" if name == "overrides" else "--" + name.replace("_", "-"): value
-        for name, value in asdict(config).items()
-        if name not in _WITHOUT_EFFECT
-    }
+    options = by_flag(with_effect(config))
+    if config.init is not None:
+        digest = hashlib.sha256()
+        for name, weight in model.state_dict().items():
+            digest.update(name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        options["--init (SHA-256 of its weights)"] = digest.hexdigest()
     return options | {"--data (SHA-256 of its tokens)": hashlib.sha256(train_ids_N.data).hexdigest()}
 
 
 def _tidy(out: Path) -> None:
     """Empty the folder of a run that left nothing to use, so that the same command may run again."""
+    remove_unfinished(out)
     if not found_in(out / CHECKPOINTS) and not (out / SUMMARY).exists():
         for entry in (path for name in _OF_A_BEGINNING if (path := out / name).exists()):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -228,26 +274,39 @@ def _tidy(out: Path) -> None:
 
 def _sources(config: TrainConfig) -> tuple[list[Source], list[Source]]:
     """What to train and to validate on."""
-    data: list[Source] = [read_source(file, config.text_field) for file in config.data]
+    data = read_sources(config.data, config.text_field) if config.data or config.dataset is None else []
     if config.dataset is not None:
         needed = config.total_steps * config.tokens_per_step * _CHARACTERS_PER_TOKEN
         data.append(read_dataset(config.dataset, config.text_field, characters=needed))
-    data = data or [embedded_text()]
-    if config.valid:
-        return data, [read_source(file, config.text_field) for file in config.valid]
-    parts = [source.hold_out(HELD_OUT) for source in data]
-    return [first for first, _ in parts], [last for _, last in parts]
+    return split_validation(data, config.valid, config.text_field)
 
 
 def _tokenizer(config: TrainConfig, data: list[Source], valid: list[Source]) -> PreTrainedTokenizerBase:
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
+    if (folder := config.init or config.tokenizer) is not None:
+        return load_tokenizer(folder)
     for source in (*data, *valid):
         if not isinstance(source, Text):
-            raise ValueError(f"{source.name} holds tokens; name the folder of their tokenizer with --tokenizer DIR.")
+            raise OptionError(
+                "{name} holds tokens; name the folder of their tokenizer with {tokenizer} DIR.", name=source.name
+            )
     documents = (document for source in data if isinstance(source, Text) for document in source.documents)
     return train_tokenizer(documents, config.vocab_size or DEFAULT_VOCAB_SIZE)
 
 
-def _write(out: Path, summary: dict[str, Any]) -> None:
-    (out / SUMMARY).write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
+def _model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ReGLAForCausalLM, int | None]:
+    """The model to train, and the parameters of the softmax model of its shape where it is a new one."""
+    if config.init is None:
+        planned = model_config(config, vocab_size=vocabulary_size(tokenizer), end_of_text=end_of_text_id(tokenizer))
+        matched, softmax_parameters = match_softmax(planned)
+        return ReGLAForCausalLM(matched), softmax_parameters
+    model = load_model(config.init, torch.device("cpu"))
+    if not isinstance(model, ReGLAForCausalLM):
+        raise OptionError(
+            "{init} {folder} holds a model of type {kind}, expected one of regla; convert it with `regla linearize` "
+            "first.",
+            folder=config.init,
+            kind=model.config.model_type,
+        )
+    longest = max(model.config.max_position_embeddings, config.seq_len)
+    model.config.max_position_embeddings = longest
+    return model, None
