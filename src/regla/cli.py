@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _train_arguments(command("train", "train a model from scratch", help_texts.TRAIN, _train))
 
-    evaluate = command("eval", "score a model: perplexity", help_texts.EVAL, _evaluate)
-    evaluate.add_argument("model", metavar="MODEL", help="folder, .gguf file or name on the hub")
+    evaluate = command("eval", "score models: perplexity, probes of memory", help_texts.EVAL, _evaluate)
+    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="folder, .gguf file or name on the hub")
     evaluate.add_argument(
         "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
     )
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", dest="json_file", metavar="FILE", help="write the figures there, too")
     _where_arguments(evaluate)
+    _probe_arguments(evaluate)
 
     generate = command("generate", "continue a text", help_texts.GENERATE, _generate)
     generate.add_argument("model", metavar="MODEL", help="folder, .gguf file or name on the hub")
@@ -129,6 +130,37 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--vocab-size", type=int, metavar="N", help="or the size of one to train, at most 65536")
     _text_field_argument(tokenize)
     return parser
+
+
+def _probe_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(group: Any, flag: str, kind: type, text: str) -> None:
+        """Numbers with commas between them; left out, `Plan` has the default."""
+        group.add_argument(flag, type=_list_of(kind), default=argparse.SUPPRESS, metavar="N,...", help=text)
+
+    probes = parser.add_argument_group("probes of memory")
+    probes.add_argument(
+        "--probes",
+        type=_list_of(str),
+        metavar="NAME,...",
+        help="mqar, induction, copy (token ids); passkey, needle, kv (text): instead of perplexity",
+    )
+    add(probes, "--lengths", int, "tokens of a sequence (default: 256)")
+    add(probes, "--depths", float, "places of the fact, 0 to 1 (default: 0,0.25,0.5,0.75,1)")
+    add(probes, "--pairs", int, "pairs of mqar and kv (default: 4,16)")
+    add(probes, "--gaps", int, "noise between the pairs of mqar and its queries (default: 0)")
+    for flag, text in (("--limit", "sequences of a cell (default: 100)"), ("--seed", "of the questions (default: 0)")):
+        probes.add_argument(flag, type=int, default=argparse.SUPPRESS, metavar="N", help=text)
+    probes.add_argument(
+        "--out", metavar="DIR", help="page, table, records and plot; the same command goes on from there"
+    )
+
+
+def _list_of(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def read(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+
+    read.__name__ = f"list of {kind.__name__}"  # argparse says "invalid list of int value"
+    return read
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -337,10 +369,28 @@ def _train(args: argparse.Namespace) -> None:
     train(TrainConfig(**options | {"data": tuple(args.data), "valid": tuple(args.valid)}))
 
 
+_OF_PROBES = ("lengths", "depths", "pairs", "gaps", "limit", "seed")
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from regla.eval.perplexity import evaluate
 
-    evaluate(**_options(args))
+    options = _options(args)
+    models, probes, out = options.pop("models"), options.pop("probes"), options.pop("out")
+    plan = {name: options.pop(name) for name in _OF_PROBES if name in options}
+    if probes is not None:
+        from regla.eval.probes.command import probe
+        from regla.eval.probes.run import Plan
+
+        shared = {name: options[name] for name in ("data", "text_field", "batch_size", "device", "dtype")}
+        probe(models, Plan(probes=probes, **plan), out=out, **shared)
+        return
+    if plan or out is not None:
+        raise ValueError(f"--{next(iter(plan), 'out')} goes with --probes; name some, or leave it out.")
+    for model in models:
+        if len(models) > 1:
+            print(f"{model}:")
+        evaluate(model, **options)
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -52,11 +52,17 @@ Windows may be longer than what the model was trained on.
 --stream N scores the first N tokens of each file as one sequence instead, far beyond the length trained on if you like:
 it is fed in chunks of --seq-len tokens through the cache, whose size does not grow in ReGLA layers.
 
+--probes asks for what the model has read, instead: questions from --seed, --limit sequences for every cell of
+--lengths, --depths, --pairs and --gaps, scored by likelihood (the right one of several candidates) and by free
+generation (greedy, of the whole vocabulary), each with n and its standard error. mqar, induction and copy are in token
+ids; passkey, needle and kv hide facts in text.
+
 examples:
   regla eval runs/regla                                       the held-out tenth of the embedded text
   regla eval runs/regla --data wiki.txt books.txt --json scores.json
   regla eval runs/regla --data book.txt --seq-len 8192 --by-position
   regla eval runs/regla --data book.txt --stream 100000 --by-position
+  regla eval runs/regla runs/softmax --probes passkey,kv --lengths 512,2048 --out runs/probes
 """
 
 GENERATE = """\

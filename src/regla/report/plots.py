@@ -81,6 +81,40 @@ def plot_lengths(
     figure.savefig(file)
 
 
+def plot_shares(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]],
+    file: str | Path,
+    *,
+    title: str,
+    unit: str = "share of right answers",
+    lines: Mapping[str, float] | None = None,
+) -> None:
+    """Panels side by side, by title: shares from 0 to 1 with their standard errors, a curve by its name.
+
+    panels: (x, share, standard error). lines: vertical lines in every panel, by their name.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4.2 * len(panels), 4.2), dpi=_DPI, layout="constrained")
+    figure.suptitle(title)
+    for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for index, (label, curve) in enumerate(curves.items()):
+            xs, shares, errors = zip(*curve, strict=True)
+            style: dict[str, Any] = {
+                "color": _COLOURS[index % len(_COLOURS)],
+                "marker": _MARKERS[index % len(_MARKERS)],
+                "linestyle": "-" if index < len(_COLOURS) else "--",
+            }
+            axes.errorbar(xs, shares, yerr=errors, markersize=5, linewidth=1.6, capsize=2, label=label, **style)
+        for label, x in (lines or {}).items():
+            axes.axvline(x, color="black", linewidth=0.8, linestyle=":")
+            axes.annotate(label, (x, 1.02), fontsize=8, ha="center")
+        axes.set(xlabel=name.rpartition("by ")[2], ylabel=unit, ylim=(-0.03, 1.08))
+        axes.set_title(name, pad=12)
+        _finish(axes)
+    figure.savefig(file)
+
+
 def plot_trials(trials: Mapping[str, Sequence[tuple[float, float | None]]], file: str | Path, *, title: str) -> None:
     """Validation loss of every trial, a line per variant, the first on top; learning rates differ in colour and shape.
 

@@ -6,6 +6,7 @@ Every model gets the same questions: they come from the seed and the cell alone.
 from __future__ import annotations
 
 import difflib
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from regla.eval.probes import text, tokens
 from regla.eval.probes.score import Answers, Share, answer_text, answer_tokens, join, share
+from regla.runtime.errors import OptionError, check_count, check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,23 +57,25 @@ class Plan:
         for probe in self.probes:
             if probe not in PROBES:
                 near = difflib.get_close_matches(probe, PROBES, n=1, cutoff=0)
-                raise ValueError(
-                    f"There is no probe {probe!r}; the nearest is {near[0]!r}, and all are {', '.join(PROBES)}."
+                raise OptionError(
+                    "{probes} has {name!r}, which does not exist; the nearest is {near!r}, and all are {all}.",
+                    name=probe,
+                    near=near[0],
+                    all=", ".join(PROBES),
                 )
         for name in ("probes", "lengths", "depths", "pairs", "gaps"):
             if not getattr(self, name):
-                raise ValueError(f"--{name} is empty; name at least one, or leave it out.")
+                raise OptionError(f"{{{name}}} is empty; name at least one, or leave it out.")
         for name, least in (("lengths", 1), ("pairs", 1), ("gaps", 0)):
             for value in getattr(self, name):
-                if value < least:
-                    raise ValueError(f"--{name} has {value}, expected {least} or more.")
+                check_count(name, value, least=least)
         for depth in self.depths:
             if not 0 <= depth <= 1:
-                raise ValueError(f"--depths has {depth:g}, expected 0 (the beginning) to 1 (right before the question).")
-        if self.limit < 2:
-            raise ValueError(f"--limit is {self.limit}, expected at least 2 sequences, for a standard error.")
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}, expected 0 or more.")
+                raise OptionError(
+                    "{depths} has {depth:g}, expected 0 (the beginning) to 1 (right before the question).", depth=depth
+                )
+        check_count("limit", self.limit, least=2)  # one sequence has no standard error
+        check_seed(self.seed)
 
     def cells(self) -> Iterator[Cell]:
         for probe in self.probes:
@@ -195,12 +199,12 @@ def record(model: str, cell: Cell, answers: Answers, chance: float) -> Record:
 
 
 def figures(answers: Answers) -> dict[str, Any]:
-    """n, sequences, and means with standard errors."""
+    """n, sequences, and means with standard errors, None where one sequence alone was asked."""
     found: dict[str, Any] = {"n": len(answers.row_N), "sequences": len(answers.row_N.unique())}
     for name in ("likelihood", "generation", "nats"):
         values_N: Tensor = getattr(answers, f"{name}_N")
         mean: Share = share(values_N, answers.row_N)
-        found |= {name: mean.mean, f"{name}_se": mean.se}
+        found |= {name: mean.mean, f"{name}_se": None if math.isnan(mean.se) else mean.se}
     return found
 
 

@@ -1,8 +1,8 @@
 """How a probe is scored: by likelihood and by free generation, with standard errors.
 
     likelihood   the right candidate is the likeliest of C; chance is 1 / C, and so is 1 / k the worth of a tie of k
-    generation   the greedy token, of the whole vocabulary and fed back, is the right one: what the model can say; chance
-                 is about 0
+    generation   the greedy tokens, of the whole vocabulary and fed back, are the right ones: what the model can say;
+                 chance is about 0
 
 Both have n and a standard error. Answers of one sequence are not independent, so sequences are the units of the error:
 
@@ -83,7 +83,9 @@ def join(parts: Sequence[Answers]) -> Answers:
 
 
 @torch.no_grad()
-def answer_tokens(model: PreTrainedModel, asked: Asked, *, batch_size: int, dtype: str, generate: bool = True) -> Answers:
+def answer_tokens(
+    model: PreTrainedModel, asked: Asked, *, batch_size: int, dtype: str, generate: bool = True
+) -> Answers:
     """Score questions in token ids. Without `generate`, generation is what the parallel pass finds likeliest."""
     model.eval()
     size = max(1, min(batch_size, _LOGITS // (asked.ids_BT.shape[1] * model.config.get_text_config().vocab_size)))
@@ -100,10 +102,7 @@ def answer_tokens(model: PreTrainedModel, asked: Asked, *, batch_size: int, dtyp
         logits_NV, targets_N = logits_BTV[is_asked_BT].float(), targets_BT[is_asked_BT]
         candidates_NC = candidates_BC[row_N]
         right_N1 = logits_NV.gather(1, targets_N[:, None])
-        if generate:
-            said_N = greedy(model, ids_BT, targets_BT, dtype=dtype)[is_asked_BT]
-        else:
-            said_N = logits_NV.argmax(-1)
+        said_N = greedy(model, ids_BT, targets_BT, dtype=dtype)[is_asked_BT] if generate else logits_NV.argmax(-1)
         parts.append(
             Answers(
                 row_N=row_N.cpu(),
@@ -204,6 +203,6 @@ def _forward(model: PreTrainedModel, ids_BT: Tensor, *, last: bool = False, **kw
     except IndexError as error:  # learnt positions end somewhere
         named = getattr(model.config, "max_position_embeddings", None)
         raise ValueError(
-            f"The model has no position for a token of this text; its max_position_embeddings is {named}: take a shorter "
-            "length."
+            f"The model has no position for a token of this text; its max_position_embeddings is {named}: take a "
+            "shorter length."
         ) from error

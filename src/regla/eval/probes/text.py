@@ -89,7 +89,8 @@ class Haystack:
         room = length - 1 - len(end) - sum(len(fact) for _, fact in hidden)
         if room < 0:
             raise ValueError(
-                f"{name}: facts and question need {length - room} tokens, but the length is {length}; take a longer one."
+                f"{name}: facts and question need {length - room} tokens, but the length is {length}; take a "
+                "longer one."
             )
         start = int(rng.integers(len(self.ids_N)))
         text = np.take(self.ids_N, np.arange(start, start + room), mode="wrap").tolist()

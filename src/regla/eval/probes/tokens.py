@@ -4,7 +4,7 @@
     induction   ... a b ............................. a            asked: b
     copy        x1 x2 ... xn x1 x2 ... x(n-1)                      asked: x2 ... xn, each after its predecessor
 
-Multi-query associative recall is Zoology's (arXiv 2312.04927, appendix on MQAR): keys are drawn without replacement from
+Multi-query associative recall is Zoology's (arXiv 2312.04927): keys are drawn without replacement from
 the ids 1 .. V/2 - 1 and values from V/2 .. V - 1; behind the pairs each key stands once more, in a slot of two tokens
 that is drawn without replacement with probability proportional to slot^(power - 1); all other tokens are noise from the
 whole vocabulary. `gap` tokens of noise between pairs and slots are ours.
@@ -85,16 +85,18 @@ def mqar(
 def check_mqar(pairs: int, gap: int, *, length: int, vocab_size: int) -> None:
     """Raise a ValueError unless sequences of `length` tokens hold so many pairs, the gap and the queries."""
     if pairs < 1 or gap < 0:
-        raise ValueError(f"mqar: {pairs} pairs with a gap of {gap} tokens; expected at least 1 pair and no less than 0.")
+        raise ValueError(
+            f"mqar: {pairs} pairs with a gap of {gap} tokens; expected at least 1 pair and no less than 0."
+        )
     if 4 * pairs + gap > length:
         raise ValueError(
-            f"mqar: {pairs} pairs and a gap of {gap} tokens need {4 * pairs + gap} tokens, two for each pair and two for "
-            f"each query, but the length is {length}; take fewer pairs, a shorter gap or a longer sequence."
+            f"mqar: {pairs} pairs and a gap of {gap} tokens need {4 * pairs + gap} tokens, two for each pair and two "
+            f"for each query, but the length is {length}; take fewer pairs, a shorter gap or a longer sequence."
         )
     if pairs > vocab_size // 2 - 1:
         raise ValueError(
-            f"mqar: {pairs} pairs need {pairs} keys, but a vocabulary of {vocab_size} has {max(0, vocab_size // 2 - 1)}; "
-            "take fewer pairs or a larger vocabulary."
+            f"mqar: {pairs} pairs need {pairs} keys, but a vocabulary of {vocab_size} has "
+            f"{max(0, vocab_size // 2 - 1)}; take fewer pairs or a larger vocabulary."
         )
 
 
@@ -177,9 +179,9 @@ def _without_replacement(rng: np.random.Generator, rows: int, population: int, s
 
 
 def _slots(rng: np.random.Generator, space_B: np.ndarray, P: int) -> np.ndarray:
-    """[B, P] different slots of 0 .. space - 1 in each row, drawn one after another with p(slot) ~ (slot + 1)^(power - 1).
+    """[B, P] different slots of 0 .. space - 1 in each row, drawn in turn with p(slot) ~ (slot + 1)^(power - 1).
 
-    Gumbel's trick: the P largest of log p + Gumbel noise are such a draw. Behind a row's space the numbers mean nothing.
+    Gumbel's trick: the P largest of log p + Gumbel noise are such a draw. What a row has no space for means nothing.
     """
     slots = np.arange(max(int(space_B.max()), P))
     score = (POWER - 1) * np.log1p(slots) + rng.gumbel(size=(len(space_B), len(slots)))
@@ -189,4 +191,6 @@ def _slots(rng: np.random.Generator, space_B: np.ndarray, P: int) -> np.ndarray:
 
 
 def _asked(ids: np.ndarray, targets: np.ndarray, candidates: np.ndarray, distance: np.ndarray) -> Asked:
-    return Asked(*(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in (ids, targets, candidates, distance)))
+    return Asked(
+        *(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in (ids, targets, candidates, distance))
+    )
