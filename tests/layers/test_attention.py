@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regla.layers import FEATURE_MAPS, GATES, NORMS, ReGLAAttention, init_linear_attention
-from regla.layers.norms import HeadLayerNorm, HeadRMSNorm, SumNorm, prescale
+from regla.layers.norms import HeadLayerNorm, HeadRMSNorm, prescale
 from regla.layers.positions import apply_rotary
 from regla.ops import regla_attention
 from regla.ops.backends import why_not_triton
@@ -129,14 +129,21 @@ def test_norms_of_nothing_are_finite():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gate", ["none", "scalar", "sigmoid"])
-def test_sum_norm_is_a_weighted_mean(gate):
-    """o_t = sum_s w_ts v_s / sum_s w_ts: for constant values, these values."""
-    layer = mixer(norm="sum", gate=gate, num_kv_heads=6, value_head_dim=8)
-    v, decays = layer.norm.prepare(torch.ones(1, 30, 6, 8), layer.gate(torch.randn(1, 30, HIDDEN)))
-    q, k = torch.randn(2, 1, 30, 6, 8).unbind(0)
-    h, _ = layer.feature_map(q, k, v, decays, None, None, None, False)
-    assert torch.allclose(SumNorm(6, 8, 0.0)(h), torch.ones(1, 30, 6, 8), rtol=1e-5)
+@pytest.mark.parametrize("axis", ["value", "key", "both"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("feature_map", ["safe_exp", "one_plus_elu"])
+def test_sum_norm_is_a_weighted_mean(feature_map, gate, axis):
+    """o_t = sum_s w_ts v_s / sum_s w_ts: for constant values, these values. In one pass, and token by token."""
+    layer = mixer(norm="sum", gate=gate, gate_axis=axis, feature_map=feature_map, num_kv_heads=6, value_head_dim=8)
+    layer.v_proj = torch.nn.Linear(HIDDEN, 48)
+    layer.v_proj.weight.zero_()
+    layer.v_proj.bias.copy_(torch.linspace(-2, 2, 48))
+    layer.o_proj = torch.nn.Identity()
+    x = torch.randn(1, 30, HIDDEN)
+    y, state = layer(x, return_state=True)
+    steps = [layer(torch.randn(1, 1, HIDDEN), state=state, return_state=True, overwrite_state=True)[0] for _ in "ab"]
+    for o in (y, *steps):
+        assert torch.allclose(o, layer.v_proj.bias.expand_as(o), rtol=1e-5)
 
 
 @torch.no_grad()

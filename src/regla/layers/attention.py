@@ -174,9 +174,9 @@ class ReGLAAttention(nn.Module):
         if self.qk_temperature is not None:
             q, k = self.qk_temperature(q, k)
         decays = self.gate(x)
-        if decays.write is not None:
-            v = v * decays.write.to(v.dtype)
         v, decays = self.norm.prepare(v, decays)
+        if decays.write is not None:  # of what the norm added, too: the sum of the keys is gated as the values are
+            v = v * decays.write.to(v.dtype)
         after = None if state is None else (state.S, state.m)
         o = self._step_(q, k, v, decays, mask, state) if overwrite_state and cu_seqlens is None else None
         is_normalised = o is not None

@@ -12,11 +12,23 @@ from torch.nn.functional import rms_norm
 from regla.ops.backends import choose_backend, step_engine
 from regla.ops.checks import check_decays, check_gla, check_qk_norm, check_refine, check_regla, check_together
 from regla.ops.chunked import chunked_gated_linear_attention
-from regla.ops.features import LIFT, NO_KEY, key_stabiliser, lifted_key_features, safe_exp_query, variance_reduction
+from regla.ops.features import (
+    NO_KEY,
+    key_stabiliser,
+    lifted_key_features,
+    lowering,
+    safe_exp_query,
+    variance_reduction,
+)
 from regla.ops.fused import QKNorm, fused_step_
 from regla.ops.gates import log_refined_gate
 from regla.ops.recurrent import recurrent_gated_linear_attention
-from regla.ops.slices import fits, fused, with_kernels, with_lifted_gradients
+from regla.ops.slices import fits, fused, with_kernels
+from regla.ops.units import with_gradient_times
+
+# Outputs are lowered by 2^48 behind these forms, and so are their gradients, of which small ones would vanish: between
+# there and the inputs gradients are so many times as large. More would leave no room for those behind an outlier.
+_GRADIENT_LIFTS = {"recurrent": 2.0**20, "triton": 2.0**16}
 
 _FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrent": recurrent_gated_linear_attention,
@@ -53,10 +65,12 @@ def gated_linear_attention(
         scale: factor on the output; None means K^-1/2.
         initial_state: [N, H, K, V] state before the first token; N = B, or the number of packed sequences.
         output_final_state: return the state after the last token.
-        cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending.
+        cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending; two equal
+            ones hold an empty sequence, whose state stays as it is.
         backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), "native" (kernels in C
             for CPUs, compiled at their first use), "triton" (fused kernels for GPUs), or "auto": kernels where they can
-            run; else recurrent for one token and chunked for more.
+            run; else recurrent for one token and chunked for more. In float32 "recurrent" and "native" keep half-lives
+            of up to about 1e5 tokens (docs/math.md).
         validate: check the numbers too (decays <= 0, boundaries). None: on the CPU only, where that costs no wait.
 
     Returns:
@@ -214,9 +228,14 @@ def safe_exp_attention(
     if mask is not None:
         phi_q = torch.where(real, phi_q, 0.0)
     phi_k = lifted_key_features(k, m, mask)
-    form = with_lifted_gradients if backend == "triton" else _FORMS[backend]
-    h, final = form(phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens)
-    return _lower(h), _empty_as_zero(final, after) if output_final_state else None
+    if backend == "chunked":
+        h, final = chunked_gated_linear_attention(phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens, lifted=True)
+    else:
+        up, inputs = _GRADIENT_LIFTS[backend], [phi_q, phi_k, v, gk, gv, state]
+        *inputs, state = (None if x is None else with_gradient_times(1 / up, x) for x in inputs)
+        h, final = _FORMS[backend](*inputs, scale, state, cu_seqlens)
+        h, final = with_gradient_times(up, h * lowering(h)), with_gradient_times(up, final)
+    return h, _empty_as_zero(final, after) if output_final_state else None
 
 
 def safe_exp_step_(
@@ -298,7 +317,8 @@ def regla_attention(
         initial_state: (S [N, H, K, V], m [N, H]) before the first token, as returned; (0, 0) is empty.
         output_final_state: return (S, m) after the last token; S is in units of 2^-48 exp(m).
         mask: [B, T] bool, True for real tokens. A padding token writes nothing, decays nothing, and its h is 0.
-        cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending.
+        cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1): 0, ..., T, ascending; two equal
+            ones hold an empty sequence, whose state stays as it is.
         key_max: "decay" (default), "running" or "sequence" (not causal): see `safe_exp_key`.
         backend, validate: as in `gated_linear_attention`.
 
@@ -346,17 +366,6 @@ def _normalised(q: Tensor, k: Tensor, norm: QKNorm | None, mask: Tensor | None) 
         q, k = (torch.where(mask[..., None, None], x, 1.0) for x in (q, k))
     q, k = (rms_norm(x.to(w.dtype), w.shape, w, norm.eps).to(x.dtype) for x, w in ((q, norm.q), (k, norm.k)))
     return q, k
-
-
-def _lower(h: Tensor) -> Tensor:
-    """h / 2^LIFT; a head's output that would vanish there is held at 2^-60 instead.
-
-    That is what follows an outlier key: its size says nothing, and behind a scale-free normalisation its direction is
-    as good as any other's. The factor takes no gradient.
-    """
-    smallest = 2.0 ** (LIFT - 60)
-    largest = h.detach().abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
-    return h * ((smallest / largest).clamp_min(1.0) * 2.0**-LIFT)
 
 
 def gate_decays(log_decay: Tensor, gate_axis: str, K: int, V: int) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,7 @@ from regla.ops.fused import QKNorm
 
 def check_decays(gk: Tensor | None, gv: Tensor | None, validate: bool | None, mask: Tensor | None = None) -> None:
     for name, g in (("gk", gk), ("gv", gv)):
-        if g is not None and _reads_numbers(g, validate):
+        if g is not None and g.numel() and _reads_numbers(g, validate):
             real = g.detach() if mask is None else torch.where(mask[..., None, None], g.detach(), -torch.inf)
             top = real.max().item()
             if not top <= 0:
@@ -162,9 +162,12 @@ def check_gla(
 
 
 def check_bounds(bounds: list[int], T: int) -> None:
-    if bounds[0] != 0 or bounds[-1] != T or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
+    if bounds[0] != 0 or bounds[-1] != T or any(lo > hi for lo, hi in itertools.pairwise(bounds)):
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-        raise ValueError(f"cu_seqlens is {shown}; expected boundaries that start at 0, ascend, and end at T = {T}")
+        raise ValueError(
+            f"cu_seqlens is {shown}; expected boundaries that start at 0, ascend, and end at T = {T} "
+            "(two equal ones hold an empty sequence)"
+        )
 
 
 def _reads_numbers(x: Tensor, validate: bool | None) -> bool:

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from regla.ops.features import lowering
 from regla.ops.tree import Slab, blocks, put
+from regla.ops.units import NOTHING, no_unit_suits, top_exponents, unit_exponents
 
 CHUNK = 64
 
@@ -35,8 +37,13 @@ def chunked_gated_linear_attention(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    lifted: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`gated_linear_attention` by chunks; see there for the equation, shapes and dtypes. Returns (o, final_state)."""
+    """`gated_linear_attention` by chunks; see there for the equation, shapes and dtypes. Returns (o, final_state).
+
+    lifted: k holds features 2^LIFT times as large, and o is lowered again (`regla.ops.features.lowering`).
+    """
     B, T, H, K = k.shape
     V = v.shape[-1]
     acc = torch.promote_types(torch.float32, k.dtype)
@@ -58,7 +65,7 @@ def chunked_gated_linear_attention(
     initial_state = initial_state.to(acc)
     inputs = [*tensors, initial_state]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, state, _ = _forward(*inputs, scale, C, *(segments or (None, None, None)), keep)
+    o, state, *_ = _forward(*inputs, scale, C, *(segments or (None, None, None)), lifted, keep)
     return (o[:, :T] if slot_of_token is None else o[:, slot_of_token]), state
 
 
@@ -90,7 +97,8 @@ _SEGMENTS = "Tensor? first, Tensor? sequence, Tensor? last_chunk"
 @library.custom_op(
     "regla::chunked_forward",
     mutates_args=(),
-    schema=f"({_INPUTS.format('initial_state')}{_SEGMENTS}, bool keep) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS.format('initial_state')}{_SEGMENTS}, bool lifted, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     q: Tensor,
@@ -104,15 +112,18 @@ def _forward(
     first: Tensor | None,
     sequence: Tensor | None,
     last_chunk: Tensor | None,
+    lifted: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, final state, the states [B, H, N, K, V] before each chunk, or none of them unless `keep`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, final state, and if `keep` the states [B, H, N, K, V] before each chunk and, if `lifted`, the factor
+    [B, T, HQ, 1] that lowers each output; else none of them)."""
     B, T, H, K = k.shape
     V, N = v.shape[-1], T // C
     o = torch.empty(B, T, q.shape[2], V, dtype=v.dtype, device=v.device)
     states = initial_state.new_empty(B, H, N if keep else 0, K, V)
     state = initial_state if first is None else torch.zeros_like(initial_state[:1])
-    finals = torch.empty_like(initial_state)
+    factors = initial_state.new_empty(B, T if keep and lifted else 0, q.shape[2], 1)
+    finals = initial_state.clone()  # a sequence without tokens has no chunk that would write its own
     with torch.autocast(v.device.type, enabled=False):
         for lo, hi in _slabs(B * H * C * max(K, V), N, v.device):
             x = Slab(q, k, v, gk, gv, C, lo, hi, initial_state.dtype)
@@ -128,26 +139,34 @@ def _forward(
                     at = sequence[n : n + 1]  # an index of one: a number would make a GPU wait
                     finals[at] = torch.where(last_chunk[at] == n, state, finals[at])
             x.add_from_state(out, before)
-            put(o, out.mul_(scale), lo, hi, C)
-    return o, state if first is None else finals, states
+            out.mul_(scale)
+            if lifted:
+                factor = lowering(out)
+                out.mul_(factor)
+                if keep:
+                    put(factors, factor, lo, hi, C)
+            put(o, out, lo, hi, C)
+    return o, state if first is None else finals, states, factors
 
 
 @_forward.register_fake
-def _(q, k, v, gk, gv, initial_state, scale, C, first, sequence, last_chunk, keep):  # type: ignore[no-untyped-def]
+def _(q, k, v, gk, gv, initial_state, scale, C, first, sequence, last_chunk, lifted, keep):  # type: ignore[no-untyped-def]
     B, T, H, K = k.shape
     o = v.new_empty(B, T, q.shape[2], v.shape[-1])
     states = initial_state.new_empty(B, H, T // C if keep else 0, K, v.shape[-1])
-    return o, torch.empty_like(initial_state), states
+    factors = initial_state.new_empty(B, T if keep and lifted else 0, q.shape[2], 1)
+    return o, torch.empty_like(initial_state), states, factors
 
 
 @library.custom_op(
     "regla::chunked_backward",
     mutates_args=(),
-    schema=f"(Tensor d_o, Tensor d_final, {_INPUTS.format('states')}{_SEGMENTS}) -> Tensor[]",
+    schema=f"(Tensor? d_o, Tensor? d_final, {_INPUTS.format('states')}{_SEGMENTS}, Tensor? factors, int sequences)"
+    " -> Tensor[]",
 )
 def _backward(
-    d_o: Tensor,
-    d_final: Tensor,
+    d_o: Tensor | None,
+    d_final: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -159,55 +178,116 @@ def _backward(
     first: Tensor | None,
     sequence: Tensor | None,
     last_chunk: Tensor | None,
+    factors: Tensor | None,
+    sequences: int,
 ) -> list[Tensor]:
     """Gradients of those of q, k, v, gk, gv that exist, and of the initial state."""
+    segments = (
+        None if first is None or sequence is None or last_chunk is None else Segments(first, sequence, last_chunk)
+    )
+    inputs = (q, k, v, gk, gv), states, factors, scale, C, segments
+    of_outputs = None if d_o is None else _exponents_of_outputs(d_o, factors, k.shape[2], C, segments, sequences)
+    of_state = None if d_final is None else top_exponents(d_final, (2, 3))
+    if of_outputs is not None and of_state is not None and no_unit_suits(of_outputs, of_state):
+        of_outputs_alone = _in_units(d_o, None, unit_exponents(of_outputs, None), *inputs)
+        of_state_alone = _in_units(None, d_final, unit_exponents(None, of_state), *inputs)
+        return [x + y for x, y in zip(of_outputs_alone, of_state_alone, strict=True)]
+    return _in_units(d_o, d_final, unit_exponents(of_outputs, of_state), *inputs)
+
+
+def _exponents_of_outputs(
+    d_o: Tensor, factors: Tensor | None, H: int, C: int, segments: Segments | None, sequences: int
+) -> Tensor:
+    """`top_exponents` of d_o [B, T, H*G, V], lowered by `factors`, for each sequence and state head."""
+    tops = d_o.abs().amax(-1, keepdim=True).double()
+    tops = tops if factors is None else tops * factors
+    if segments is None:
+        return top_exponents(tops.unflatten(2, (H, -1)), (1, 3, 4))
+    of_chunks = top_exponents(tops.view(-1, C, H, tops.shape[2] // H), (1, 3))
+    nothing = torch.full_like(of_chunks[:1], NOTHING).expand(sequences, H)
+    return nothing.scatter_reduce(0, segments.sequence[:, None].expand(-1, H), of_chunks, "amax")
+
+
+def _in_units(
+    d_o: Tensor | None,
+    d_final: Tensor | None,
+    exponents: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    states: Tensor,
+    factors: Tensor | None,
+    scale: float,
+    C: int,
+    segments: Segments | None,
+) -> list[Tensor]:
+    """`_backward` in units 2^exponents [sequences, H]."""
+    q, k, v, gk, gv = inputs
     B, T, H, K = k.shape
     V, N = v.shape[-1], T // C
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gk, gv) if x is not None]
-    # In units in which d_o is about 1: small gradients, decayed, would become denormal numbers, which are slow.
-    unit = torch.ldexp(torch.ones_like(d_final[0, 0, 0, 0]), -torch.frexp(d_o.abs().amax()).exponent.clamp(-90, 90))
-    d_final = d_final * unit
-    d_initial = torch.zeros_like(d_final)
-    d_state = d_final if first is None else torch.zeros_like(d_final[:1])
+    exponents_BHN = (
+        exponents[..., None].expand(-1, -1, N) if segments is None else exponents[segments.sequence].mT[None]
+    )
+    unit = _power(exponents, states)[..., None, None]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
+    d_o = v.new_zeros(1).expand(B, T, q.shape[2], V) if d_o is None else d_o
+    d_final = torch.zeros_like(unit).expand(-1, -1, K, V) if d_final is None else d_final * unit
+    if segments is None:
+        d_initial, d_state = d_final, d_final
+    else:
+        is_empty = segments.last_chunk.diff(prepend=segments.last_chunk.new_full((1,), -1)) == 0
+        d_initial = torch.where(is_empty[:, None, None, None], d_final, 0.0)
+        d_state = torch.zeros_like(d_final[:1])
     with torch.autocast(v.device.type, enabled=False):
         for lo, hi in reversed(_slabs(B * H * C * max(K, V), N, v.device)):
             x = Slab(q, k, v, gk, gv, C, lo, hi, states.dtype)
-            d_out = blocks(d_o, lo, hi, C, H, states.dtype) * (scale * unit)
+            exponent_M = exponents_BHN[:, :, lo:hi].reshape(-1, 1, 1, 1)
+            half_M = exponent_M // 2  # of a unit, which together with a factor may be beyond float32
+            d_out = blocks(d_o, lo, hi, C, H, states.dtype) * (scale * _power(half_M, states))
+            factor = 1.0 if factors is None else blocks(factors, lo, hi, C, H, states.dtype)
+            d_out *= factor * _power(exponent_M - half_M, states)
             x.local_backward(d_out)
             d_read = x.read_backward(d_out)
             after = torch.empty_like(d_read)
             for n in reversed(range(lo, hi)):
-                if last_chunk is not None and sequence is not None:
-                    at = sequence[n : n + 1]
-                    d_state = torch.where(last_chunk[at] == n, d_state + d_final[at], d_state)
+                if segments is not None:
+                    at = segments.sequence[n : n + 1]
+                    d_state = torch.where(segments.last_chunk[at] == n, d_state + d_final[at], d_state)
                 after[:, :, n - lo] = d_state
                 d_state = x.decay(d_state, n - lo) + d_read[:, :, n - lo]
-                if first is not None and sequence is not None:
-                    d_initial[sequence[n : n + 1]] += torch.where(first[n], d_state, 0.0)
-                    d_state = torch.where(first[n], 0.0, d_state)
+                if segments is not None:
+                    d_initial[segments.sequence[n : n + 1]] += torch.where(segments.first[n], d_state, 0.0)
+                    d_state = torch.where(segments.first[n], 0.0, d_state)
             values = x.state_backward(states[:, :, lo:hi], after)
+            unit_M = _power(exponent_M, states)
             for grad, value in zip(grads, [y for y in values if y is not None], strict=True):
-                put(grad, value / unit, lo, hi, C)
-    return [*grads, (d_state if first is None else d_initial) / unit]
+                put(grad, value / (unit_M if value.ndim == 4 else unit_M[..., 0]), lo, hi, C)
+    return [*grads, (d_state if segments is None else d_initial) / unit]
+
+
+def _power(exponent: Tensor, like: Tensor) -> Tensor:
+    """2^exponent, exactly."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=like.dtype), exponent)
 
 
 @_backward.register_fake
-def _(d_o, d_final, q, k, v, gk, gv, states, *options):  # type: ignore[no-untyped-def]
-    inputs = [x for x in (q, k, v, gk, gv) if x is not None]
-    return [x.new_empty(x.shape) for x in inputs] + [torch.empty_like(d_final)]
+def _(d_o, d_final, q, k, v, gk, gv, states, scale, C, first, sequence, last_chunk, factors, sequences):  # type: ignore[no-untyped-def]
+    like = [x.new_empty(x.shape) for x in (q, k, v, gk, gv) if x is not None]
+    return [*like, states.new_empty(sequences, k.shape[2], k.shape[3], v.shape[3])]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, gk, gv, _, *ctx.options, _ = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, gk, gv, initial_state, *ctx.options, ctx.lifted, _ = inputs
     ctx.options, segments = ctx.options[:2], ctx.options[2:]
-    ctx.save_for_backward(q, k, v, gk, gv, output[2], *segments)
+    ctx.sequences = initial_state.shape[0]
+    ctx.save_for_backward(q, k, v, gk, gv, *output[2:], *segments)
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, d_o: Tensor, d_final: Tensor, d_states: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, gk, gv, states, *segments = ctx.saved_tensors
-    found = iter(_backward(d_o, d_final, q, k, v, gk, gv, states, *ctx.options, *segments))
+def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    q, k, v, gk, gv, states, factors, *segments = ctx.saved_tensors
+    options = *ctx.options, *segments, factors if ctx.lifted else None, ctx.sequences
+    found = iter(_backward(d_o, d_final, q, k, v, gk, gv, states, *options))
     grads = [None if x is None else next(found) for x in (q, k, v, gk, gv, states)]
-    return *grads, *(None,) * 6
+    return *grads, *(None,) * 7
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -82,6 +82,18 @@ def lifted_key_features(k: Tensor, m: Tensor, mask: Tensor | None) -> Tensor:
     return _masked(half.square(), mask)
 
 
+@torch.no_grad()
+def lowering(h: Tensor) -> Tensor:
+    """The factor [..., 1] that takes outputs h [..., V] of lifted features back: 2^-LIFT.
+
+    An output that would vanish is held at 2^-60 instead. That is what follows an outlier key: its size says nothing,
+    and behind a scale-free normalisation its direction is as good as any other's. The factor takes no gradient.
+    """
+    smallest = 2.0 ** (LIFT - 60)
+    largest = h.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+    return (smallest / largest).clamp_min(1.0) * 2.0**-LIFT
+
+
 def _masked(features: Tensor, mask: Tensor | None) -> Tensor:
     return features if mask is None else torch.where(mask[..., None, None], features, 0.0)
 
@@ -119,7 +131,10 @@ def key_stabiliser(
     else:
         m = before.scatter_reduce(0, owner[:, None].expand(T, H), top[0], "amax")[owner][None]
     previous = torch.where(opens, first, m.roll(1, 1))
-    return m, previous - m, m[:, -1] if cu_seqlens is None else m[0, cu_seqlens[1:] - 1]
+    if cu_seqlens is None:
+        return m, previous - m, m[:, -1]
+    ends, is_empty = cu_seqlens[1:], cu_seqlens.diff() == 0
+    return m, previous - m, torch.where(is_empty[:, None], before, m[0, (ends - 1).clamp_min(0)])
 
 
 def _decaying_maximum(top: Tensor, step: Tensor, before: Tensor, opens: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+_CLOSED = -1e30  # stands for a logit of -inf: finite, because inf - inf is not a number
+
 
 def log_refined_gate(a: Tensor, c: Tensor) -> Tensor:
     """Logarithm of the refined forget gate, computed without cancellation.
@@ -23,21 +25,25 @@ def log_refined_gate(a: Tensor, c: Tensor) -> Tensor:
         log F, never positive, in the common dtype of `a` and `c`, at least float32.
 
     On [-90, 90]^2 float32 is within 1e-6 relative of float64 wherever |log F| > 1e-38, and the gradients are finite.
-    At c = 0, F = g: the refined gate starts as the plain one.
+    Infinite logits are a closed or an open gate: below -1e30 they count as -1e30, whose F is 0, so that log F and its
+    gradient stay finite. At c = 0, F = g: the refined gate starts as the plain one. Reverse-mode and forward-mode
+    derivatives and the transforms of torch.func are supported.
 
     >>> log_refined_gate(torch.zeros(1), torch.zeros(1)).exp()
     tensor([0.5000])
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, c.dtype), torch.float32)
-    return _LogRefinedGate.apply(*torch.broadcast_tensors(a.to(dtype), c.to(dtype)))
+    a, c = (x.to(dtype).clamp_min(_CLOSED) for x in (a, c))
+    return _LogRefinedGate.apply(*torch.broadcast_tensors(a, c))
 
 
 class _LogRefinedGate(torch.autograd.Function):
     """Keeps the logits alone for the backward pass, whose every term is positive: no cancellation, always finite."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, a: Tensor, c: Tensor) -> Tensor:
-        ctx.save_for_backward(a, c)
+    def forward(a: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
         forget, coarse = torch.sigmoid(-a), torch.sigmoid(-c)  # 1 - g, 1 - r
         u = forget * (forget + 2 * coarse * (1 - forget))  # 1 - F
         # Near F = 1 log F is -u, and u is exact there; towards F = 0 the logarithms of the factors are.
@@ -48,9 +54,25 @@ class _LogRefinedGate(torch.autograd.Function):
         return torch.lerp(towards_zero, near_one, is_near_one)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        a, c = ctx.saved_tensors
-        forget, coarse = torch.sigmoid(-a), torch.sigmoid(-c)
-        # Share of the second term in g + 2 r (1 - g)
-        share = torch.sigmoid(logsigmoid(c) - a + math.log(2))
-        return d * forget * (2 * coarse * (1 - share) + share), d * share * coarse
+        slope_a, slope_c = _slopes(*ctx.saved_tensors)
+        return d * slope_a, d * slope_c
+
+    @staticmethod
+    def jvp(ctx: Any, t_a: Tensor | None, t_c: Tensor | None) -> Tensor:  # type: ignore[override]
+        slope_a, slope_c = _slopes(*ctx.saved_tensors)
+        of_a, of_c = (0.0 if t is None else t * slope for t, slope in ((t_a, slope_a), (t_c, slope_c)))
+        return of_a + of_c  # type: ignore[return-value]
+
+
+def _slopes(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """dlog F/da, dlog F/dc."""
+    forget, coarse = torch.sigmoid(-a), torch.sigmoid(-c)
+    # Share of the second term in g + 2 r (1 - g)
+    share = torch.sigmoid(logsigmoid(c) - a + math.log(2))
+    return forget * (2 * coarse * (1 - share) + share), share * coarse

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -50,25 +48,6 @@ def with_kernels(
     outputs, states = zip(*slices, strict=True)
     o = torch.cat(outputs, -1) if of_values else torch.stack(outputs).sum(0)
     return o, torch.cat(states, -1 if of_values else -2)
-
-
-def with_lifted_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    gv: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`with_kernels` for GPUs, of features q [B, T, HQ, K] and k [B, T, H, K], whose outputs are lowered by 2^48:
-    gradients are 2^16 times as large in between, where else small ones would vanish."""
-    down, up = 2.0**-16, 2.0**16
-    q, k, v = (_ScaledGradient.apply(x, down) for x in (q, k, v))
-    gk, gv, S = (None if x is None else _ScaledGradient.apply(x, down) for x in (gk, gv, initial_state))
-    o, state = with_kernels("triton", q, k, v, gk, gv, scale, S, cu_seqlens)
-    return _ScaledGradient.apply(o, up), _ScaledGradient.apply(state, up)
 
 
 def fused(
@@ -122,16 +101,3 @@ def fused(
 def _slice(g: Tensor | None, now: slice) -> Tensor | None:
     """Of an axis' decays, one number for all its channels or one for each."""
     return g if g is None or g.shape[-1] == 1 else g[..., now]
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """x; its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return d * ctx.factor, None

@@ -409,7 +409,7 @@ static void backward_heads(const Problem *p, Work *w, int64_t n, int64_t first, 
     find_units(p, w, n, first, last);
     for (int64_t h = first; h < last; h++)
         load_state(p, p->d_final ? p->d_final + (at + h) * KV : 0, w->units[h - first], w->S + (h - first) * size);
-    for (int64_t start = begin + (end - begin - 1) / p->chunk * p->chunk; start >= begin; start -= p->chunk)
+    for (int64_t start = begin + (end - begin - 1) / p->chunk * p->chunk; end > begin && start >= begin; start -= p->chunk)
         for (int64_t h = first; h < last; h++)
             backward_chunk(p, w, n, h, start, start + p->chunk < end ? start + p->chunk : end,
                            w->S + (h - first) * size, w->units[h - first]);

@@ -14,9 +14,12 @@ from torch import Tensor
 from regla.ops.checks import check_bounds
 from regla.ops.fused import Inputs, gate_kind, rows
 from regla.ops.native.build import load
+from regla.ops.units import NOTHING, no_unit_suits, top_exponents
 
 #: Tokens from one state that is kept for the backward pass to the next.
 CHUNK = 64
+
+_TINY = -60  # the exponent of gradients that come near denormal numbers in the C kernels
 
 _KINDS = {"none": 0, "log": 1, "refined": 2}
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -152,7 +155,79 @@ def backward(
     grads: Sequence[Tensor | None],
     d_initial: Tensor,
 ) -> None:
-    """Fill the gradients of q, k, v, gk, rk, gv, rv and of the initial state."""
+    """Fill the gradients of q, k, v, gk, rk, gv, rv and of the initial state.
+
+    The C kernels have a unit for each sequence and head. What one unit does not suit, and what is so small that they
+    would take it for 0, as they do denormal numbers, comes to them by itself or multiplied by a power of two.
+    """
+    of_outputs = _exponents_of_outputs(d_o, inputs)
+    of_state = None if d_final is None else top_exponents(d_final, (2, 3))
+    # Of outputs the kernels multiply gradients by 2^-72 or more, with the safe exponential.
+    lowered = of_outputs - (72 if safe_exp else 0) * (of_outputs > NOTHING)
+    if d_final is not None and of_state is not None and no_unit_suits(lowered, of_state):
+        at_once = [(d_o, None, of_outputs), (torch.zeros_like(d_o), d_final, of_state)]
+    else:
+        at_once = [(d_o, d_final, of_outputs)]
+    options = inputs, m, factors, states, scale, safe_exp, decaying
+    for i, (d_outputs, d_state, exponents) in enumerate(at_once):
+        into = grads if i == 0 else [None if x is None else torch.empty_like(x) for x in grads]
+        into_initial = d_initial if i == 0 else torch.empty_like(d_initial)
+        _backward_in_range(d_outputs, d_state, exponents, into, into_initial, *options)
+        if i > 0:
+            for total, x in zip([*grads, d_initial], [*into, into_initial], strict=True):
+                if total is not None and x is not None:
+                    total += x
+
+
+def _exponents_of_outputs(d_o: Tensor, inputs: Inputs) -> Tensor:
+    """`top_exponents` of d_o [B, T, HQ, V] for each sequence and state head, [N, H]."""
+    d_o = d_o.unflatten(2, (inputs.k.shape[2], -1))
+    if inputs.cu_seqlens is None:
+        return top_exponents(d_o, (1, 3, 4))
+    bounds = itertools.pairwise(inputs.cu_seqlens.tolist())
+    nothing = d_o.new_zeros(1, 1, *d_o.shape[2:])
+    of_sequences = [top_exponents(d_o[:, lo:hi] if lo < hi else nothing, (1, 3, 4)) for lo, hi in bounds]
+    return torch.cat(of_sequences)
+
+
+def _backward_in_range(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    exponents: Tensor,
+    grads: Sequence[Tensor | None],
+    d_initial: Tensor,
+    inputs: Inputs,
+    *options: Any,
+) -> None:
+    """`_backward` of what a power of two brings to about 1, where it is tiny; `exponents` [N, H] say how tiny."""
+    tiny = (exponents > NOTHING) & (exponents < _TINY)
+    if not tiny.any():
+        return _backward(d_o, d_final, grads, d_initial, inputs, *options)
+    up = torch.where(tiny, -exponents, 0)
+    by_token = up[:, None] if inputs.cu_seqlens is None else up.repeat_interleave(inputs.cu_seqlens.diff(), 0)[None]
+    by_token = by_token[..., None]  # [B, T or 1, H, 1]
+    of_queries = by_token.repeat_interleave(d_o.shape[2] // up.shape[1], 2)
+    d_final = None if d_final is None else torch.ldexp(d_final, up[..., None, None])
+    _backward(torch.ldexp(d_o.float(), of_queries), d_final, grads, d_initial, inputs, *options)
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            grad.copy_(torch.ldexp(grad.float(), -(of_queries if i == 0 else by_token)))
+    d_initial.copy_(torch.ldexp(d_initial, -up[..., None, None]))
+
+
+def _backward(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    grads: Sequence[Tensor | None],
+    d_initial: Tensor,
+    inputs: Inputs,
+    m: Tensor,
+    factors: Tensor,
+    states: Tensor,
+    scale: float,
+    safe_exp: bool,
+    decaying: bool,
+) -> None:
     call = _Call(inputs)
     call.problem.scale, call.problem.safe_exp, call.problem.decaying = scale, safe_exp, decaying
     call.rows("d_o", rows(d_o.float()))

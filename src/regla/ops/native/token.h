@@ -91,7 +91,11 @@ static double log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(
 
 static double log_add(double x, double y) { return x > y ? x + log1p(exp(y - x)) : y + log1p(exp(x - y)); }
 
+/* A logit of -inf, finite: inf - inf would be nan. */
+static double finite_logit(double x) { return x < NO_KEY ? NO_KEY : x; }
+
 static double log_refined(double a, double c) {
+    a = finite_logit(a), c = finite_logit(c);
     double forget = exp(log_sigmoid(-a)), u = forget * (forget + 2 * exp(log_sigmoid(-c)) * (1 - forget));
     if (u < 0.5) return log1p(-u);
     return log_sigmoid(a) + log_add(log_sigmoid(a), log_sigmoid(-a) + log_sigmoid(c) + log(2.0));
@@ -149,8 +153,9 @@ INLINE int gate(int64_t kind, const float *g, const float *r, int64_t n, float *
         for (int64_t i = 0; i < n; i++) {
             decay[i] = (float)log_refined(g[i], r[i]);
             if (slope_g) {
-                double forget = exp(log_sigmoid(-(double)g[i])), coarse = exp(log_sigmoid(-(double)r[i]));
-                double share = exp(log_sigmoid(log_sigmoid(r[i]) - g[i] + log(2.0)));
+                double a = finite_logit(g[i]), c = finite_logit(r[i]);
+                double forget = exp(log_sigmoid(-a)), coarse = exp(log_sigmoid(-c));
+                double share = exp(log_sigmoid(log_sigmoid(c) - a + log(2.0)));
                 slope_g[i] = (float)(forget * (2 * coarse * (1 - share) + share));
                 slope_r[i] = (float)(share * coarse);
             }
