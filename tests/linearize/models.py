@@ -3,6 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -46,3 +48,10 @@ def collapsed(**changes):
             # The last channel of each half turns slowest, so that RoPE leaves the constant nearly one.
             layer.self_attn.k_proj.bias.view(2, 16)[:, 15] = 12.0
     return model
+
+
+def command(folder, out, *more):
+    """`regla linearize` of the model in `folder`, see the fixture of that name."""
+    text = str(folder / "text.txt")
+    sizes = ["--seq-len", "64", "--batch-size", "4", "--valid-tokens", "1000", "--calibration-tokens", "1024"]
+    return ["linearize", str(folder / "model"), "--out", str(out), "--data", text, *sizes, *more]

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from regla.cli import main
 from regla.data.tokenizer import train_tokenizer
 from regla.linearize import check_transfer, convert, layer_types
+from regla.models import ReGLAConfig
 
 
 def llama(**changes) -> LlamaForCausalLM:
@@ -162,6 +163,8 @@ def test_command_line_errors(arguments, message, tmp_path, monkeypatch, capsys):
 def test_layer_types():
     assert layer_types(4, "every-2") == ["linear_attention", "full_attention"] * 2
     assert layer_types(3, "none") == ["linear_attention"] * 3
+    assert layer_types(3, "0") == ["full_attention", "linear_attention", "linear_attention"]
+    assert layer_types(3, "2, 0") == layer_types(3, [0, 2]) == ["full_attention", "linear_attention", "full_attention"]
     assert layer_types(3, [0]) == ["full_attention", "linear_attention", "linear_attention"]
 
 
@@ -176,6 +179,10 @@ def test_layer_types():
 def test_bad_keep(keep, message):
     with pytest.raises(ValueError, match=message):
         convert(llama(), keep)
+
+
+def test_the_gate_decays_the_axis_of_every_other_model():
+    assert convert(llama()).config.gate_axis == ReGLAConfig().gate_axis == "key"
 
 
 def test_bad_models_and_arguments():

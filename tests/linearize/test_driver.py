@@ -1,8 +1,10 @@
 """`regla linearize` as a whole: what it prints and saves, that training helps, and what it refuses."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,54 +20,7 @@ from regla.data.tokenizer import train_tokenizer
 from regla.linearize.config import LinearizeConfig
 from regla.linearize.driver import linearize
 from regla.runtime.log import TrainingLog, read_log
-from regla.runtime.progress import Progress
-from regla.train.config import TrainConfig
-from regla.train.loop import optimise
-from tests.linearize.models import llama, qwen2
-
-WORDS = "the cat sat on a mat and saw dog that ran to its house by old tree where birds sang all day".split()  # noqa: SIM905
-TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model that was trained a little, so that there is something to keep; with its texts."""
-    place = tmp_path_factory.mktemp("original")
-    torch.manual_seed(0)
-    picks = torch.randint(len(WORDS), (12_000,)).tolist()
-    # Every second word repeats the one four words back: only attention to the past predicts it.
-    for index in range(4, len(picks), 2):
-        picks[index] = picks[index - 4]
-    text = " ".join(WORDS[pick] for pick in picks)
-    (place / "text.txt").write_text(text)
-    tokenizer = train_tokenizer([text], 300)
-    tokenizer.chat_template = TEMPLATE
-    model = llama(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=2,
-        initializer_range=0.05,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
-    tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int32)
-    run = TrainConfig(out="-", steps=150, seq_len=64, batch_size=8, lr=5e-3)
-    optimise(model, tokens, run, progress=Progress(), stop=lambda: False)
-    model.eval().save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    return place
-
-
-def command(folder, out, *more):
-    text = str(folder / "text.txt")
-    sizes = ["--seq-len", "64", "--batch-size", "4", "--valid-tokens", "1000", "--calibration-tokens", "1024"]
-    return ["linearize", str(folder / "model"), "--out", str(out), "--data", text, *sizes, *more]
-
-
-@pytest.fixture(scope="module")
-def converted(folder):
-    out = folder / "converted"
-    assert main(command(folder, out, "--keep", "none", "--steps", "90", "--lr", "3e-3")) == 0
-    return out
+from tests.linearize.models import TEMPLATE, command, llama, qwen2
 
 
 def test_training_brings_the_model_back(converted):
@@ -136,6 +91,26 @@ def test_dry_run_writes_nothing(folder, tmp_path, capsys):
     for expected in ("parameters", "training memory", "2,560 (10 steps of 4 x 64)", "512k tokens"):
         assert expected in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_needs_no_folder(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in command(folder, "OUT", "--dry-run") if word not in ("--out", "OUT")]
+    assert main(words) == 0
+    assert "10," in capsys.readouterr().out.split("text  ")[1].splitlines()[0]  # tokens of the text
+    assert not list(tmp_path.iterdir())
+    assert main([word for word in words if word != "--dry-run"]) == 2
+    assert "--out is missing; name a new folder for the model, or use --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["accelerate", "gguf"])
+def test_dry_run_of_gguf_asks_for_what_the_run_needs(package, tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    found = importlib.util.find_spec
+    for module in ("regla.linearize.load.find_spec", "importlib.util.find_spec"):
+        monkeypatch.setattr(module, lambda name, *more: None if name == package else found(name, *more))
+    assert main(["linearize", str(tmp_path / "model.gguf"), "--dry-run"]) == 2
+    assert f"needs the package {package}, which is not installed" in sentence(capsys.readouterr().err)
 
 
 def test_interrupt_saves_the_model(folder, tmp_path):
@@ -309,10 +284,11 @@ def pickled(place):
 def test_bad_models(make, message, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     make(tmp_path / "model")
-    assert main(["linearize", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert re.search(message, sentence(error)), error
-    assert not (tmp_path / "out").exists()
+    for more in ([], ["--dry-run"]):
+        assert main(["linearize", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *more]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, sentence(error)), error
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -322,7 +298,14 @@ def test_bad_models(make, message, tmp_path, capsys):
         (["--steps", "5", "--transfer-steps", "6"], "--transfer-steps is 6, expected 0 to 5"),
         (["--calibration-tokens", "600"], "--calibration-tokens is 600, expected at least 1024"),
         (["--lr", "0"], "--lr is 0.0, expected a number above 0"),
-        (["--keep", "most"], "keep is 'most'; expected"),
+        (["--keep", "most"], "--keep is 'most'; expected 'none', 'every-N' with N of at least 2, or layer numbers"),
+        (["--keep", "0,5"], "--keep names layer 5; the model has layers 0 to 1"),
+        (["--keep", "0,,1"], "--keep is '0,,1'; expected"),
+        (["--keep", "0,1"], "--keep 0,1 names every layer, so that none becomes linear"),
+        (["--lr", "nan"], "--lr is nan, expected a number above 0"),
+        (["--gate-bias", "inf"], "--gate-bias is inf, expected a finite number"),
+        (["--seed", str(2**70)], f"--seed is {2**70}, expected at most"),
+        (["--batch-size", str(10**15)], "--batch-size is 1000000000000000, expected at most"),
         (["--data", "missing.txt"], "There is no file missing.txt"),
         (["--data", "short.txt"], "expected more than one sequence of 512; give more text"),
     ],
@@ -330,10 +313,42 @@ def test_bad_models(make, message, tmp_path, capsys):
 def test_bad_arguments(folder, more, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("the cat sat on a mat. " * 20)
-    assert main(command(folder, tmp_path / "out", *more)) == 2
-    error = capsys.readouterr().err
-    assert message in sentence(error)
-    assert not (tmp_path / "out").exists()
+    for dry in ([], ["--dry-run"]):
+        assert main(command(folder, tmp_path / "out", *more, *dry)) == 2
+        error = capsys.readouterr().err
+        assert message in sentence(error)
+        assert not (tmp_path / "out").exists()
+
+
+def test_keep_by_number(folder, tmp_path):
+    assert main(command(folder, tmp_path / "out", "--keep", "0")) == 0
+    kinds = json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"]
+    assert kinds == ["full_attention", "linear_attention"]
+    assert LinearizeConfig(model="m", out="o", keep=(0, 7)).keep == "0,7"
+
+
+def test_an_unknown_activation(folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "sililu"}))
+    for more in ([], ["--dry-run"]):
+        words = command(folder, tmp_path / "out", *more)
+        words[1] = str(model)
+        assert main(words) == 2
+        assert "sililu" in sentence(capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+
+
+def test_full_memory_is_one_sentence(folder, tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("regla.linearize.driver.calibrate", full)
+    assert main(command(folder, tmp_path / "out")) == 1
+    assert sentence(capsys.readouterr().err) == (
+        "regla: error: The memory is full; lower --batch-size, --seq-len or --calibration-tokens."
+    )
 
 
 def test_stages():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from regla.data.sources import Source
 from regla.linearize.budget import budget, seconds_per_sequence, training_time
 from regla.linearize.calibration import calibrate, calibration_table
 from regla.linearize.config import CALIBRATION_LENGTH, LinearizeConfig
@@ -25,7 +26,8 @@ from regla.linearize.texts import Texts, encode_texts, read_texts
 from regla.linearize.transfer import check_transfer, linear_layers
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.runtime.device import autocast, pick_device
-from regla.runtime.files import new_folder
+from regla.runtime.files import alone_in, new_folder_alone, remove_unfinished
+from regla.runtime.processes import check_one_process
 from regla.runtime.signals import Interrupted
 from regla.train.loop import crops
 
@@ -54,53 +56,70 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
         MemoryError: there is too little memory; likewise.
         OSError: a checkpoint cannot be written; those before it are untouched.
     """
-    check_out(config)
-    device = pick_device(config.device)
-    original_config = load_config(config.model)
-    check_weights(config.model)
-    planned = student_config(config, original_config)
-    sources = read_texts(config)
-    with _enough_memory():
+    check_one_process("linearize")
+    with ExitStack() as held, _enough_memory():
+        if config.out is not None and config.resume is not None and Path(config.out).is_dir():
+            held.enter_context(alone_in(config.out, "conversion"))
+        check_out(config)
+        device = pick_device(config.device)
+        original_config = load_config(config.model)
+        check_weights(config.model)
+        planned = student_config(config, original_config)
+        sources = read_texts(config)
         if config.dry_run:
             texts = encode_texts(config, sources, load_tokenizer(config.model, original_config))
             _print_plan(config, original_config, planned, texts, device)
             return None
-        original, tokenizer = load_original(config.model)
-        texts = encode_texts(config, sources, tokenizer)
-        stages = plan_stages(config, texts.train_hash)
-        student = make_student(config, original)
-        assert config.out is not None
-        known = _known(Path(config.out), texts)
-        goes_on = resumed(stages)
-        reused = goes_on and {"original", "converted"} <= known["scores"].keys()
-        error = known["transfer_error"] if reused else _prove(config, student)
-        model, new = student.model.to(device), student.new
-        del student  # the weights that it came from
-        original, tokens_N = original.to(device), torch.from_numpy(texts.train_N).to(device)
-        rows = known["calibration"] if reused else _calibrate(config, original, model, new, tokens_N)
-        out = Path(config.out) if config.resume is not None and Path(config.out).is_dir() else new_folder(config.out)
-        summary = new_summary(config, texts=texts.hash, device=device, origin=origin_of(config.model)) | {
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "linear_layers": sorted(linear_layers(model)),
-            "transfer_error": error,
-            "calibration": rows,
-            "stages": known["stages"] if goes_on else {},
-        }
-        for state, scored in (("original", original), ("converted", model)):
-            stored = known["scores"].get(state)
-            summary["scores"][state] = stored or [asdict(row) for row in texts.scores(scored, config)]
-            write_summary(out, summary)
-        if not goes_on:
-            save(out, model, tokenizer, summary)
-        if stages:
-            signal = run_stages(original, model, new, tokens_N, stages, out=out, summary=summary)
-            if signal is None:
-                summary["scores"]["trained"] = [asdict(row) for row in texts.scores(model, config)]
-            save(out, model, tokenizer, summary)
-            if signal is not None:
-                print(f"Interrupted; the model as it is now is in {out}. --resume goes on from the last checkpoint.")
-                raise Interrupted(signal)
-            remove_checkpoints(stages)
+        return _convert(config, sources, device, held)
+
+
+def _convert(
+    config: LinearizeConfig,
+    sources: tuple[Sequence[Source], Sequence[Source]],
+    device: torch.device,
+    held: ExitStack,
+) -> dict[str, Any]:
+    """The run itself, its inputs checked; `held` keeps the folder."""
+    original, tokenizer = load_original(config.model)
+    texts = encode_texts(config, sources, tokenizer)
+    stages = plan_stages(config, texts.train_hash)
+    student = make_student(config, original)
+    assert config.out is not None
+    out = Path(config.out)
+    known = _known(out, texts)
+    goes_on = resumed(stages)
+    reused = goes_on and {"original", "converted"} <= known["scores"].keys()
+    error = known["transfer_error"] if reused else _prove(config, student)
+    model, new = student.model.to(device), student.new
+    del student  # the weights that it came from
+    original, tokens_N = original.to(device), torch.from_numpy(texts.train_N).to(device)
+    rows = known["calibration"] if reused else _calibrate(config, original, model, new, tokens_N)
+    if out.is_dir() and config.resume is not None:
+        remove_unfinished(out)
+    else:
+        held.enter_context(new_folder_alone(out, "conversion"))
+    summary = new_summary(config, texts=texts.hash, device=device, origin=origin_of(config.model)) | {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "linear_layers": sorted(linear_layers(model)),
+        "transfer_error": error,
+        "calibration": rows,
+        "stages": known["stages"] if goes_on else {},
+    }
+    for state, scored in (("original", original), ("converted", model)):
+        stored = known["scores"].get(state)
+        summary["scores"][state] = stored or [asdict(row) for row in texts.scores(scored, config)]
+        write_summary(out, summary)
+    if not goes_on:
+        save(out, model, tokenizer, summary)
+    if stages:
+        signal = run_stages(original, model, new, tokens_N, stages, out=out, summary=summary)
+        if signal is None:
+            summary["scores"]["trained"] = [asdict(row) for row in texts.scores(model, config)]
+        save(out, model, tokenizer, summary)
+        if signal is not None:
+            print(f"Interrupted; the model as it is now is in {out}. --resume goes on from the last checkpoint.")
+            raise Interrupted(signal)
+        remove_checkpoints(stages)
     print(score_table(summary["scores"]))
     untrained = "" if stages else "; its gates are untrained: add --steps, or train it further"
     print(f"Saved to {out}{untrained}.")
@@ -167,11 +186,10 @@ def _enough_memory() -> Iterator[None]:
     """Full memory becomes MemoryError with the advice of what to lower."""
     try:
         yield
-    except torch.OutOfMemoryError as full:
-        raise MemoryError("The memory of the GPU is full; lower --batch-size or --seq-len.") from full
-    except MemoryError as full:
-        raise MemoryError("The memory is full; lower --batch-size or --seq-len.") from full
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch has no class of its own for a CPU's
+    except (MemoryError, RuntimeError) as error:
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        # Of a CPU's full memory PyTorch makes a plain RuntimeError.
+        if not (gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             raise
-        raise MemoryError("The memory is full; lower --batch-size or --seq-len.") from error
+        place = "memory of the GPU" if gpu else "memory"
+        raise MemoryError(f"The {place} is full; lower --batch-size, --seq-len or --calibration-tokens.") from error

@@ -40,7 +40,7 @@ def check_out(config: LinearizeConfig) -> None:
     begun = any(found_in(folder / CHECKPOINTS) for folder in folders)
     summary = read_summary(out)
     if config.resume is None:
-        if begun and not finished(summary):
+        if (begun or summary.get("arguments", {}).get("steps")) and not finished(summary):
             raise OptionError(
                 "{folder} is not empty; give {out} a new folder, or {resume} to go on with its conversion.", folder=out
             )
