@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from regla.runtime.errors import flag
+from regla.runtime.install import install_regla
 
 _OF_ONE_RUN = ("dry_run", "resume", "save_every")
 _STATES = {"original": "original", "converted": "after conversion", "trained": "after training"}
@@ -30,7 +31,7 @@ def model_card(summary: dict[str, Any]) -> str:
         "(ReGLA, arXiv 2502.01578): their memory does not grow with the text. "
         f"The model has {summary['parameters']:,} parameters.",
         "",
-        "With the package `regla` installed:",
+        f"It needs the package `regla` (`{install_regla()}`):",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -16,7 +16,7 @@ from regla.data.sources import Source
 from regla.linearize.budget import budget, seconds_per_sequence, training_time
 from regla.linearize.calibration import calibrate, calibration_table
 from regla.linearize.config import CALIBRATION_LENGTH, LinearizeConfig
-from regla.linearize.load import check_weights, load_config, load_original, load_tokenizer
+from regla.linearize.load import check_original, load_config, load_original, load_tokenizer
 from regla.linearize.origin import origin_of
 from regla.linearize.resume import check_out
 from regla.linearize.stages import plan_stages, remove_checkpoints, resumed, run_stages
@@ -63,7 +63,7 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
         check_out(config)
         device = pick_device(config.device)
         original_config = load_config(config.model)
-        check_weights(config.model)
+        check_original(config.model, original_config)
         planned = student_config(config, original_config)
         sources = read_texts(config)
         if config.dry_run:

@@ -16,6 +16,7 @@ from regla.linearize.families import config_arguments
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.models.folders import load_model
 from regla.runtime.errors import OptionError
+from regla.runtime.files import brief
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -32,14 +33,24 @@ def load_config(model: str) -> PreTrainedConfig:
     return config
 
 
-def check_weights(model: str) -> None:
-    """Raise ValueError where a folder has no weights that `load_original` takes; a name on the hub is not looked up."""
+def check_original(model: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError where `load_original` would fail for want of weights or for a configuration that makes no model.
+
+    It reads no weights and does not look for those of a name on the hub.
+    """
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{model} cannot be loaded (it has no .safetensors file, and pickled weights are not read); save the model "
             "with save_pretrained first."
         )
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever the parts of a model raise for a value that they do not know
+        raise ValueError(
+            f"The configuration of {model} makes no model ({brief(error)}); correct its config.json."
+        ) from error
 
 
 def load_original(model: str) -> tuple[PreTrainedModel, Tokenizer]:

@@ -19,9 +19,10 @@ def origin_of(model: str) -> dict[str, Any]:
     The base of a folder or file is its name, since nothing else is known of it.
     """
     path = Path(model)
-    name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else model
+    gguf = path.suffix.lower() == ".gguf"
+    name = path.stem if gguf else path.resolve().name if path.is_dir() else model
     base = {"base_model": name} if _HUB_NAME.fullmatch(name) else {}
-    found = _of_gguf(path) if path.suffix == ".gguf" else _of_card(_card(model))
+    found = _of_gguf(path) if gguf else _of_card(_card(model))
     return base | {key: found[key] for key in _TAKEN_OVER if isinstance(found.get(key), str | list)}
 
 
