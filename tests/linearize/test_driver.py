@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from regla.cli import main
 from regla.data.tokenizer import train_tokenizer
+from regla.linearize import driver
 from regla.linearize.config import LinearizeConfig
 from regla.linearize.driver import linearize
 from regla.runtime.log import TrainingLog, read_log
@@ -245,6 +246,33 @@ def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_gradient_that_is_not_finite(step, folder, tmp_path, monkeypatch, capsys):
+    """Behind a finite loss, in a step that saves a checkpoint and in the last one: no such weight is ever saved."""
+    out = tmp_path / "out"
+    backward, calls = torch.Tensor.backward, []
+
+    def spoilt(loss, *args, **options):
+        backward(loss, *args, **options)
+        calls.append(1)
+        if len(calls) == step:
+            norm = model[0].model.norm.weight
+            norm.grad = torch.full_like(norm, float("nan"))
+
+    model = []
+    run = driver.run_stages
+    monkeypatch.setattr(driver, "run_stages", lambda *args, **options: model.append(args[1]) or run(*args, **options))
+    monkeypatch.setattr(torch.Tensor, "backward", spoilt)
+    options = ("--steps", "6", "--transfer-steps", "0", "--save-every", "2")
+    assert main(command(folder, out, *options)) == 1
+    assert "not finite" in (error := capsys.readouterr().err) or "no longer finite" in error
+    assert "trained" not in json.loads((out / "linearize.json").read_text())["scores"]
+    for file in out.rglob("*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(file).values()), file
+    monkeypatch.undo()
+    assert main(command(folder, out, *options, "--resume")) == 0
+
+
 def sentence(error):
     """The last line, which is all there is but for transformers' progress bars, off only where `regla` starts anew."""
     *before, last = re.split(r"[\r\n]+", error.strip())
@@ -347,7 +375,7 @@ def test_full_memory_is_one_sentence(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("regla.linearize.driver.calibrate", full)
     assert main(command(folder, tmp_path / "out")) == 1
     assert sentence(capsys.readouterr().err) == (
-        "regla: error: The memory is full; lower --batch-size, --seq-len or --calibration-tokens."
+        "regla: error: The memory of the device is full; lower --batch-size, --seq-len or --calibration-tokens."
     )
 
 

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 from regla.layers import ReGLAAttention
 from regla.layers.positions import apply_rotary
 from regla.linearize.observe import Attention, observed_attention
-from regla.linearize.transfer import exact_products, linear_layers
+from regla.linearize.transfer import linear_layers
 from regla.models import ReGLAForCausalLM
+from regla.runtime.device import float32_products
 
 #: What scales are chosen from.
 SCALES = (0.0625, 0.125, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
@@ -58,7 +59,7 @@ class LayerCalibration:
 
 
 @torch.no_grad()
-@exact_products()
+@float32_products()
 def calibrate(
     original: PreTrainedModel,
     converted: ReGLAForCausalLM,

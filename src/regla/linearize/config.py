@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from regla.runtime.errors import OptionError, check_choice, check_count, check_number, check_seed
+from regla.runtime.options import without_effect
 from regla.train.config import DEVICES, DTYPES, RESUME
 
 CALIBRATION_LENGTH = 512  # tokens of a sequence that layers are calibrated on
@@ -24,9 +25,9 @@ _TRANSFER_SHARE = 1 / 3  # of the steps go to attention transfer, unless told ot
 class LinearizeConfig:
     """One conversion by `regla.linearize.driver.linearize`; the defaults are the command's."""
 
-    model: str
+    model: str = without_effect()
     """The original: a name on the Hugging Face hub, a folder or a .gguf file."""
-    out: str | None = None
+    out: str | None = without_effect(None)
     """Folder for the converted model; must be new or empty, unless `resume`. A dry run needs none."""
     init: str | None = None
     """Folder of a converted model to go on from, with `model` as its teacher; None: convert `model` itself."""
@@ -34,11 +35,11 @@ class LinearizeConfig:
     """Layers that keep softmax attention, see `regla.linearize.layer_types`; None: KEEP, or those of `init`."""
     gate_bias: float = GATE_BIAS
     """Where the biases of the new forget gates start."""
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] = without_effect(())
     """Text or token files to calibrate and train on; none: the embedded text."""
-    valid: tuple[str, ...] = ()
+    valid: tuple[str, ...] = without_effect(())
     """Files to validate on; none: the last tenth of every data file, which is then not trained on."""
-    valid_tokens: int = 100_000
+    valid_tokens: int = without_effect(100_000)
     """Tokens of each validation source that are scored, at most."""
     calibration_tokens: int = 4096
     steps: int = 0
@@ -50,14 +51,14 @@ class LinearizeConfig:
     lr: float = 1e-3
     """Peak learning rate of the mixers in both stages; all other parameters learn at REST_LR times that."""
     seed: int = 0
-    device: str = "auto"
+    device: str = without_effect("auto")
     dtype: str = "float32"
-    """Of matrix products in training and scoring; weights, states and losses stay float32."""
-    compile: bool = False
-    dry_run: bool = False
-    save_every: int | None = None
+    """Of matrix products in training and scoring, see `regla.runtime.device`."""
+    compile: bool = without_effect(False)
+    dry_run: bool = without_effect(False)
+    save_every: int | None = without_effect(None)
     """Steps between checkpoints; None: a tenth of a stage, but at least 50."""
-    resume: str | None = None
+    resume: str | None = without_effect(None)
     """Go on in `out`, from the newest checkpoint of its stage (`latest`) or the one before that (`previous`)."""
 
     def __post_init__(self) -> None:

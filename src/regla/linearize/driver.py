@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from regla.linearize.summary import new_summary, read_summary, save, score_table
 from regla.linearize.texts import Texts, encode_texts, read_texts
 from regla.linearize.transfer import check_transfer, linear_layers
 from regla.models import ReGLAConfig, ReGLAForCausalLM
-from regla.runtime.device import autocast, pick_device
+from regla.runtime.device import autocast, float32_products, out_of_memory, pick_device
+from regla.runtime.errors import OptionMemoryError
 from regla.runtime.files import alone_in, new_folder_alone, remove_unfinished
 from regla.runtime.processes import check_one_process
+from regla.runtime.progress import CALMER
 from regla.runtime.signals import Interrupted
 from regla.train.loop import crops
 
 
+@float32_products()
 def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
     """Convert a pretrained model, prove it, calibrate it, train it, and save it with everything that belongs to it.
 
@@ -57,20 +61,32 @@ def linearize(config: LinearizeConfig) -> dict[str, Any] | None:
         OSError: a checkpoint cannot be written; those before it are untouched.
     """
     check_one_process("linearize")
-    with ExitStack() as held, _enough_memory():
-        if config.out is not None and config.resume is not None and Path(config.out).is_dir():
-            held.enter_context(alone_in(config.out, "conversion"))
-        check_out(config)
-        device = pick_device(config.device)
-        original_config = load_config(config.model)
-        check_original(config.model, original_config)
-        planned = student_config(config, original_config)
-        sources = read_texts(config)
-        if config.dry_run:
-            texts = encode_texts(config, sources, load_tokenizer(config.model, original_config))
-            _print_plan(config, original_config, planned, texts, device)
-            return None
-        return _convert(config, sources, device, held)
+    with ExitStack() as held:
+        try:
+            return _linearize(config, held)
+        except BaseException as error:
+            if not out_of_memory(error):
+                raise
+            raise OptionMemoryError(
+                "The memory of the device is full; lower {batch_size}, {seq_len} or {calibration_tokens}."
+            ) from error
+
+
+def _linearize(config: LinearizeConfig, held: ExitStack) -> dict[str, Any] | None:
+    """Check the inputs, then plan or run; `held` keeps the folder."""
+    if config.out is not None and config.resume is not None and Path(config.out).is_dir():
+        held.enter_context(alone_in(config.out, "conversion"))
+    check_out(config)
+    device = pick_device(config.device)
+    original_config = load_config(config.model)
+    check_original(config.model, original_config)
+    planned = student_config(config, original_config)
+    sources = read_texts(config)
+    if config.dry_run:
+        texts = encode_texts(config, sources, load_tokenizer(config.model, original_config))
+        _print_plan(config, original_config, planned, texts, device)
+        return None
+    return _convert(config, sources, device, held)
 
 
 def _convert(
@@ -79,7 +95,7 @@ def _convert(
     device: torch.device,
     held: ExitStack,
 ) -> dict[str, Any]:
-    """The run itself, its inputs checked; `held` keeps the folder."""
+    """The run itself, its inputs checked."""
     original, tokenizer = load_original(config.model)
     texts = encode_texts(config, sources, tokenizer)
     stages = plan_stages(config, texts.train_hash)
@@ -115,6 +131,8 @@ def _convert(
         signal = run_stages(original, model, new, tokens_N, stages, out=out, summary=summary)
         if signal is None:
             summary["scores"]["trained"] = [asdict(row) for row in texts.scores(model, config)]
+            if not all(math.isfinite(row["loss"]) for row in summary["scores"]["trained"]):
+                raise FloatingPointError(f"The validation loss of the trained model is not finite; {CALMER}.")
         save(out, model, tokenizer, summary)
         if signal is not None:
             print(f"Interrupted; the model as it is now is in {out}. --resume goes on from the last checkpoint.")
@@ -179,17 +197,3 @@ def _print_plan(
         with autocast(device, config.dtype):
             seconds = seconds_per_sequence(planned, device=device, **sizes)
         print(training_time(seconds, sequences=config.steps * config.batch_size, device=device))
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Full memory becomes MemoryError with the advice of what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        gpu = isinstance(error, torch.OutOfMemoryError)
-        # Of a CPU's full memory PyTorch makes a plain RuntimeError.
-        if not (gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
-            raise
-        place = "memory of the GPU" if gpu else "memory"
-        raise MemoryError(f"The {place} is full; lower --batch-size, --seq-len or --calibration-tokens.") from error

@@ -13,22 +13,18 @@ from regla.linearize.config import LinearizeConfig
 from regla.linearize.summary import finished, read_summary
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
 from regla.runtime.checkpoint import found_in
-from regla.runtime.errors import OptionError, flag
+from regla.runtime.errors import OptionError
 from regla.runtime.files import check_new, content_of
-
-_WITHOUT_EFFECT = {  # options that do not change what a step computes; the data count by their tokens
-    *("model", "out", "data", "valid", "valid_tokens", "device", "compile", "dry_run", "save_every", "resume"),
-}
+from regla.runtime.options import by_flag, with_effect
 
 
 def stage_folder(out: str | Path, number: int) -> Path:
     return Path(out) / f"stage-{number}"
 
 
-def settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What the weights depend on, by option."""
-    options = {flag(name): value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}
-    return options | {"MODEL": arguments.get("model")}
+def settings(config: LinearizeConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of arguments, which may be those of another run, what the weights depend on, by option."""
+    return by_flag({name: arguments.get(name) for name in with_effect(config)}) | {"MODEL": arguments.get("model")}
 
 
 def check_out(config: LinearizeConfig) -> None:
@@ -56,8 +52,8 @@ def check_out(config: LinearizeConfig) -> None:
         raise ValueError(f"The conversion in {out} is finished; there is nothing to resume.")
     if not begun and not summary:
         raise OptionError("{folder} holds no conversion to resume; give {out} the folder of one.", folder=out)
-    ours = settings(json.loads(json.dumps(asdict(config))))
-    theirs = settings(summary["arguments"]) if summary else ours
+    ours = settings(config, json.loads(json.dumps(asdict(config))))
+    theirs = settings(config, summary["arguments"]) if summary else ours
     for key in ours:
         if theirs.get(key) != ours[key]:
             raise OptionError(

@@ -21,7 +21,7 @@ from regla.runtime.checkpoint import Checkpoints, found_in
 from regla.runtime.log import TrainingLog, read_log
 from regla.runtime.progress import Progress
 from regla.runtime.signals import Signals
-from regla.train.config import TrainConfig
+from regla.train.config import LoopConfig
 from regla.train.loop import Group, Loss, optimise
 from regla.train.regions import compiled_blocks
 
@@ -36,7 +36,7 @@ class Stage:
     """One stage: how it trains, and where it goes on."""
 
     name: str
-    config: TrainConfig
+    config: LoopConfig
     checkpoints: Checkpoints
     complete: bool
     """A later stage has checkpoints, which hold what this one has left."""
@@ -54,7 +54,7 @@ def plan_stages(config: LinearizeConfig, data_hash: str) -> list[Stage]:
         ValueError: the checkpoint to resume from is damaged, or of other settings or data.
     """
     assert config.out is not None
-    weights_depend_on = settings(asdict(config)) | {"--data (SHA-256 of its tokens)": data_hash}
+    weights_depend_on = settings(config, asdict(config)) | {"--data (SHA-256 of its tokens)": data_hash}
     stages: list[Stage] = []
     for number, (name, steps) in reversed(list(enumerate(config.stages.items(), 1))):
         folder = stage_folder(config.out, number)
@@ -62,8 +62,7 @@ def plan_stages(config: LinearizeConfig, data_hash: str) -> list[Stage]:
         resume = None if complete else config.resume
         if resume == "previous" and not found_in(folder / CHECKPOINTS):
             resume = "latest"  # there is none yet; the one that is damaged is of the stage before
-        run = TrainConfig(
-            out=str(folder),
+        run = LoopConfig(
             steps=steps,
             seq_len=config.seq_len,
             batch_size=config.batch_size,

@@ -17,17 +17,7 @@ from transformers import PreTrainedModel
 from regla.layers import ReGLAAttention
 from regla.layers.positions import apply_rotary
 from regla.models import ReGLAForCausalLM
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Within the context float32 matrices are multiplied in float32, even where TF32 is allowed elsewhere."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+from regla.runtime.device import float32_products
 
 
 class SoftmaxThroughMixer(nn.Module):
@@ -72,7 +62,7 @@ def softmax_in_place_of_mixers(model: ReGLAForCausalLM, layers: Iterable[int] | 
 
 
 @torch.no_grad()
-@exact_products()
+@float32_products()
 def check_transfer(
     original: PreTrainedModel,
     converted: ReGLAForCausalLM,
