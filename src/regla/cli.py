@@ -64,25 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _train_arguments(command("train", "train a model from scratch", help_texts.TRAIN, _train))
 
-    evaluate = command("eval", "score models: perplexity, probes of memory", help_texts.EVAL, _evaluate)
-    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="folder, .gguf file or name on the hub")
-    evaluate.add_argument(
-        "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
-    )
-    _text_field_argument(evaluate)
-    evaluate.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens of a window (default: the model's, at most 1024)"
-    )
-    evaluate.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="windows at a time (default: %(default)s)"
-    )
-    evaluate.add_argument("--by-position", action="store_true", help="perplexity by the position of the token, too")
-    evaluate.add_argument(
-        "--stream", type=int, metavar="N", help="one sequence of N tokens per file, in chunks of --seq-len"
-    )
-    evaluate.add_argument("--json", dest="json_file", metavar="FILE", help="write the figures there, too")
-    _where_arguments(evaluate)
-    _probe_arguments(evaluate)
+    _eval_arguments(command("eval", "score models: tasks, probes of memory, perplexity", help_texts.EVAL, _evaluate))
 
     generate = command("generate", "continue a text", help_texts.GENERATE, _generate)
     generate.add_argument("model", metavar="MODEL", help="folder, .gguf file or name on the hub")
@@ -148,10 +130,8 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     add(probes, "--depths", float, "places of the fact, 0 to 1 (default: 0,0.25,0.5,0.75,1)")
     add(probes, "--pairs", int, "pairs of mqar and kv (default: 4,16)")
     add(probes, "--gaps", int, "noise between the pairs of mqar and its queries (default: 0)")
-    for flag, text in (("--limit", "sequences of a cell (default: 100)"), ("--seed", "of the questions (default: 0)")):
-        probes.add_argument(flag, type=int, default=argparse.SUPPRESS, metavar="N", help=text)
     probes.add_argument(
-        "--out", metavar="DIR", help="page, table, records and plot; the same command goes on from there"
+        "--seed", type=int, default=argparse.SUPPRESS, metavar="N", help="of the questions (default: 0)"
     )
 
 
@@ -355,6 +335,45 @@ def _resume_argument(group: Any) -> None:
     )
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder, .gguf file or name on the hub")
+    tasks = parser.add_argument_group("tasks of lm-eval")
+    tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="boolq piqa hellaswag ...")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
+    tasks.add_argument("--data-dir", metavar="DIR", help="original data files (default: data sets of the hub)")
+    tasks.add_argument(
+        "--compare-lm-eval", action="store_true", help="score with lm-eval's own model class, too, and say what differs"
+    )
+    _probe_arguments(parser)
+    both = parser.add_argument_group("tasks and probes")
+    both.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="the first N items of a task (default: all); sequences of a probe's cell (default: 100)",
+    )
+    both.add_argument(
+        "--out", metavar="DIR", help="tables, plots and what they rest on; the same command goes on there"
+    )
+    perplexity = parser.add_argument_group("perplexity (without tasks and probes, or with --tasks and --data)")
+    perplexity.add_argument(
+        "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
+    )
+    _text_field_argument(perplexity)
+    perplexity.add_argument(
+        "--seq-len", type=int, metavar="N", help="tokens of a window (default: the model's, at most 1024)"
+    )
+    perplexity.add_argument("--by-position", action="store_true", help="perplexity by the position of the token, too")
+    perplexity.add_argument(
+        "--stream", type=int, metavar="N", help="one sequence of N tokens per file, in chunks of --seq-len"
+    )
+    perplexity.add_argument("--json", dest="json_file", metavar="FILE", help="write the figures there, too")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="sequences at a time (default: %(default)s)"
+    )
+    _where_arguments(parser)
+
+
 def _where_arguments(group: Any) -> None:
     group.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU if there is one (default)")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of matrix products (default: %(default)s)")
@@ -369,28 +388,10 @@ def _train(args: argparse.Namespace) -> None:
     train(TrainConfig(**options | {"data": tuple(args.data), "valid": tuple(args.valid)}))
 
 
-_OF_PROBES = ("lengths", "depths", "pairs", "gaps", "limit", "seed")
-
-
 def _evaluate(args: argparse.Namespace) -> None:
-    from regla.eval.perplexity import evaluate
+    from regla.eval.run import evaluate_models
 
-    options = _options(args)
-    models, probes, out = options.pop("models"), options.pop("probes"), options.pop("out")
-    plan = {name: options.pop(name) for name in _OF_PROBES if name in options}
-    if probes is not None:
-        from regla.eval.probes.command import probe
-        from regla.eval.probes.run import Plan
-
-        shared = {name: options[name] for name in ("data", "text_field", "batch_size", "device", "dtype")}
-        probe(models, Plan(probes=probes, **plan), out=out, **shared)
-        return
-    if plan or out is not None:
-        raise ValueError(f"--{next(iter(plan), 'out')} goes with --probes; name some, or leave it out.")
-    for model in models:
-        if len(models) > 1:
-            print(f"{model}:")
-        evaluate(model, **options)
+    evaluate_models(**_options(args))
 
 
 def _generate(args: argparse.Namespace) -> None:

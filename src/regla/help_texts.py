@@ -41,8 +41,15 @@ had happened (on a CPU to the same weights, bit for bit); where none was saved y
 """
 
 EVAL = """\
-Perplexity of a causal language model in a Hugging Face folder (ReGLA or any other), by file and as the mean over files.
+Score causal language models (ReGLA or any other): folders, .gguf files or names on the hub.
 
+With --tasks: EleutherAI's lm-eval, its tasks, prompts and scores (pip install 'regla[eval]'), for several models side
+by side, with standard errors and numbers of items. --data-dir reads boolq, piqa, hellaswag, winogrande, truthfulqa_mc1,
+truthfulqa_mc2, lambada_openai, arc_easy, arc_challenge, openbookqa, sciq and copa from the files that their authors
+published, without a network. A context that answers or items share runs once. After an interruption the same command
+with --out goes on; nothing is scored twice.
+
+Without --tasks and --probes: perplexity, by file and as the mean over files.
 Each file is cut into windows of --seq-len tokens that do not overlap; every token is predicted once, from those before
 it in its window. `loss` is in nats per token. `bits/byte` and `per word` (the perplexity of words between spaces)
 compare models with different tokenizers.
@@ -58,6 +65,8 @@ generation (greedy, of the whole vocabulary), each with n and its standard error
 ids; passkey, needle and kv hide facts in text.
 
 examples:
+  regla eval runs/regla runs/softmax --tasks boolq piqa hellaswag --out runs/tasks
+  regla eval runs/regla --tasks lambada_openai arc_easy --num-fewshot 5 --data-dir eval --limit 100
   regla eval runs/regla                                       the held-out tenth of the embedded text
   regla eval runs/regla --data wiki.txt books.txt --json scores.json
   regla eval runs/regla --data book.txt --seq-len 8192 --by-position

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, Qwen3NextConfig, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from regla.models import ReGLAConfig
@@ -13,6 +13,7 @@ from regla.models.cache import (
     SoftmaxConvCacheLayer,
     SoftmaxConvStaticCacheLayer,
     adopt_cache,
+    fork_cache,
 )
 from regla.ops.backends import why_not_triton
 
@@ -243,3 +244,62 @@ def test_a_convolution_cannot_be_cropped(build):
     assert not cache.is_croppable
     with pytest.raises(ValueError, match=r"crop\(-1\) was asked of the cache of a softmax layer with a convolution"):
         cache.crop(-1)
+
+
+def everything(cache):
+    """Copies of all tensors that a cache holds."""
+    parts = states(cache) + [state for state in conv_states(cache) if state is not None]
+    parts += [part for layer in cache.layers for part in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return [part.clone() for part in parts if part is not None]
+
+
+@torch.no_grad()
+def test_a_fork_continues_its_rows_and_leaves_the_cache_alone(model, assert_same):
+    """Rows repeat, change places and are left out; two forks of one cache, and the cache itself, know nothing of each
+    other, with a token at a time as well, which may be written in place."""
+    ids, follow = torch.randint(3, 97, (3, 9)), torch.randint(3, 97, (4, 5))
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    before = everything(cache)
+    for rows in ([2, 0, 0, 1], [1, 1, 1], torch.tensor([2])):
+        fork = fork_cache(cache, rows)
+        part = follow[: len(rows)]
+        expected = model(torch.cat([ids[rows], part], 1)).logits[:, 9:]
+        assert_same(model(part[:, :3], past_key_values=fork).logits, expected[:, :3])
+        for t in (3, 4):
+            assert_same(model(part[:, t : t + 1], past_key_values=fork).logits, expected[:, t : t + 1])
+        assert fork.get_seq_length() == 14 and cache.get_seq_length() == 9
+    assert all(torch.equal(one, other) for one, other in zip(everything(cache), before, strict=True))
+
+
+@torch.no_grad()
+def test_a_fork_copies_exactly(model):
+    cache = filled(model, 9, rows=3)
+    fork = fork_cache(cache, [2, 2, 0])
+    assert type(fork) is type(cache) and [type(layer) for layer in fork.layers] == [type(x) for x in cache.layers]
+    for part, of in zip(everything(fork), everything(cache), strict=True):
+        assert torch.equal(part, of[[2, 2, 0]])
+
+
+@torch.no_grad()
+def test_a_softmax_models_cache_forks(assert_same):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    ).eval()
+    ids, follow = torch.randint(3, 97, (2, 6)), torch.randint(3, 97, (3, 4))
+    cache = model(ids, use_cache=True).past_key_values
+    fork = fork_cache(cache, [1, 0, 1])
+    expected = model(torch.cat([ids[[1, 0, 1]], follow], 1)).logits[:, 6:]
+    assert_same(model(follow, past_key_values=fork).logits, expected)
+    assert cache.get_seq_length() == 6
+
+
+def test_what_cannot_be_forked_is_refused(build):
+    model = build("hybrid")
+    with pytest.raises(ValueError, match=r"cache is a StaticCache, which cannot be forked; expected a DynamicCache"):
+        fork_cache(filled(model, static=True), [0])
+    for rows in ([0, 2], [-1], [], [[0]]):
+        with pytest.raises(ValueError, match=r"rows is .*; expected a list of batch rows .*, each from 0 to 1"):
+            fork_cache(filled(model), rows)
+    with pytest.raises(ValueError, match=r"cache is empty, so it has no rows to fork"):
+        fork_cache(DynamicCache(config=model.config), [0])

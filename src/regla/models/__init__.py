@@ -1,5 +1,6 @@
 """ReGLA as Hugging Face models. Importing this package makes the model type "regla" known to the Auto classes."""
 
+from regla.models.cache import fork_cache
 from regla.models.configuration import ReGLAConfig
 from regla.models.heads import ReGLAForQuestionAnswering, ReGLAForSequenceClassification, ReGLAForTokenClassification
 from regla.models.modeling import ReGLAForCausalLM, ReGLAModel, ReGLAPreTrainedModel
@@ -13,6 +14,7 @@ __all__ = [
     "ReGLAForTokenClassification",
     "ReGLAModel",
     "ReGLAPreTrainedModel",
+    "fork_cache",
 ]
 
 register()

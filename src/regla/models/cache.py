@@ -8,7 +8,8 @@ one cache it is given: other models of the process keep theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -268,6 +269,54 @@ def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:
             cache.layers[index] = ReGLAStaticCacheLayer(cache.get_max_length())
         else:
             cache.layers[index] = ReGLACacheLayer()
+
+
+def fork_cache(cache: Cache, rows: Sequence[int] | Tensor) -> Cache:
+    """A new cache whose batch row i is row `rows[i]` of `cache`, which stays as it is.
+
+    Rows may repeat, change their order and be left out: one prefix continues in several ways, or some of several
+    prefixes do. The copy is exact. Any model of transformers may own the cache, hybrids included.
+
+    Args:
+        cache: a DynamicCache that a model has filled.
+        rows: int [N'], each from 0 to the cache's batch size - 1.
+
+    Raises:
+        ValueError: a static cache, whose tensors have one batch size, or a row that the cache has not.
+
+    Example:
+        cache = model(prefix_1T).past_key_values
+        logits_3T = model(continuations_3T, past_key_values=fork_cache(cache, [0, 0, 0])).logits
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, StaticCache):
+        raise ValueError(f"cache is a {type(cache).__name__}, which cannot be forked; expected a DynamicCache")
+    index = torch.as_tensor(rows, dtype=torch.long)
+    if not (batch_size := _batch_size(cache)):
+        raise ValueError("cache is empty, so it has no rows to fork; give it to the model with some tokens first")
+    if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= batch_size:
+        raise ValueError(
+            f"rows is {index.tolist()}; expected a list of batch rows of the cache, each from 0 to {batch_size - 1}"
+        )
+    fork = copy.copy(cache)
+    fork.layers = [_fork_layer(layer, index) for layer in cache.layers]
+    return fork
+
+
+def _fork_layer(layer: CacheLayerMixin, rows: Tensor) -> CacheLayerMixin:
+    fork = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):  # the states of linear layers, which a layer exchanges in its dict
+            setattr(fork, name, dict(value))
+    fork.reorder_cache(rows)  # type: ignore[arg-type]  # selects rows, which need not be as many as before
+    return fork
+
+
+def _batch_size(cache: Cache) -> int:
+    for layer in cache.layers:
+        for part in (getattr(layer, "keys", None), *getattr(layer, "recurrent_states", {}).values()):
+            if part is not None and part.numel():
+                return len(part)
+    return 0
 
 
 def _with_conv_state(layer: object, index: int) -> ConvCacheLayer:

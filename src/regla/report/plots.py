@@ -145,6 +145,35 @@ def plot_trials(trials: Mapping[str, Sequence[tuple[float, float | None]]], file
     figure.savefig(file)
 
 
+def plot_scores(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], file: str | Path) -> None:
+    """Bars with standard errors, a panel per kind of metric, a colour per model.
+
+    panels: (value, standard error) by the panel's title, the model's name and the task's.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = {
+        title: list(dict.fromkeys(task for bars in models.values() for task in bars))
+        for title, models in panels.items()
+    }
+    heights = [len(names) * (0.3 + 0.2 * len(panels[title])) for title, names in tasks.items()]
+    figure = Figure(figsize=(8, 1.5 + sum(heights)), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, models) in zip(grid, panels.items(), strict=True):
+        thickness = 0.8 / len(models)
+        for index, (model, bars) in enumerate(models.items()):
+            places = [tasks[title].index(task) + (index + 0.5) * thickness - 0.4 for task in bars]
+            values, errors = zip(*bars.values(), strict=True)
+            colour = _COLOURS[index % len(_COLOURS)]
+            axes.barh(places, values, thickness, xerr=errors, color=colour, alpha=0.8, label=model)
+        axes.set_yticks(range(len(tasks[title])), tasks[title])
+        axes.invert_yaxis()
+        axes.set(title=f"{title} (± standard error)")
+        _finish(axes)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.08), fontsize="small")
+    figure.savefig(file)
+
+
 def _count(value: float) -> str:
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1000:,.0f}k" if value else "0"
 

@@ -8,15 +8,17 @@ import json
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("datasets>=4", "pyarrow>=18"),
+    "eval": ("accelerate>=1.10", "lm_eval>=0.4.13"),
     "gguf": ("accelerate>=1.10", "gguf>=0.10"),
     "tensorboard": ("tensorboard>=2.18",),
 }
 """What the extras of pyproject.toml install."""
 
 PACKAGES = {
-    "accelerate": "loads GGUF files; runs transformers' Trainer",
+    "accelerate": "loads GGUF files; lm-eval needs it; runs transformers' Trainer",
     "datasets": "reads data sets of Hugging Face (`regla train --dataset`)",
     "gguf": "reads GGUF files (`regla linearize`, `eval` and `generate` of model.gguf)",
+    "lm_eval": "tasks, prompts and scores of `regla eval --tasks`",
     "peft": "fine-tunes with adapters (LoRA)",
     "pyarrow": "reads .parquet files",
     "tensorboard": "writes logs that TensorBoard shows (`regla train --tensorboard`)",

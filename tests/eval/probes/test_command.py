@@ -90,7 +90,7 @@ def test_token_ids_need_no_tokenizer(models):
         (["--probes", "passkey", "--lengths", "20"], "passkey: facts and question need"),
         (["--probes", "kv", "--pairs", "1", "--lengths", "200"], "kv: 1 pairs; expected 2 to"),
         (["--pairs", "4"], "--pairs goes with --probes; name some, or leave it out"),
-        (["--out", "x"], "--out goes with --probes"),
+        (["--out", "x"], "--out goes with --tasks or --probes"),
     ],
 )
 def test_bad_input(models, options, sentence, capsys):
