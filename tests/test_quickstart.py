@@ -9,8 +9,10 @@ import torch
 
 from regla.cli import main
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.quickstart import run
 from regla.quickstart.decoding import DecodingCost, decoding_costs, streaming_difference
 from regla.quickstart.run import comparison, decoding_table, quickstart, read_losses
+from regla.train.config import MIXERS
 
 
 def make_model(layer: str) -> ReGLAForCausalLM:
@@ -50,14 +52,14 @@ def test_a_model_that_forgets_between_chunks_is_found_out() -> None:
 
 
 def test_tables() -> None:
-    run = {
+    row = {
         "parameters": 1234567,
         "tokens": 8192,
         "validation_perplexity": 87.65,
         "tokens_per_second": 4321,
         "seconds": 9,
     }
-    assert comparison({"softmax": run}).splitlines()[1].split() == [
+    assert comparison({"softmax": row}).splitlines()[1].split() == [
         "softmax",
         "1,234,567",
         "8,192",
@@ -83,9 +85,27 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "q"
     assert main(["quickstart", "--out", str(out), "--steps", "0"]) == 2
     assert capsys.readouterr().err == "regla: error: --steps is 0, expected a number above 0.\n"
-    with pytest.raises(ValueError, match="--longest is 100"):
+    with pytest.raises(ValueError, match="longest is 100, expected at least 128"):
         quickstart(out=out, longest=100)
     assert not out.exists()
+
+
+def test_its_models_have_names() -> None:
+    """`regla train` knows more mixers than the quickstart compares."""
+    assert set(run._COMPARED) <= set(run._TRAINED) <= set(MIXERS) and set(run._TRAINED) == set(run._NAMES)
+
+
+def test_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    answers = []
+
+    def meanwhile(*args: object, **options: object) -> dict:
+        monkeypatch.undo()
+        answers.append(main(["quickstart", "--out", str(tmp_path)]))
+        return {}
+
+    monkeypatch.setattr(run, "_quickstart", meanwhile)
+    quickstart(out=tmp_path)
+    assert answers == [2] and f"Another quickstart is at work in {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -97,7 +117,7 @@ def test_all_of_it_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert not (out / "regla" / "stale").exists()
     sizes = [result["models"][mixer]["parameters"] for mixer in ("regla", "hybrid", "softmax")]
     assert max(sizes) / min(sizes) < 1.01
-    assert {run["tokens"] for run in result["models"].values()} == {3 * 1024}
+    assert {row["tokens"] for row in result["models"].values()} == {3 * 1024}
     assert [(row["tokens"], row["chunk"]) for row in result["streaming"]] == [(256, 1), (2048, 100)]
     assert all(row["max_difference"] < 1e-4 for row in result["streaming"])
     assert [cost["context"] for cost in result["decoding"]["softmax"]] == [128, 256]

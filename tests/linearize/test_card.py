@@ -88,3 +88,14 @@ def test_front_matter(folder, converted, tmp_path):
 def test_cards_that_say_nothing(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
     assert origin_of(str(tmp_path)).keys() <= {"base_model"}
+
+
+def test_licence_of_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "small-Q4.gguf", "llama")
+    writer.add_license("mit")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert origin_of(str(tmp_path / "small-Q4.gguf")) == {"base_model": "small-Q4", "license": "mit"}

@@ -52,4 +52,4 @@ def _of_gguf(file: Path) -> dict[str, Any]:
     from gguf import GGUFReader
 
     field = GGUFReader(file).get_field("general.license")
-    return {} if field is None else {"license": str(field.contents())}
+    return {} if field is None else {"license": bytes(field.parts[-1]).decode()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from regla.eval.generation import generate
 from regla.models.folders import load_model
 from regla.quickstart.decoding import DecodingCost, decoding_costs, streaming_difference
 from regla.report.plots import Curve, plot_decoding, plot_losses
-from regla.train.config import MIXERS, TrainConfig
+from regla.runtime.errors import OptionError, check_count
+from regla.runtime.files import alone_in, content_of, new_folder, write_json
+from regla.train.config import TrainConfig
 from regla.train.run import train
 
 RESULT = "quickstart.json"
@@ -26,6 +30,8 @@ LOSS_PLOT = "loss.png"
 DECODING_PLOT = "decoding.png"
 _STREAMS = ((256, 1), (2048, 100))  # tokens, tokens of a chunk
 _PROMPT = "The following statement"
+_NAMES = {"regla": "ReGLA", "hybrid": "hybrid", "softmax": "softmax"}
+_TRAINED = tuple(_NAMES)
 _COMPARED = ("regla", "softmax")  # in the cost of a generated token
 
 
@@ -38,24 +44,27 @@ def quickstart(
     is replaced, a folder of other content is an error. `longest` is the longest context of the decoding plot, at least
     128. Returns what `quickstart.json` holds.
     """
-    for name, value in (("--steps", steps), ("--sample-tokens", sample_tokens)):
-        if value <= 0:
-            raise ValueError(f"{name} is {value}, expected a number above 0.")
+    check_count("steps", steps)
+    check_count("sample_tokens", sample_tokens)
     if longest < 128:
-        raise ValueError(f"--longest is {longest}, expected at least 128 tokens.")
-    out = Path(out)
-    started = time.perf_counter()
-    _clear(out)
+        raise OptionError("{longest} is {value}, expected at least 128 tokens.", value=longest)
+    with _own_folder(Path(out)) as folder:
+        return _quickstart(folder, steps=steps, longest=longest, sample_tokens=sample_tokens)
 
+
+def _quickstart(out: Path, *, steps: int, longest: int, sample_tokens: int) -> dict[str, Any]:
+    started = time.perf_counter()
     result: dict[str, Any] = {"models": {}, "streaming": [], "decoding": {}}
-    for number, mixer in enumerate(MIXERS, start=1):
-        print(f"\n[{number}/{len(MIXERS) + 3}] Training {_NAMES[mixer]}")
+    for number, mixer in enumerate(_TRAINED, start=1):
+        print(f"\n[{number}/{len(_TRAINED) + 3}] Training {_NAMES[mixer]}")
         result["models"][mixer] = train(TrainConfig(out=str(out / mixer), mixer=mixer, steps=steps, device="cpu"))
-    plot_losses({_NAMES[mixer]: read_losses(out / mixer) for mixer in MIXERS}, out / LOSS_PLOT)
+    plot_losses({_NAMES[mixer]: read_losses(out / mixer) for mixer in _TRAINED}, out / LOSS_PLOT)
     print("\n" + comparison(result["models"]))
     print("One seed and one learning rate each: a demonstration, no benchmark.")
 
-    print(f"\n[4/{len(MIXERS) + 3}] Streaming: the same text in one forward pass, and piece by piece through the state")
+    print(
+        f"\n[4/{len(_TRAINED) + 3}] Streaming: the same text in one forward pass, and piece by piece through the state"
+    )
     regla = load_model(out / "regla", torch.device("cpu"))
     ids_N = embedded_text().hold_out(HELD_OUT)[1].tokens(load_tokenizer(out / "regla"))
     for tokens, chunk in _STREAMS:
@@ -65,7 +74,7 @@ def quickstart(
         pieces = "one token at a time" if chunk == 1 else f"{chunk} tokens at a time"
         print(f"{ids_1T.shape[1]:>6,} tokens, {pieces}: no logit differs by more than {difference:.1e}")
 
-    print(f"\n[5/{len(MIXERS) + 3}] Cost of one more token")
+    print(f"\n[5/{len(_TRAINED) + 3}] Cost of one more token")
     contexts = [length for length in (2**power for power in range(7, 31)) if length <= longest]
     costs = {mixer: decoding_costs(load_model(out / mixer, torch.device("cpu")), contexts) for mixer in _COMPARED}
     result["decoding"] = {mixer: [asdict(cost) for cost in rows] for mixer, rows in costs.items()}
@@ -77,19 +86,16 @@ def quickstart(
     )
     print(decoding_table(costs))
 
-    print(f"\n[6/{len(MIXERS) + 3}] ReGLA goes on from {_PROMPT!r}")
+    print(f"\n[6/{len(_TRAINED) + 3}] ReGLA goes on from {_PROMPT!r}")
     generate(out / "regla", _PROMPT, max_new_tokens=sample_tokens, device="cpu")
 
     result["seconds"] = time.perf_counter() - started
-    (out / RESULT).write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(out / RESULT, result)
     print(
         f"\nDone in {result['seconds']:.0f} s. Plots: {out / LOSS_PLOT}, {out / DECODING_PLOT}; figures: {out / RESULT}"
     )
     print(f"\nNext:\n{_next_commands(out)}")
     return result
-
-
-_NAMES = {"regla": "ReGLA", "hybrid": "hybrid", "softmax": "softmax"}
 
 
 def read_losses(run: Path) -> Curve:
@@ -123,19 +129,20 @@ def decoding_table(costs: dict[str, list[DecodingCost]]) -> str:
     return "\n".join(lines)
 
 
-def _clear(out: Path) -> None:
-    """Make `out` an empty folder that the next quickstart knows as its own."""
-    if out.is_file():
-        raise ValueError(f"{out} is a file; give --out a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / RESULT).is_file():
-            raise ValueError(f"{out} holds something else than a quickstart; give --out another folder or remove it.")
-        shutil.rmtree(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be created ({error.strerror}); give --out a place you may write to.") from error
-    (out / RESULT).write_text("{}\n", encoding="utf-8")
+@contextmanager
+def _own_folder(out: Path) -> Iterator[Path]:
+    """Make `out` an empty folder that the next quickstart knows as its own, and hold it."""
+    if out.is_dir() and content_of(out) and not (out / RESULT).is_file():
+        raise OptionError(
+            "{folder} holds something else than a quickstart; give {out} another folder or remove it.", folder=out
+        )
+    if not out.is_dir():
+        new_folder(out)
+    with alone_in(out, "quickstart"):
+        for entry in content_of(out):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        write_json(out / RESULT, {})
+        yield out
 
 
 def _next_commands(out: Path) -> str:
@@ -143,5 +150,5 @@ def _next_commands(out: Path) -> str:
   regla generate {out / "regla"} --prompt "A class" --temperature 0.5
   regla eval {out / "regla"} --stream 8192 --by-position
   regla train --out runs/mine --data YOUR.txt --steps 1000
-  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol --dry-run
+  regla linearize HuggingFaceTB/SmolLM2-135M --dry-run
   regla doctor"""
