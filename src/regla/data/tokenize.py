@@ -10,7 +10,8 @@ from regla.data.sources import read_source
 from regla.data.text import Text
 from regla.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from regla.data.tokens import SUFFIX, check_fits, write_tokens
-from regla.runtime.files import check_new, new_folder
+from regla.runtime.files import check_new, new_folder_alone
+from regla.runtime.processes import check_one_process
 
 
 def tokenize_files(
@@ -25,6 +26,7 @@ def tokenize_files(
 
     Without `tokenizer`, a folder, one of `vocab_size` tokens is trained on the files.
     """
+    check_one_process("tokenize")
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("Give either --tokenizer DIR or --vocab-size N: a tokenizer, or the size of one to train.")
     check_fits(vocab_size or 0)
@@ -44,12 +46,12 @@ def tokenize_files(
         assert vocab_size is not None
         codec = train_tokenizer((document for text in targets.values() for document in text.documents), vocab_size)
     check_fits(vocabulary_size(codec))
-    new_folder(out)
-    codec.save_pretrained(str(out))
     counts = {}
-    for target, text in targets.items():
-        ids_N = text.tokens(codec)
-        write_tokens(target, ids_N)
-        counts[target] = len(ids_N)
-        print(f"{target}: {len(ids_N):,} tokens")
+    with new_folder_alone(out):
+        codec.save_pretrained(str(out))
+        for target, text in targets.items():
+            ids_N = text.tokens(codec)
+            write_tokens(target, ids_N)
+            counts[target] = len(ids_N)
+            print(f"{target}: {len(ids_N):,} tokens")
     return counts

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regla.data.tokenizer import vocabulary_size
+from regla.runtime.files import write_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def write_tokens(path: Path, ids_N: np.ndarray) -> None:
     """
     if len(ids_N) and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < LARGEST_VOCABULARY:
         raise ValueError(f"The token ids {ids_N.min()} to {ids_N.max()} do not fit the 16 bits of {path}.")
-    ids_N.astype("<u2").tofile(path)
+    write_bytes(path, ids_N.astype("<u2").tobytes())
 
 
 def check_fits(vocabulary: int) -> None:

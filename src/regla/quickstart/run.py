@@ -22,6 +22,7 @@ from regla.quickstart.decoding import DecodingCost, decoding_costs, streaming_di
 from regla.report.plots import Curve, plot_decoding, plot_losses
 from regla.runtime.errors import OptionError, check_count
 from regla.runtime.files import alone_in, content_of, new_folder, write_json
+from regla.runtime.processes import check_one_process
 from regla.train.config import TrainConfig
 from regla.train.run import train
 
@@ -44,6 +45,7 @@ def quickstart(
     is replaced, a folder of other content is an error. `longest` is the longest context of the decoding plot, at least
     128. Returns what `quickstart.json` holds.
     """
+    check_one_process("quickstart")
     check_count("steps", steps)
     check_count("sample_tokens", sample_tokens)
     if longest < 128:

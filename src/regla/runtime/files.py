@@ -90,7 +90,15 @@ def check_new(folder: str | Path) -> None:
 def new_folder(folder: str | Path) -> Path:
     """Create `folder`, which must not exist or be empty, so that nothing is ever overwritten."""
     check_new(folder)
-    return _made(folder)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(
+            "{folder} cannot be created ({reason}); give {out} a place that you may write to.",
+            folder=folder,
+            reason=error.strerror,
+        ) from error
+    return Path(folder)
 
 
 @contextmanager
@@ -99,8 +107,7 @@ def new_folder_alone(folder: str | Path, who: str = "process") -> Iterator[Path]
 
     Raises ValueError where the folder is not empty, cannot be created, or is held by another process.
     """
-    check_new(folder)
-    with alone_in(_made(folder), who) as path:
+    with alone_in(new_folder(folder), who) as path:
         check_new(path)  # another may have come, written and gone
         remove_unfinished(path)
         yield path
@@ -157,18 +164,6 @@ def _locked(file: Path, wait: bool) -> int | None:
         except FileNotFoundError:
             pass
         os.close(descriptor)  # the lock of one who has just gone and taken the file with him
-
-
-def _made(folder: str | Path) -> Path:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(
-            "{folder} cannot be created ({reason}); give {out} a place that you may write to.",
-            folder=folder,
-            reason=error.strerror,
-        ) from error
-    return Path(folder)
 
 
 def check_writable(file: str | Path) -> None:
