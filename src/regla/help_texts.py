@@ -13,8 +13,8 @@ examples:
 """
 
 TRAIN = """\
-Train a causal language model from scratch by cross-entropy and save it as a Hugging Face folder
-(weights, config, tokenizer, generation config, training.json with arguments and scores).
+Train a causal language model by cross-entropy, from scratch or from the weights of --init, and save it as a Hugging
+Face folder (weights, config, tokenizer, generation config, training.json with arguments and scores).
 
 Without --data it trains on the language reference that every CPython ships, in about a minute on two CPU cores.
 All mixers compare at equal parameters: --intermediate-size is the MLP width of the softmax model; where ReGLA layers
@@ -38,6 +38,10 @@ Ctrl-C or SIGTERM ends the run after the current step and saves a checkpoint and
 or 143). After that, or after a crash, the same command with --resume goes on from the newest checkpoint as if nothing
 had happened (on a CPU to the same weights, bit for bit); where none was saved yet, it starts from the first step.
   regla train --out runs/mine --data book.txt notes.txt --steps 1000 --resume
+A finished run goes on with more --steps: from its last checkpoint, with the learning rates of a run of that length.
+  regla train --out runs/mine --data book.txt notes.txt --steps 2000 --resume
+--init starts a new run from the weights, config and tokenizer of a trained or converted model.
+  regla train --out runs/tuned --init runs/mine --data notes.txt --steps 200 --lr 3e-4
 """
 
 EVAL = """\

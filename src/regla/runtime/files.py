@@ -74,8 +74,14 @@ def remove_unfinished(folder: str | Path) -> None:
 
 
 def content_of(folder: Path) -> list[Path]:
-    """What is in `folder`, but unfinished writes and the lock."""
-    return [path for path in folder.iterdir() if not path.name.startswith(UNFINISHED) and path.name != LOCK]
+    """What is in `folder`, but unfinished writes, the lock, and folders that hold nothing else."""
+    return [path for path in folder.iterdir() if not _counts_for_nothing(path)]
+
+
+def _counts_for_nothing(path: Path) -> bool:
+    if path.name.startswith(UNFINISHED) or path.name == LOCK:
+        return True
+    return path.is_dir() and not path.is_symlink() and not content_of(path)
 
 
 def check_new(folder: str | Path) -> None:
