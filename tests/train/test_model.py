@@ -108,7 +108,7 @@ def test_overrides_win() -> None:
         ({"gate_half_life": 4, "gate_bias": 1.0}, "gate_bias is 1.0 and gate_half_life 4"),
         ({"gate_half_life": "4"}, "The configuration does not fit: .*gate_half_life"),
         ({"hidden_size": "large"}, "The configuration does not fit: .*hidden_size"),
-        ({"vocab_size": 10}, "vocab_size is 10, but the tokenizer has 1000 tokens"),
+        ({"vocab_size": 10}, "vocab_size is 10, but the largest id of the tokenizer is 999"),
     ],
 )
 def test_overrides_that_do_not_fit(overrides: dict, message: str) -> None:
