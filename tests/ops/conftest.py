@@ -1,7 +1,11 @@
-"""Bfloat16 in Triton's interpreter, which keeps it as unsigned integers: there it multiplies them as such, and cuts
-off what it should round. And where the kernels run at all."""
+"""Where the kernels run at all, and what a GPU does that Triton's interpreter by itself does not.
+
+Bfloat16: the interpreter keeps it as unsigned integers, which it multiplies as such, and cuts off what it should round.
+NaN: of NaN and a number, a GPU's maximum and minimum are the number, unless told otherwise; the interpreter's are NaN.
+"""
 
 import os
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ def operation():
 
 
 @pytest.fixture(autouse=True)
-def _bfloat16_in_the_interpreter(monkeypatch):
+def _interpret_as_a_gpu_computes(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -46,6 +50,9 @@ def _bfloat16_in_the_interpreter(monkeypatch):
             return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), language.bfloat16)
         return cast(self, src, dst_type)
 
+    for name, function in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
+        method = partialmethod(interpreter.InterpreterBuilder.binary_op, op=function)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, method)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
     monkeypatch.setattr(backends, "_INTERPRETED", (torch.float32, torch.bfloat16))

@@ -396,4 +396,4 @@ def _copy_of_state(state: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) ->
 
 
 def _empty_as_zero(S: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    return S, torch.where(m > NO_KEY / 2, m, 0.0)
+    return S, torch.where(m < NO_KEY / 2, 0.0, m)  # NaN stays

@@ -56,6 +56,7 @@ from regla.ops.triton.tiles import (
     load_gate,
     lowest_decay,
     may_reach,
+    nan_or,
     once,
     store_gate_gradient,
     store_tile,
@@ -67,7 +68,7 @@ from regla.ops.triton.tree import chunk_scores, read_over_tree, score_over_tree
 
 @triton.jit
 def value_side(
-    q_ptr, do_ptr, lower_ptr, norm, short, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev, kd, x, S,
+    q_ptr, do_ptr, lower_ptr, norm, short, most, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev, kd, x, S,
     begin, h, scale, H, q_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
@@ -94,7 +95,7 @@ def value_side(
                 out = tl.dot(Pd, x, out, input_precision=PRECISION)
             dBv += out * d.to(tl.float32)
         if VALUED and FAR:
-            dx, dBv, dP = read_over_tree(Pd, do, v, gv, dx, dBv, short, PRECISION, not KEYED)
+            dx, dBv, dP = read_over_tree(Pd, do, v, gv, dx, dBv, short, most, PRECISION, not KEYED)
         else:
             dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
     if VALUED and not FAR:
@@ -104,8 +105,8 @@ def value_side(
 
 @triton.jit
 def key_side(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek, Ev, kd, x,
-    S, dP_given, dq_read, begin, h, scale, H, q_step, dq_step,
+    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, most, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek, Ev,
+    kd, x, S, dP_given, dq_read, begin, h, scale, H, q_step, dq_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
     KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
     PRECISION: tl.constexpr, SLICED: tl.constexpr, FAR: tl.constexpr,
@@ -134,7 +135,7 @@ def key_side(
         elif VALUED and FAR:
             if G > 1:  # of this head; the other results are not used
                 none = tl.zeros([C, C], dtype)
-                _dv, _dBv, dP_given = read_over_tree(none, do, v, gv, v, v, short, PRECISION, not KEYED)
+                _dv, _dBv, dP_given = read_over_tree(none, do, v, gv, v, v, short, most, PRECISION, not KEYED)
             dP = dP_given
         else:
             dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
@@ -144,13 +145,13 @@ def key_side(
             dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
             dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
         if FAR:
-            dq = finite(dq)
+            dq = finite(dq, most)
         read = qd.to(tl.float32) * dq  # without FAR the gradient of q's logits, too: neither q nor E is kept for it
         if KEYED:
             dBk += read
             dq *= Ek
             if FAR:
-                dq, dkd, dBk = score_over_tree(dPd, q, k, gk, dq, dkd, dBk, short, PRECISION, not VALUED)
+                dq, dkd, dBk = score_over_tree(dPd, q, k, gk, dq, dkd, dBk, short, most, PRECISION, not VALUED)
         if SAFE_EXP:
             dq = dq * q if FAR else read
         store_tile(dq_ptr + j * K, t, inside, dq_step, ki, K, dq * (2.0 ** (-lift)))
@@ -210,6 +211,7 @@ def finish(
     P, dq_read, dP_sum, dk_end = 0.0, 0.0, 0.0, 0.0
     passed_ptr += head.to(tl.int64) * 2 * BK * BV
     passing = count - 1 - i
+    most = tl.full([], 1e37, tl.float32)  # of `finite`
     for s in tl.static_range(SLICES):
         v, do, S = vs[s].to(tl.float32), dos[s], S_next
         vi = tl.arange(0, BS) + s * BS
@@ -304,6 +306,10 @@ def finish(
             worth_v = tl.sum(kept, 0)
             if not FAR:
                 S *= exp2(-cv)[None, :]
+        if FAR:  # with the safe exponential a NaN in k, v, the gates or S is one in the factors, and so in d
+            most = nan_or(tl.sum(tl.sum(dS, 1), 0), most)
+            if not SAFE_EXP:
+                most = nan_or(tl.sum(tl.sum(k, 1), 0) + tl.sum(tl.sum(v, 1), 0) + tl.sum(tl.sum(kept, 1), 0), most)
         Sd = S.to(dtype)
         # The forward kernel's k_end and v_end, and of U the factor that v_end lacks where no token is far.
         k_end, v_end = kd, x  # for each slice again: held, it would cost registers
@@ -324,13 +330,14 @@ def finish(
             dk_end = tl.dot(v_end, tl.trans(Ud), dk_end, input_precision=PRECISION)
             dP_sum = tl.dot(d, tl.trans(x), dP_sum, input_precision=PRECISION)
         dv, dBv, dP = value_side(
-            q_ptr, do_ptr, lower_ptr, norm, short, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev, kd, x,
-            Sd, begin, h, scale, H, q_step, G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
+            q_ptr, do_ptr, lower_ptr, norm, short, most, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev,
+            kd, x, Sd, begin, h, scale, H, q_step,
+            G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
         )  # fmt: skip
         gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
         dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
         if FAR:
-            dv_end = finite(dv_end)
+            dv_end = finite(dv_end, most)
         if VALUED:
             written = v_end.to(tl.float32) * dv_end
             after = (worth_v + tl.sum(written, 0)) * unit
@@ -344,8 +351,8 @@ def finish(
                 dv *= Wv
         store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
     dk, dBk = key_side(
-        q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek, Ev, kd,
-        x, Sd,
+        q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, most, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek,
+        Ev, kd, x, Sd,
         dP_sum if SLICED else dP, dq_read,
         begin, h, scale, H, q_step, dq_step,
         G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
@@ -354,7 +361,7 @@ def finish(
     if not SLICED:
         dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
     if FAR:
-        dk_end = finite(dk_end)
+        dk_end = finite(dk_end, most)
     if KEYED:
         if FAR:
             written = k_end.to(tl.float32) * dk_end

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.tiles import LIFT_BITS, LN2, LOG2E, LOWEST, NO_KEY, log2_refined
+from regla.ops.triton.tiles import LIFT_BITS, LN2, LOG2E, LOWEST, NO_KEY, largest, log2_refined, maximum, minimum
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def axis_decays(g_ptr, r_ptr, column, width, real, GATE: tl.constexpr):
             g = tl.where(inside, g, 0.0)
         else:
             g = g * LOG2E
-        g = tl.maximum(g, LOWEST)
-    return g, tl.max(tl.where(column < width, g, LOWEST), 0)
+        g = maximum(g, LOWEST)
+    return g, largest(tl.where(column < width, g, LOWEST), 0)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def decode_kernel(
     m = before
     if DECAYING:
         m = before + (slowest_k + slowest_v) * LN2
-    m = tl.maximum(m, tl.max(k, 0))
+    m = maximum(m, largest(k, 0))
     unit = (before - m) * LOG2E
     phi_k = tl.exp2((k - m) * LOG2E + LIFT_BITS)
     # The change of unit goes to one axis, such that what each axis decays by stays <= 1 by itself.
@@ -103,23 +103,23 @@ def decode_kernel(
         gv = gv + (unit + slowest_k)
     else:
         gk = gk + unit
-    S *= tl.exp2(tl.minimum(tl.maximum(gk, LOWEST), 0.0))[:, None]
+    S *= tl.exp2(minimum(maximum(gk, LOWEST), 0.0))[:, None]
     if VALUE != "none":
-        S *= tl.exp2(tl.minimum(tl.maximum(gv, LOWEST), 0.0))[None, :]
+        S *= tl.exp2(minimum(maximum(gv, LOWEST), 0.0))[None, :]
     S += phi_k[:, None] * v[None, :]
     tl.store(state_at, S, mask=state_mask)
     tl.store(m_ptr + program, tl.where(real, m, m_old))
 
     for j in range(G):
         query = h * G + j
-        phi_q = tl.where(key_inside, tl.exp2((q - tl.max(q, 0)) * LOG2E), 0.0)
+        phi_q = tl.where(key_inside, tl.exp2((q - largest(q, 0)) * LOG2E), 0.0)
         out = scale * tl.sum(S * phi_q[:, None], 0)
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
-        largest = tl.maximum(tl.max(tl.abs(out), 0), 7.888609052210118e-31)
-        out *= tl.maximum(2.0**-12 / largest, 1.0) * 2.0**-48
+        size = maximum(largest(tl.abs(out), 0), 7.888609052210118e-31)
+        out *= tl.where(size == size, maximum(2.0**-12 / size, 1.0), 1.0) * 2.0**-48  # a NaN stays in its channel
         if NORM != "none":  # regla.layers.norms
-            largest = tl.max(tl.abs(out), 0)
-            out = out / tl.where(largest < 1.1754943508222875e-38, 1.0, largest)
+            size = largest(tl.abs(out), 0)
+            out = out / tl.where(size < 1.1754943508222875e-38, 1.0, size)
             if NORM == "layernorm":
                 out = tl.where(vi < V, out - tl.sum(out, 0) / V, 0.0)
             out *= tl.rsqrt(tl.sum(out * out, 0) / V + eps)

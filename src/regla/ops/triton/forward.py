@@ -28,8 +28,10 @@ from regla.ops.triton.tiles import (
     faint,
     gate_at,
     growth,
+    largest,
     limits,
     lowest_decay,
+    maximum,
     may_reach,
     reciprocal,
     scores,
@@ -129,16 +131,18 @@ def write_outputs(
     factor = scale
     if SAFE_EXP:
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
-        largest = tl.full([t.shape[0]], 7.888609052210118e-31, tl.float32)
+        size = tl.full([t.shape[0]], 7.888609052210118e-31, tl.float32)
         for s in tl.static_range(SLICES):
-            largest = tl.maximum(tl.max(tl.abs(outs[s]), 1) * tl.abs(scale), largest)
-        factor = tl.maximum(2.0**-12 * reciprocal(largest), 1.0) * 2.0**-48
+            size = maximum(largest(tl.abs(outs[s]), 1) * tl.abs(scale), size)
+        enlarged = tl.where(size == size, maximum(2.0**-12 * reciprocal(size), 1.0), 1.0)  # a NaN stays in its channel
+        factor = enlarged * 2.0**-48
         if STORE:  # and with it, in its sign, whether the backward pass is to go over the tree
             over_tree = factor > edge
             if not FAR:
                 over_tree &= valid  # nobody reads what a masked token gives
             at = lower_ptr + (begin + t) * (H * G) + h * G + j
-            tl.store(at, tl.where(over_tree, -factor, factor), mask=inside)
+            kept = tl.where(over_tree, -factor, factor)
+            tl.store(at, tl.where(size == size, kept, float("nan")), mask=inside)
         factor = (factor * scale)[:, None]
     for s in tl.static_range(SLICES):
         store_tile(o_ptr + j * V, t, inside, H * G * V, tl.arange(0, BS) + s * BS, V, outs[s] * factor)
@@ -153,10 +157,10 @@ def stabiliser(
     step = tl.zeros([k.shape[0]], tl.float32)
     if DECAYING:
         if KEY != "none":
-            step += tl.max(tl.where((ki < K)[None, :], gk, float("-inf")), 1)
+            step += largest(tl.where((ki < K)[None, :], gk, float("-inf")), 1)
         if VALUE != "none":
-            step += tl.max(tl.where((vi < V)[None, :], gv, float("-inf")), 1)
-    top = tl.where(valid, tl.max(k, 1) * unit, NO_KEY)
+            step += largest(tl.where((vi < V)[None, :], gv, float("-inf")), 1)
+    top = tl.where(valid, largest(k, 1) * unit, NO_KEY)
     return stabiliser_scan(top, tl.where(valid, step, 0.0))
 
 
@@ -285,8 +289,8 @@ def finish_with_tree(
     m, m_before = 0.0, 0.0
     if SAFE_EXP:
         sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING, NORM)
-        m = tl.maximum(before + sums, tops)
-        m_before = tl.maximum(before + sums_before, tops_before)
+        m = maximum(before + sums, tops)
+        m_before = maximum(before + sums_before, tops_before)
         k = key_features(k, m, NORM)
         gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
     BOTH: tl.constexpr = SAFE_EXP and KEY != "none" and VALUE != "none"
@@ -353,13 +357,13 @@ def forward_kernel(
                 before = tl.load(before_ptr + head)
                 if not SPLIT:  # from outside
                     before *= LOG2E
-            after = tl.maximum(before + step, top)
+            after = maximum(before + step, top)
             if i + 1 < count:
                 publish_number(passed_m_ptr + H, after)
             else:
                 tl.store(last_ptr + head, tl.where(after < -1e29, NO_KEY, after * LN2))
-            m = tl.maximum(before + sums, tops)
-            m_before = tl.maximum(before + sums_before, tops_before)
+            m = maximum(before + sums, tops)
+            m_before = maximum(before + sums_before, tops_before)
             k = key_features(k, m, NORM)
             gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
             if STORE:

@@ -14,10 +14,13 @@ from regla.ops.triton.tiles import (
     NO_KEY,
     decays,
     exp2,
+    largest,
     load_gate,
     load_slices,
     load_tile,
     log2,
+    maximum,
+    minimum,
 )
 
 
@@ -26,7 +29,7 @@ def query_features(q, norm, valid, K: tl.constexpr, NORM: tl.constexpr):
     """e^(q - max q) [C, BK] of the logits that are in memory as q; 0 for padding."""
     unit: tl.constexpr = 1.0 if NORM else LOG2E
     q = logits(q, norm[0], norm[2], valid, K, NORM)
-    return exp2((q - tl.maximum(tl.max(q, 1), NO_KEY)[:, None]) * unit)
+    return exp2((q - maximum(largest(q, 1), NO_KEY)[:, None]) * unit)
 
 
 @triton.jit
@@ -46,16 +49,14 @@ def relative_decays(
     if not INITIAL:  # what comes before the first key is nothing, which need not decay by 2^-1e30
         unit = tl.where(m_before[:, None] > 0.5 * NO_KEY, unit, 0.0)
     if KEY and VALUE:
-        slowest = tl.maximum(tl.max(tl.where((ki < K)[None, :], gk, LOWEST), 1), LOWEST)[:, None]
+        slowest = maximum(largest(tl.where((ki < K)[None, :], gk, LOWEST), 1), LOWEST)[:, None]
         gk = gk - slowest
         gv = gv + (unit + slowest)
     elif VALUE:
         gv = gv + unit
     else:
         gk = gk + unit
-    # On a GPU the minimum of nan and 0 would be 0: a gate that is nan would pass for an open one.
-    keep: tl.constexpr = tl.PropagateNan.ALL
-    return tl.minimum(gk, 0.0, propagate_nan=keep), tl.minimum(gv, 0.0, propagate_nan=keep)
+    return minimum(gk, 0.0), minimum(gv, 0.0)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.tiles import LOG2E
+from regla.ops.triton.tiles import LOG2E, maximum
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def load_norm(q_weight_ptr, k_weight_ptr, K: tl.constexpr, BK: tl.constexpr, NOR
 @triton.jit
 def one_over_rms(x, eps, K: tl.constexpr):
     """[C], of x [C, BK], 0 beyond K channels; not infinite where x is 0 and eps, too."""
-    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1) * (1 / K) + eps, 1e-36))
+    return tl.rsqrt(maximum(tl.sum(x * x, 1) * (1 / K) + eps, 1e-36))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
-from regla.ops.triton.tiles import LOG2E
+from regla.ops.triton.tiles import LOG2E, largest, maximum
 
 _PROGRAMS = {"rms": 924, "layer": 528}  # of the backward pass: as many as an H100 runs at once
 _NUMBERS = 2048  # that a program takes at once
@@ -21,13 +21,13 @@ _NUMBERS = 2048  # that a program takes at once
 def normalised(h_ptr, at, real, eps, V: tl.constexpr, CENTRED: tl.constexpr):
     """(x r, r = 1 / sqrt(mean(x^2) + eps), max |h|), x [R, BV] = h / max |h|, minus its mean if CENTRED."""
     h = tl.load(h_ptr + at, mask=real, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(h), 1)
-    largest = tl.where(largest < 1.1754943508222875e-38, 1.0, largest)[:, None]
-    x = h / largest
+    size = largest(tl.abs(h), 1)
+    size = tl.where(size < 1.1754943508222875e-38, 1.0, size)[:, None]
+    x = h / size
     if CENTRED:
         x = tl.where(real, x - (tl.sum(x, 1) * (1 / V))[:, None], 0.0)
-    r = tl.rsqrt(tl.maximum(tl.sum(x * x, 1) * (1 / V) + eps, 1e-36))[:, None]  # of a row of zeros not infinite
-    return x * r, r, largest
+    r = tl.rsqrt(maximum(tl.sum(x * x, 1) * (1 / V) + eps, 1e-36))[:, None]  # of a row of zeros not infinite
+    return x * r, r, size
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def output_norm_gradient_kernel(
     blocks = H * tl.cdiv(tokens, R)
     for block in range(program, blocks, H * programs):
         _, at, gate_at, real = places(block, tokens, gate_step, H, V, BV, R)
-        y, r, largest = normalised(h_ptr, at, real, eps, V, CENTRED)
+        y, r, size = normalised(h_ptr, at, real, eps, V, CENTRED)
         d = tl.load(d_o_ptr + at, mask=real, other=0.0).to(tl.float32)
         if GATE != "none":
             a, slope = activated(gate_ptr, gate_at, real, GATE)
@@ -107,7 +107,7 @@ def output_norm_gradient_kernel(
         d -= y * (tl.sum(d * y, 1) * (1 / V))[:, None]
         if CENTRED:
             d -= (tl.sum(d, 1) * (1 / V))[:, None]
-        tl.store(d_h_ptr + at, (d * r / largest).to(d_h_ptr.dtype.element_ty), mask=real)
+        tl.store(d_h_ptr + at, (d * r / size).to(d_h_ptr.dtype.element_ty), mask=real)
     row = program // H * (H * V) + first + vi
     tl.store(d_weight_ptr + row, tl.sum(d_weight, 0), mask=vi < V)
     if CENTRED:

@@ -31,14 +31,17 @@ from regla.ops.triton.tiles import (
     GRADIENT_LIFT,
     LIFT_BITS,
     LOG2E,
-    LOWEST,
     NO_KEY,
     decays,
     exp2,
+    floored,
     gate_at,
+    largest,
     later,
     load_gate,
     load_tile,
+    maximum,
+    minimum,
     sums,
 )
 
@@ -55,8 +58,7 @@ def later_steps(step):
 @triton.jit
 def slowest(g, width):
     """(g [C, D], none lower than LOWEST; the largest of each token's first `width` channels, [C])."""
-    largest = tl.max(tl.where((tl.arange(0, g.shape[1]) < width)[None, :], g, float("-inf")), 1)
-    return tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL), largest
+    return floored(g), largest(tl.where((tl.arange(0, g.shape[1]) < width)[None, :], g, float("-inf")), 1)
 
 
 @triton.jit
@@ -119,19 +121,19 @@ def state_kernel(
             if VALUE != "none":
                 gv, slow = slowest(decays(gv, rv, C, BV, VALUE), V)
                 step += slow
-                slow = tl.maximum(slow, LOWEST)
+                slow = floored(slow)
                 to_end = later_steps(slow) + fall
                 fall += tl.sum(slow, 0)
-                gv = tl.minimum(gv - slow[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+                gv = minimum(gv - slow[:, None], 0.0)
                 v *= exp2(later(gv, PRECISION) + (decay_v + lift)[None, :])
                 decay_v += tl.sum(gv, 0)
             exponent += to_end[:, None]
             if SAFE_EXP:
-                top = tl.where(valid, tl.max(k, 1) * unit, NO_KEY)
+                top = tl.where(valid, largest(k, 1) * unit, NO_KEY)
                 if DECAYING:
                     top += later_steps(step) + steps
                     steps += tl.sum(step, 0)
-                higher = tl.maximum(m, tl.max(top, 0))
+                higher = maximum(m, largest(top, 0))
                 state = fade(state, m - higher)
                 m = higher
                 k = exp2(k * unit + (exponent - (m - LIFT_BITS)))
@@ -198,14 +200,14 @@ def gradient_kernel(
             Ek = 2.0**lift
             Bv = tl.zeros([C, BV], tl.float32)
             if KEYED:
-                gk = tl.maximum(gk, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+                gk = floored(gk)
                 Bk = sums(gk, 1.0, False, ONE_PATH) + decay_k[None, :]
-                b = tl.max(tl.where((ki < K)[None, :], Bk, float("-inf")), 1)
-                Ek = exp2(tl.minimum(Bk - b[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL) + lift)
+                b = largest(tl.where((ki < K)[None, :], Bk, float("-inf")), 1)
+                Ek = exp2(minimum(Bk - b[:, None], 0.0) + lift)
                 Bv += b[:, None]
                 decay_k += tl.sum(gk, 0)
             if VALUED:
-                gv = tl.maximum(gv, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+                gv = floored(gv)
                 Bv += sums(gv, 1.0, False, ONE_PATH) + decay_v[None, :]
                 decay_v += tl.sum(gv, 0)
             for i in range(G):
@@ -285,7 +287,7 @@ def chain_kernel(
             tl.store(chained_ptr + head.to(tl.int64) * K * V + at, x, mask=mask & here)
             if MOVING:
                 tl.store(chained_m_ptr + head, m, mask=here & (tl.program_id(2) == 0))
-                higher = tl.maximum(m + step, top)
+                higher = maximum(m + step, top)
                 x = fade(x, decay + (m - higher)) + fade(left, top - higher)
                 m = higher
             else:

@@ -44,6 +44,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def maximum(a, b):
+    """The larger of both, and NaN where one is NaN: PTX's max and min return the number of the two, which would hide a
+    NaN of the inputs. Plain tl.maximum and tl.minimum stand where NaN cannot matter."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    """The smaller of both, and NaN where one is NaN."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):
+    """max x over an axis, and NaN where one number is NaN."""
+    if INTERPRETED:  # which reduces with a function of our own number by number
+        is_nan = tl.max((x != x).to(tl.int32), axis) > 0
+        return tl.where(is_nan, float("nan"), tl.max(x, axis))
+    return tl.reduce(x, axis, maximum)
+
+
+@triton.jit
 def load_tile(ptr, token, valid, step, column, width, other):
     """[C, D] of rows `token` (stride `step`) from `column`-th channel pointers, as it is in memory; `other` outside."""
     mask = valid[:, None] & (column < width)[None, :]
@@ -113,12 +135,19 @@ def product_once(x, y):
 
 
 @triton.jit
-def finite(x):
-    """x within float32, and some number in it for what is none. What left float32 is for a row whose channel was reset,
-    where a factor 0 meets it: infinity times 0 would be nan, and so is infinity less infinity."""
-    if INTERPRETED:  # of nan and a number a GPU takes the number
+def finite(x, most):
+    """x held within +-1e37, a NaN in x as well: what left float32 meets a factor 0 next, of a channel that was reset,
+    and infinity times 0 would be NaN, as infinity less infinity is. `most`: 1e37, or NaN where the inputs of x had a
+    NaN, and so has the result."""
+    if INTERPRETED:  # tl.maximum returns the number where the other is NaN, but for the interpreter's
         x = tl.where(x == x, x, -1e37)
-    return tl.minimum(tl.maximum(x, -1e37), 1e37)
+    return minimum(tl.maximum(x, -1e37), most)
+
+
+@triton.jit
+def nan_or(x, number):
+    """NaN where x, a sum over what may hide it, is NaN, else the number."""
+    return tl.where(x == x, number, float("nan"))
 
 
 @triton.jit
@@ -192,7 +221,7 @@ def log2_refined(a, c):
     r = reciprocal(tl.where(near_one, 2 * D - u, D))
     s = u * r
     near = s * (-2 * LOG2E + s * s * (-2 / 3 * LOG2E))
-    far = tl.minimum(a, 0.0) * LOG2E + log2(x * r)
+    far = minimum(a, 0.0) * LOG2E + log2(x * r)
     return tl.where(near_one, near, far)
 
 
@@ -213,10 +242,9 @@ def refined_fractions(a, c):
 
     F = x / ((1 + p)^2 (1 + z))    dlog F / da = 2 p (z + p) / ((1 + p) x)    dlog F / dc = 2 p z / ((1 + z) x)
     """
-    keep: tl.constexpr = tl.PropagateNan.ALL
     s = a * -LOG2E
-    p = exp2(tl.minimum(s, _MOST, propagate_nan=keep))
-    z = exp2(tl.minimum(c * -LOG2E, _MOST, propagate_nan=keep))
+    p = exp2(minimum(s, _MOST))
+    z = exp2(minimum(c * -LOG2E, _MOST))
     Z = 1 + z
     return s, p, z, 1 + p, Z, 2 * p + Z
 
@@ -227,7 +255,7 @@ def log2_refined_to_21_bits(a, c):
     `log2_refined`, and less than what rounding a to bfloat16 does to gates that keep half for up to 2^16 tokens. Where
     a is below -28, F falls as e^a, as it does unless c is, too."""
     s, _p, _z, P, Z, x = refined_fractions(a, c)
-    beyond = tl.minimum(_MOST - s, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    beyond = minimum(_MOST - s, 0.0)
     return log2(x * reciprocal(P * P * Z)) + beyond
 
 
@@ -301,9 +329,9 @@ def store_gate_gradient(
 def _scan(step, top, step_before, top_before, step2, top2, step2_before, top2_before):
     return (
         step + step2,
-        tl.maximum(top + step2, top2),
+        maximum(top + step2, top2),
         step + step2_before,
-        tl.maximum(top + step2_before, top2_before),
+        maximum(top + step2_before, top2_before),
     )
 
 
@@ -323,8 +351,8 @@ def faint(k, v, valid, K: tl.constexpr, VALUED: tl.constexpr):
     real = (tl.arange(0, k.shape[1]) < K)[None, :]
     weak = tl.min(tl.where(real, k, 1.0), 1) < 2.0**-12
     if VALUED:
-        largest = tl.max(tl.abs(v), 1)
-        weak |= (largest > 0) & (largest < 2.0**-20)
+        size = tl.max(tl.abs(v), 1)
+        weak |= (size > 0) & (size < 2.0**-20)
     return valid & weak
 
 
@@ -412,7 +440,7 @@ def later(x, PRECISION: tl.constexpr):
 @triton.jit
 def floored(g):
     """g, not below LOWEST: -inf times zero would be nan in a product."""
-    return tl.maximum(g, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return maximum(g, LOWEST)
 
 
 @triton.jit

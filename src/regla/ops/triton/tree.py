@@ -124,7 +124,9 @@ def first_of(count):
 
 
 @triton.jit
-def level_of_reading(level, count, Pd, do, v, gv, dv, dBv, dP, short, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+def level_of_reading(
+    level, count, Pd, do, v, gv, dv, dBv, dP, short, most, PRECISION: tl.constexpr, SHORT: tl.constexpr
+):
     """(dv, dBv, dP and what this level adds to them, levels)"""
     dtype = Pd.dtype
     joined, XR = tree_level(level, gv, PRECISION)
@@ -135,30 +137,34 @@ def level_of_reading(level, count, Pd, do, v, gv, dv, dBv, dP, short, PRECISION:
     x2 = rounded(v * XW, dtype)
     d2 = rounded(do * XR, dtype)
     dP += tl.where(joined, tl.dot(d2.to(dtype), tl.trans(x2.to(dtype)), input_precision=PRECISION), 0.0)
-    dx2 = finite(tl.dot(tl.trans(P2), d2.to(dtype), input_precision=PRECISION))
+    dx2 = finite(tl.dot(tl.trans(P2), d2.to(dtype), input_precision=PRECISION), most)
     dv += dx2 * XW
     dBv += tl.dot(P2, x2.to(dtype), input_precision=PRECISION) * d2 - x2 * dx2
     return dv, dBv, dP, count
 
 
 @triton.jit
-def read_over_tree(Pd, do, v, gv, dv, dBv, short, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+def read_over_tree(Pd, do, v, gv, dv, dBv, short, most, PRECISION: tl.constexpr, SHORT: tl.constexpr):
     """dv and dBv, with what the values v [C, V] and their decays get of d_o under the scores Pd [C, C]; and what the
-    scores get. SHORT, short: see `scores_over_tree`."""
+    scores get. SHORT, short: see `scores_over_tree`; most: `finite`."""
     dP = tl.zeros(Pd.shape, tl.float32)
     if SHORT:
         level, count = first_of(levels(Pd.shape[0]))
         while level < count:
-            dv, dBv, dP, count = level_of_reading(level, count, Pd, do, v, gv, dv, dBv, dP, short, PRECISION, True)
+            dv, dBv, dP, count = level_of_reading(
+                level, count, Pd, do, v, gv, dv, dBv, dP, short, most, PRECISION, True
+            )
             level += 1
     else:
         for level in range(levels(Pd.shape[0])):
-            dv, dBv, dP, _count = level_of_reading(level, 0, Pd, do, v, gv, dv, dBv, dP, short, PRECISION, False)
+            dv, dBv, dP, _count = level_of_reading(level, 0, Pd, do, v, gv, dv, dBv, dP, short, most, PRECISION, False)
     return dv, dBv, dP
 
 
 @triton.jit
-def level_of_scoring(level, count, dPd, q, k, gk, dq, dk, dBk, short, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+def level_of_scoring(
+    level, count, dPd, q, k, gk, dq, dk, dBk, short, most, PRECISION: tl.constexpr, SHORT: tl.constexpr
+):
     """(dq, dk, dBk and what this level adds to them, levels)"""
     dtype = dPd.dtype
     joined, XR = tree_level(level, gk, PRECISION)
@@ -168,7 +174,7 @@ def level_of_scoring(level, count, dPd, q, k, gk, dq, dk, dBk, short, PRECISION:
     dP2 = tl.where(joined, dPd, 0.0).to(dtype)
     q2 = rounded(q * XR, dtype)
     k2 = rounded(k * XW, dtype)
-    dq2 = finite(tl.dot(dP2, k2.to(dtype), input_precision=PRECISION))
+    dq2 = finite(tl.dot(dP2, k2.to(dtype), input_precision=PRECISION), most)
     dk2 = tl.dot(tl.trans(dP2), q2.to(dtype), input_precision=PRECISION)
     dq += dq2 * XR
     dk += dk2 * XW
@@ -177,15 +183,17 @@ def level_of_scoring(level, count, dPd, q, k, gk, dq, dk, dBk, short, PRECISION:
 
 
 @triton.jit
-def score_over_tree(dPd, q, k, gk, dq, dk, dBk, short, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+def score_over_tree(dPd, q, k, gk, dq, dk, dBk, short, most, PRECISION: tl.constexpr, SHORT: tl.constexpr):
     """dq, dk and dBk, with what the queries q, the keys k [C, K] and their decays get of the scores' gradient. SHORT,
-    short: see `scores_over_tree`."""
+    short: see `scores_over_tree`; most: `finite`."""
     if SHORT:
         level, count = first_of(levels(dPd.shape[0]))
         while level < count:
-            dq, dk, dBk, count = level_of_scoring(level, count, dPd, q, k, gk, dq, dk, dBk, short, PRECISION, True)
+            dq, dk, dBk, count = level_of_scoring(
+                level, count, dPd, q, k, gk, dq, dk, dBk, short, most, PRECISION, True
+            )
             level += 1
     else:
         for level in range(levels(dPd.shape[0])):
-            dq, dk, dBk, _count = level_of_scoring(level, 0, dPd, q, k, gk, dq, dk, dBk, short, PRECISION, False)
+            dq, dk, dBk, _count = level_of_scoring(level, 0, dPd, q, k, gk, dq, dk, dBk, short, most, PRECISION, False)
     return dq, dk, dBk
