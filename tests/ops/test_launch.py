@@ -58,6 +58,7 @@ class Compiled:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(module, "_compiled", {})
+    monkeypatch.setattr(module, "_direct", True)
     return Kernel()
 
 
@@ -124,3 +125,15 @@ def test_an_interpreted_kernel(kernel):
     for _ in range(2):
         launch(interpreted, GRID, (x,), (1,), C=32)
     assert calls == [(GRID, (x, 1), {"C": 32})] * 2
+
+
+def test_another_version_of_triton_launches_by_itself(kernel, monkeypatch):
+    """What is not documented is used where tests have seen it work."""
+    assert [module._is_tested(version) for version in ("3.6.0", "3.6.1+git", "3.5.1", "3.60.0", "4.0")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    monkeypatch.setattr(module, "_direct", False)
+    monkeypatch.setattr(Compiled, "__getitem__", None)
+    for _ in range(2):
+        launch_with(kernel)
+    assert (len(kernel.compiled), kernel.launched, module._compiled) == (2, [], {})

@@ -9,6 +9,7 @@ import torch
 from regla.layers.norms import HeadRMSNorm
 from regla.ops import gate_decays, gated_linear_attention, regla_attention
 from regla.ops.attention import safe_exp_step_
+from regla.ops.triton.chip import HOPPER
 
 from .test_decode import logits
 from .test_forms import AXES, make
@@ -110,12 +111,10 @@ def test_features_and_decays(axis, name):
 
 
 @pytest.mark.parametrize("name", ["k", "gate"])
-def test_a_segment(name):
+def test_a_segment(name, operation):
     """The state that a long sequence's first segment leaves to the next."""
-    from regla.ops.triton import operation
-
     long = 16 * 8 * 32
     q, k, v, gate, refine = with_nan(make(long, (1, 1, 16, 16), "value", "plain"), name)
-    assert operation._segments(1, long // 32, wide=False, packed=False)[0] > 1
+    assert operation._segments(1, long // 32, chip=HOPPER, wide=False, packed=False)[0] > 1
     h, (S, m) = regla_attention(q, k, v, gate, refine, output_final_state=True, backend="triton", validate=False)
     assert h[:, AT:].isnan().all() and S.isnan().all() and m.isnan().all()

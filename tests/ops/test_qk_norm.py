@@ -68,7 +68,7 @@ def test_sequences_in_segments(axis, monkeypatch):
     need("triton", inputs["k"])
     from regla.ops.triton import operation
 
-    monkeypatch.setattr(operation, "_segments", lambda heads, chunks, wide, packed: (-(-chunks // 4), 4, 2))
+    monkeypatch.setattr(operation, "_segments", lambda heads, chunks, **_: (-(-chunks // 4), 4, 2))
     assert_equal(inputs, weights, 2e-4, "triton", output_final_state=True)
 
 

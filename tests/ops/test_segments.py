@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regla.ops.fused import fused_attention
+from regla.ops.triton.chip import HOPPER
 
 from . import definition
 from .test_forms import (
@@ -41,7 +42,7 @@ def cut(monkeypatch, operation):
     def into(part, pieces=1):
         calls = []
 
-        def segments(heads, chunks, *, wide, packed):
+        def segments(heads, chunks, *, packed, **_):
             assert not packed
             calls.append(-(-chunks // part) > 1)
             return -(-chunks // part), part, pieces
@@ -136,13 +137,13 @@ def test_what_is_left_behind_an_outlier(cut, monkeypatch, axis, at):
 @pytest.mark.parametrize("wide", [False, True])
 def test_what_is_cut(operation, wide):
     for heads, chunks in ((1, 1), (1, 127), (33, 10_000), (96, 64)):
-        assert operation._segments(heads, chunks, wide=wide, packed=False) == (1, chunks, 1)
-    assert operation._segments(1, 10_000, wide=wide, packed=True) == (1, 10_000, 1)
-    narrow = [operation._segments(heads, 512, wide=wide, packed=False)[0] for heads in (16, 24)]
+        assert operation._segments(heads, chunks, chip=HOPPER, wide=wide, packed=False) == (1, chunks, 1)
+    assert operation._segments(1, 10_000, chip=HOPPER, wide=wide, packed=True) == (1, 10_000, 1)
+    narrow = [operation._segments(heads, 512, chip=HOPPER, wide=wide, packed=False)[0] for heads in (16, 24)]
     assert wide or narrow == [6, 3]
-    assert (operation._segments(28, 1024, wide=wide, packed=False)[0] == 1) is wide
+    assert (operation._segments(28, 1024, chip=HOPPER, wide=wide, packed=False)[0] == 1) is wide
     for heads, chunks in ((1, 128), (12, 1024), (24, 1023), (7, 3333), (1, 10**7), (96, 10**6)):
-        parts, part, pieces = operation._segments(heads, chunks, wide=wide, packed=False)
+        parts, part, pieces = operation._segments(heads, chunks, chip=HOPPER, wide=wide, packed=False)
         assert parts > 1 and (parts - 1) * part < chunks <= parts * part and part <= 65_535 and part % pieces == 0
         if part < 60_000:  # the last segment lacks no more than rounding each to whole pieces makes it
             assert parts * part - chunks < parts * part // pieces
@@ -162,11 +163,11 @@ def test_groups_hold_all_sequences(operation, wide):
         (10**6, 1),
         (70_000, 300),
     ):
-        heads, chunks, groups = operation._grid(H, segments, 7, None, wide=wide)
+        heads, chunks, groups = operation._grid(H, segments, 7, None, chip=HOPPER, wide=wide)
         size = heads // H
         assert heads == size * H and chunks == 7 and groups <= 65_535
         assert size * (groups - 1) < segments <= size * groups or segments == groups == 0
-        assert heads <= operation._IN_A_GROUP[wide] or size == 1 or segments > 65_535
+        assert heads <= HOPPER.chains[wide] or size == 1 or segments > 65_535
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -175,8 +176,9 @@ def test_in_groups(axis, operation, monkeypatch):
     leaves = [x.requires_grad_() for x in make(40, SMALL, axis, "noise", B=5)]
     results = []
     for most in (1000, 4):
-        monkeypatch.setattr(operation, "_IN_A_GROUP", (most, most))
-        grid = operation._grid(2, 5, 2, None, wide=False)
+        chip = HOPPER._replace(chains=(most, most))
+        monkeypatch.setattr(operation, "chip_of", lambda device, chip=chip: chip)
+        grid = operation._grid(2, 5, 2, None, chip=chip, wide=False)
         assert grid == ((10, 2, 1) if most == 1000 else (4, 2, 3))
         h, (S, m) = fused(*leaves, gate_axis=axis)
         torch.manual_seed(1)
@@ -199,7 +201,7 @@ def test_a_long_sequence(axis, operation, monkeypatch, request):
     """Cut as by default, and whole."""
     if request.config.getoption("--device") != "cuda":
         pytest.skip("run with --device cuda")
-    assert operation._segments(2, 256, wide=False, packed=False)[0] > 1
+    assert operation._segments(2, 256, chip=HOPPER, wide=False, packed=False)[0] > 1
     inputs = [x.bfloat16() for x in make(8192, (2, 2, 64, 64), axis, "extreme")]
     results = []
     for _ in range(2):

@@ -102,7 +102,7 @@ def test_packed_sequences():
 
 
 def test_sequences_in_segments(operation, monkeypatch):
-    monkeypatch.setattr(operation, "_segments", lambda heads, chunks, wide, packed: (-(-chunks // 4), 4, 2))
+    monkeypatch.setattr(operation, "_segments", lambda heads, chunks, **_: (-(-chunks // 4), 4, 2))
     assert_near_float32(regla(), rounded(make(150, (1, 1, 128, 128), "key", "extreme")))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regla.ops.native.build import why_missing
+from regla.ops.triton.chip import why_unsupported
 
 BACKENDS = ("recurrent", "chunked", "native", "triton")
 
@@ -93,6 +94,8 @@ def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
         return NOT_CAUSAL
     if not k.is_cuda and not _is_interpreted():
         return f"the tensors are on {k.device.type}, and the kernels need a CUDA GPU"
+    if k.is_cuda and (reason := why_unsupported(k.device)) is not None:
+        return reason
     if v.dtype not in (torch.bfloat16, torch.float32):
         return f"v is {v.dtype}, and the kernels take bfloat16 and float32"
     if not k.is_cuda and v.dtype not in _INTERPRETED:
@@ -112,7 +115,7 @@ def output_norm_kernel_runs(backend: str, h: Tensor, weight: Tensor, bias: Tenso
         return False
     if backend == "triton" and not h.is_cuda:
         return _is_interpreted() and kinds <= set(_INTERPRETED)
-    return h.is_cuda and backend in ("auto", "triton")
+    return h.is_cuda and backend in ("auto", "triton") and why_unsupported(h.device) is None
 
 
 def _is_interpreted() -> bool:

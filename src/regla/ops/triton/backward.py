@@ -435,7 +435,7 @@ def backward_kernel(
     PRECISION: tl.constexpr, SLICES: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     n, h, i, count, begin, length, past, slot = place(
-        cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, C, VARLEN, SPLIT, True
+        passed_ptr, cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, BK, BV, C, VARLEN, SPLIT, True
     )
     if n >= 0:
         head = n * H + h

@@ -3,8 +3,8 @@
 What a chunk computes by itself, from its gates to what it adds to the state, it computes at once; then it waits for the
 state from the chunk before, passes the state after it on, and reads its outputs. States pass through two places in turn
 for each sequence and head: a chunk writes the place that the chunk before it read from, and it does so after that one
-has passed its own on. Programs start in the order of their numbers, in which a sequence's chunks ascend, so that the
-program waited for is always running or done.
+has passed its own on. Which chunk of its head a CTA takes a ticket says, a counter of the head: so the chunk before is
+another CTA's that has started, in whatever order they start, and the CTA of a head's first chunk waits for none.
 """
 
 from __future__ import annotations
@@ -43,16 +43,27 @@ from regla.ops.triton.tree import levels, scores_over_tree, tree_level
 
 
 @triton.jit
+def ticket(passed_ptr, n, h, segments, H, BK: tl.constexpr, BV: tl.constexpr):
+    """How many CTAs have taken a chunk of head h of segment n before this one; 0 for n < 0, which is none.
+
+    The counters are behind the places of all heads' states (`operation._passed`). Nothing else is read by their order.
+    """
+    counters = passed_ptr + segments.to(tl.int64) * H * (2 * BK * BV) + n * H + h
+    counters = counters.to(tl.pointer_type(tl.int32))
+    return tl.atomic_add(counters, 1, mask=n >= 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def place(
-    cu_ptr, slot_ptr, T, chunks, part, parts, segments, H,
+    passed_ptr, cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Which chunk of what this program takes: (segment n or -1 for none, head, chunk i of the segment, chunks of it,
     first token, length, chunks of the sequence before the segment, slot of its states).
 
     A segment is a sequence or, with SPLIT, one of its `parts`, of `part` chunks, the last perhaps of fewer. Without
-    packing, programs along the first axis are the heads of a group of segments, along the second their chunks, along
-    the third groups.
+    packing, CTAs along the first axis are the heads of a group of segments, along the second as many as a segment has
+    chunks, along the third groups.
     """
     if VARLEN:
         slot = tl.program_id(0) // H
@@ -62,20 +73,23 @@ def place(
         n = tl.load(slot_ptr + slot)
         begin = tl.load(cu_ptr + tl.maximum(n, 0)).to(tl.int64)
         length = (tl.load(cu_ptr + tl.maximum(n, 0) + 1) - begin).to(tl.int32)
-        i = slot - (begin // C).to(tl.int32) - n
-        return n, h, i, tl.cdiv(length, C), begin, length, 0, slot.to(tl.int64)
+        count = tl.cdiv(length, C)
+        i = ticket(passed_ptr, n, h, segments, H, BK, BV)
+        if REVERSE:
+            i = count - 1 - i
+        return n, h, i, count, begin, length, 0, begin // C + n + i
     h = tl.program_id(0) % H
     n = tl.program_id(2) * (tl.num_programs(0) // H) + tl.program_id(0) // H
-    i = tl.program_id(1)
+    n = tl.where(n < segments, n, -1)  # the last group may be smaller
+    i = ticket(passed_ptr, n, h, segments, H, BK, BV)
     past = 0
     sequence = n
     count = chunks
     if SPLIT:
-        sequence = n // parts
-        past = (n - sequence * parts) * part
+        sequence = tl.maximum(n, 0) // parts
+        past = (tl.maximum(n, 0) - sequence * parts) * part
         count = tl.minimum(part, chunks - past)
         n = tl.where(i < count, n, -1)
-    n = tl.where(n < segments, n, -1)  # the last group may be smaller
     if REVERSE:
         i = count - 1 - i
     length = tl.minimum(T - past * C, count * C)
@@ -319,7 +333,7 @@ def forward_kernel(
     VALUED: tl.constexpr = VALUE != "none"
     BOTH: tl.constexpr = SAFE_EXP and KEY != "none" and VALUED
     n, h, i, count, begin, length, _past, slot = place(
-        cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, C, VARLEN, SPLIT, False
+        passed_ptr, cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, BK, BV, C, VARLEN, SPLIT, False
     )
     if n >= 0:
         head = n * H + h

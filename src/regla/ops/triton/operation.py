@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regla.ops.fused import Inputs, QKNorm, gate_kind
 from regla.ops.triton.backward import GRADIENT_LIFT, backward_kernel
+from regla.ops.triton.chip import Chip, chip_of
 from regla.ops.triton.decode import decode_kernel, num_warps
 from regla.ops.triton.forward import forward_kernel
 from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
@@ -17,17 +18,8 @@ from regla.ops.triton.norm import norm_gradient_kernel
 from regla.ops.triton.segments import chain_kernel, gradient_kernel, state_kernel
 from regla.ops.triton.tiles import RANGE
 
-_NORM_PROGRAMS = 528  # for queries and keys each, together eight for each multiprocessor of an H100
-_AT_ONCE = 792  # six for each
-# Of segments, for heads of up to 64 channels and for wider ones: heads of all sequences up to which there are several,
-# how many to aim for of these and of their pieces. And chunks of the shortest piece. By measurement, see
-# docs/kernels.md.
-_FEW_HEADS, _SIDE_BY_SIDE, _PIECES = (32, 24), (96, 32), (768, 528)
-_MANY_OF_THE_FEW = 16  # from more heads on, of up to 64 channels, three quarters of `_SIDE_BY_SIDE` are enough
-_SHORTEST = 8
-# Heads of all sequences whose chunks are computed side by side: the states that they pass on stay in the cache.
-_IN_A_GROUP = (192, 96)
-_PROGRAMS_OF_AN_AXIS = 65_535  # of a grid, but for its first
+_CTAS_OF_AN_AXIS = 65_535  # of a grid, but for its first
+_MANY_OF_THE_FEW = 16  # from more heads on, of up to 64 channels, three quarters of a chip's `segments` are enough
 
 
 def forward(
@@ -50,15 +42,15 @@ def forward(
     N, chunks, all_chunks = _layout(k, v, cu_seqlens)
     T, H = k.shape[1:3]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
-    parts, part, cut = _segments(N * H, chunks, wide=_wide(k, v), packed=cu_seqlens is not None)
+    parts, part, cut = _segments(N * H, chunks, chip=chip_of(k.device), wide=_wide(k, v), packed=cu_seqlens is not None)
     if parts > 1:
         initial_state, before = _states_before(inputs, parts, part, cut, safe_exp, decaying)
         final, last = final.new_empty(N * parts, *final.shape[1:]), last.new_empty(N * parts, H)
-    states_passed = _passed(k, v, N * parts)
-    passed = k.new_zeros(states_passed + 2 * all_chunks * H, dtype=torch.float32)
-    passed_m = passed[states_passed:].view(torch.int64)
+    passed_states = _passed(k, v, N * parts)
+    passed = k.new_zeros(passed_states + 2 * all_chunks * H, dtype=torch.float32)
+    passed_m = passed[passed_states:].view(torch.int64)
     launch(
-        forward_kernel, _grid(H, N * parts, part, slots, wide=_wide(k, v)),
+        forward_kernel, _grid(H, N * parts, part, slots, chip=chip_of(k.device), wide=_wide(k, v)),
         (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, initial_state, before,
          o, final, m, lower, states, last, passed, passed_m),
         (scale, _eps(norm), T, chunks, part, parts, N * parts, H, *map(token_step, (q, k, v, gk, rk, gv, rv))),
@@ -116,14 +108,14 @@ def backward(
     N, chunks, _ = _layout(k, v, cu_seqlens)
     T, H = k.shape[1:3]
     slots = _sequence_of_slot(cu_seqlens, _chunk(k, v), chunks)
-    parts, part, cut = _segments(N * H, chunks, wide=_wide(k, v), packed=cu_seqlens is not None)
+    parts, part, cut = _segments(N * H, chunks, chip=chip_of(k.device), wide=_wide(k, v), packed=cu_seqlens is not None)
     d_initials = d_initial
     if parts > 1:
         d_final = _gradients_behind(d_o, d_final, inputs, m, lower, parts, part, cut, scale, safe_exp)
         d_initials = d_initial.new_empty(N * parts, *d_initial.shape[1:])
     passed = k.new_zeros(_passed(k, v, N * parts), dtype=torch.float32)
     launch(
-        backward_kernel, _grid(H, N * parts, part, slots, wide=_wide(k, v)),
+        backward_kernel, _grid(H, N * parts, part, slots, chip=chip_of(k.device), wide=_wide(k, v)),
         (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before, m, lower, states, d_o, d_final,
          *grads, d_initials, passed),
         (scale, _eps(norm), T, chunks, part, parts, N * parts, H,
@@ -163,7 +155,7 @@ def step(
         (scale, eps, H, *rows, 0 if mask is None else mask.stride(0), *heads),
         G=HQ // H, K=K, V=V, BK=BK, BV=BV, KEY=gate_kind(gk, rk), VALUE=gate_kind(gv, rv), DECAYING=decaying,
         MASKED=mask is not None, NORM="none" if weight is None else "rmsnorm" if bias is None else "layernorm",
-        num_warps=num_warps(BK, BV), maxnreg=_step_registers(N * H, BK * BV, gv),
+        num_warps=num_warps(BK, BV), maxnreg=_step_registers(chip_of(k.device), N * H, BK * BV, gv),
     )  # fmt: skip
     return o
 
@@ -254,15 +246,16 @@ def _norm_gradient(
 ) -> None:
     """Make dq and dk, the gradients of the normalised q and k, those of q and k, and fill the weights'."""
     (B, T, HQ, K), H, block = q.shape, k.shape[2], 32
-    programs = min(cdiv(B * T * HQ, block), _NORM_PROGRAMS)
-    of_programs = d_weights.new_empty(programs, 2, K)
+    chip = chip_of(q.device)
+    ctas = min(cdiv(B * T * HQ, block), chip.norm_ctas * chip.multiprocessors)
+    of_ctas = d_weights.new_empty(ctas, 2, K)
     launch(
-        norm_gradient_kernel, (programs, 2, 1),
-        (dq, q, norm.q, dk, k, norm.k, mask, of_programs),
+        norm_gradient_kernel, (ctas, 2, 1),
+        (dq, q, norm.q, dk, k, norm.k, mask, of_ctas),
         (norm.eps, B * T * HQ, B * T * H, HQ, H, *map(token_step, (dq, q, dk, k))),
         K=K, BK=_padded(K), R=block, MASKED=mask is not None,
     )  # fmt: skip
-    torch.sum(of_programs, 0, out=d_weights)
+    torch.sum(of_ctas, 0, out=d_weights)
 
 
 def _weights(norm: QKNorm | None) -> tuple[Tensor | None, Tensor | None]:
@@ -273,9 +266,11 @@ def _eps(norm: QKNorm | None) -> float:
     return 0.0 if norm is None else norm.eps
 
 
-def _passed(k: Tensor, v: Tensor, sequences: int) -> int:
-    """Float32 numbers of the places through which states pass: two for every head."""
-    return 2 * sequences * k.shape[2] * _padded(k.shape[-1]) * _padded(v.shape[-1])
+def _passed(k: Tensor, v: Tensor, segments: int) -> int:
+    """Numbers of 32 bits, zero before a launch: two places of every head through which its state passes from chunk to
+    chunk, and behind all of these a counter of every head, which gives its chunks to CTAs. An even number."""
+    heads = segments * k.shape[2]
+    return 2 * heads * _padded(k.shape[-1]) * _padded(v.shape[-1]) + heads + heads % 2
 
 
 def _layout(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
@@ -304,19 +299,19 @@ def _chunk(k: Tensor, v: Tensor) -> int:
     return 16 if v.dtype == torch.float32 and _wide(k, v) else 32
 
 
-def _segments(heads: int, chunks: int, *, wide: bool, packed: bool) -> tuple[int, int, int]:
+def _segments(heads: int, chunks: int, *, chip: Chip, wide: bool, packed: bool) -> tuple[int, int, int]:
     """(segments of a sequence, chunks of a segment, of the last perhaps fewer, pieces of a segment), where `heads` are
     those of all sequences: one segment, but several where heads are so few that their programs would mostly wait for
     each other."""
     part, cut = chunks, 1
     if not packed:
-        if heads <= _FEW_HEADS[wide] and chunks >= 16 * _SHORTEST:
-            piece = max(_SHORTEST, cdiv(chunks * heads, _PIECES[wide]))
-            aim = _SIDE_BY_SIDE[wide] * (0.75 if heads > _MANY_OF_THE_FEW and not wide else 1)
+        if heads <= chip.few_heads[wide] and chunks >= 16 * chip.shortest_piece:
+            piece = max(chip.shortest_piece, cdiv(chunks * heads, chip.pieces[wide]))
+            aim = chip.segments[wide] * (0.75 if heads > _MANY_OF_THE_FEW and not wide else 1)
             cut = max(1, round(chunks * heads / (aim * piece)))
             cut = cdiv(cdiv(chunks, cdiv(chunks, piece * cut)), piece)  # the last segment is hardly shorter
             part = piece * cut
-        part = min(part, _PROGRAMS_OF_AN_AXIS // cut * cut)
+        part = min(part, _CTAS_OF_AN_AXIS // cut * cut)
     return cdiv(chunks, part), part, cut
 
 
@@ -331,11 +326,12 @@ def _slices(k: Tensor, v: Tensor, gv: Tensor | None, G: int = 1) -> int:
     return 1 if narrow or gv is not None or v.dtype == torch.float32 or G > 1 else 2
 
 
-def _grid(H: int, segments: int, chunks: int, slots: Tensor | None, *, wide: bool) -> tuple[int, int, int]:
-    """Programs, in the order in which they start: group after group of segments, in each chunk after chunk of all."""
+def _grid(H: int, segments: int, chunks: int, slots: Tensor | None, *, chip: Chip, wide: bool) -> tuple[int, int, int]:
+    """CTAs: (heads of a group of segments, chunks of a segment, groups). A GPU tends to start them in this order, group
+    after group, which keeps the states of a group in L2; nothing relies on it (`forward.place`)."""
     if slots is not None:
         return (H * len(slots), 1, 1)
-    most = max(_IN_A_GROUP[wide] // H, cdiv(segments, _PROGRAMS_OF_AN_AXIS), 1)
+    most = max(chip.chains[wide] // H, cdiv(segments, _CTAS_OF_AN_AXIS), 1)
     size = max(cdiv(segments, cdiv(segments, most) or 1), 1)  # of groups of about the same size
     return (H * size, chunks, cdiv(segments, size))
 
@@ -355,12 +351,12 @@ def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, in
     return {"num_warps": min(4, units // 32), "maxnreg": registers[kernel]}
 
 
-def _step_registers(heads: int, state: int, gv: Tensor | None) -> int | None:
+def _step_registers(chip: Chip, heads: int, state: int, gv: Tensor | None) -> int | None:
     """Of a thread of the decode kernel: with decay on the key axis alone as few as let all heads have their programs at
     once, or where there are too many five of them on a multiprocessor. By measurement, see docs/kernels.md."""
     if gv is not None or state != 64 * 64:
         return None
-    return 80 if heads <= _AT_ONCE else 96
+    return 80 if heads <= chip.decode_ctas * chip.multiprocessors else 96
 
 
 def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from regla.ops.triton.chip import chip_of
 from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
 from regla.ops.triton.tiles import LOG2E, largest, maximum
 
-_PROGRAMS = {"rms": 924, "layer": 528}  # of the backward pass: as many as an H100 runs at once
 _NUMBERS = 2048  # that a program takes at once
 
 
@@ -142,7 +142,9 @@ def backward(
     """Fill the gradients; of what there is not they are not looked at."""
     B, T, H, V = h.shape
     constants = _constants(h, bias, gate, activation)
-    programs = max(1, min(cdiv(B * T, constants["R"]), _PROGRAMS["rms" if bias is None else "layer"] // H))
+    chip = chip_of(h.device)
+    at_once = chip.output_norm_ctas["rms" if bias is None else "layer"] * chip.multiprocessors
+    programs = max(1, min(cdiv(B * T, constants["R"]), at_once // H))
     parts = d_weight.new_empty(2, programs, H, V) if bias is not None else d_weight.new_empty(1, programs, H, V)
     launch(
         output_norm_gradient_kernel, (H * programs, 1, 1),
