@@ -173,8 +173,8 @@ examples:
 
 BENCH_OPS = """\
 Time the operations at the shapes that matter and over lengths of 512 to 32768 at a fixed number of tokens, forward and
-forward+backward, and single steps of decoding. `of floor` is the share of the speed that the memory allows: each input
-read once, each output written once, at the rate of a plain copy; `extra memory` is beyond inputs, outputs and
+forward+backward, and single steps of decoding. `of copy bandwidth` compares with a plain copy: each input read
+once and each output written once, at a copy's rate (reading alone is faster and may exceed it); `extra memory` is beyond inputs, outputs and
 gradients; `x sdpa` and `x fla` say how many times as fast as PyTorch's softmax attention and fla's chunk_gla.
 
 A case is called OPERATION/AXIS/BACKEND/SHAPE/DIRECTION:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from regla.report.benches import benches_table, latest, lines, plot_bench, speed_table
+from regla.report.benches import benches_table, kernels_table, latest, lines, plot_bench, speed_table
 from regla.report.documents import documents, draw, fill
 
 AROUND = {"device": "D", "torch": "9", "commit": "abc", "date": "today"}
@@ -52,7 +52,7 @@ def model_row(kind: str, subject: str, along: str, length: int, **more: Any) -> 
 
 def test_table_of_operations() -> None:
     header, rule, line, _, where = benches_table([ops_row("triton", 1024, 99.0)]).splitlines()
-    assert "| of floor | extra memory | x sdpa | x fla |" in header
+    assert "| of copy bandwidth | extra memory | x sdpa | x fla |" in header
     assert line == (
         "| regla_attention/value/triton | B4 T1024 H12 64x64 | fwd | bfloat16 | 98.00 / 99.00 / 1,099 | 1,234 | 46% "
         "| 3.0 MiB | 1.25 | - |"

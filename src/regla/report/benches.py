@@ -22,6 +22,9 @@ _NAMES = {
     "values": "values for outputs",
 }
 
+_GATES = {"regla_attention": "at initialisation", "regla_attention_fast_gates": "fast"}
+_KERNELS = [f"{operation}/{axis}/triton" for operation in _GATES for axis in ("key", "value", "both")]
+
 
 def benches_table(rows: Sequence[Row]) -> str:
     """Rows of one of `regla bench ops|decode|train`, in their order; of equal settings the last."""
@@ -47,6 +50,31 @@ def speed_table(rows: Sequence[Row]) -> str:
             body.append([f"{length:,}", *(f"{rate / 1e3:,.0f}k" for rate in rates), f"{rates[1] / rates[0]:.2f}x"])
     shown = list(last.values())
     return f"{markdown(['tokens of a sequence', 'softmax', 'ReGLA', 'ratio'], body)}\n\n{ran_on(shown)}"
+
+
+def kernels_table(rows: Sequence[Row]) -> str:
+    """The kernels beside softmax attention and fla: forward, and forward and backward, by shape, gates and axis."""
+    rows = [row for row in latest(rows) if row["subject"] in _KERNELS and row["setting"]["dtype"] == "bfloat16" and "p50_us" in row]
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        setting = row["setting"]
+        shape = tuple(setting[name] for name in ("K", "T", "B", "H"))
+        groups.setdefault((*shape, _KERNELS.index(row["subject"])), {})[setting["direction"]] = row
+    body = []
+    for (K, T, B, H, subject), directions in sorted(groups.items(), key=lambda group: group[0]):
+        operation, axis, _ = _KERNELS[subject].split("/")
+        line = [f"{B} x {T:,}", f"{H} x {K}", _GATES[operation], axis]
+        for direction in ("forward", "forward+backward"):
+            row = directions.get(direction)
+            line += ["-", "-", "-"] if row is None else _beside(row)
+        body.append(line)
+    beside = ["x softmax", "x fla"]
+    titles = ["batch x tokens", "heads", "gates", "decay on"]
+    return f"{markdown([*titles, 'fwd, us', *beside, 'fwd+bwd, us', *beside], body, numbers_from=4)}\n\n{ran_on(rows)}"
+
+
+def _beside(row: Row) -> list[str]:
+    return [f"{row['p50_us']:,.0f}", _ratio(row, "softmax_attention/none/sdpa"), _ratio(row, "chunk_gla/key/fla")]
 
 
 def lines(row: Row) -> tuple[str, str]:
@@ -77,7 +105,7 @@ def _ops_cells(row: Row) -> dict[str, str]:
         "dtype": setting["dtype"],
         **_time(row, "us", 1.0),
         "GB/s": _number(row, "gb_per_s", ",.0f"),
-        "of floor": _number(row, "of_floor", ".0%"),
+        "of copy bandwidth": _number(row, "of_floor", ".0%"),
         "extra memory": _memory(row.get("peak_extra_bytes")),
         "x sdpa": _ratio(row, "softmax_attention/none/sdpa"),
         "x fla": _ratio(row, "chunk_gla/key/fla"),
@@ -94,7 +122,7 @@ def _decode_cells(row: Row) -> dict[str, str]:
         "tokens/s": _number(row, "tokens_per_second", ",.0f"),
         **_time(row, "ms", 1e-3),
         **turns,
-        "of floor": _number(row, "of_floor", ".0%"),
+        "of copy bandwidth": _number(row, "of_floor", ".0%"),
         "peak memory": _memory(row.get("peak_bytes")),
         "cache": _memory(row.get("cache_bytes")),
         "x softmax": _ratio(row, "softmax"),
@@ -145,7 +173,7 @@ def plot_bench(rows: Sequence[Row], file: str | Path) -> None:
         title = "Decoding with `generate`"
     else:
         panels, unit, along = _panels(measured, None, "length"), "tokens per second", "tokens of a sequence"
-        title = "Training, end to end"
+        title = "Training, end to end, gates at initialisation"
     plot_lengths(panels, file, title=f"{title}, {rows[0]['device']}", along=along, unit=unit, least_ratio=2.0)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from regla.report.benches import benches_table, plot_bench, speed_table
+from regla.report.benches import benches_table, kernels_table, plot_bench, speed_table
 from regla.report.studies import (
     plot_positions,
     plot_study,
@@ -76,9 +76,10 @@ def fill(text: str, root: Path) -> str:
         if kind in STUDY_TABLES and file_name:
             rows = read_rows(root / STUDIES / f"{file_name}.jsonl", "study")
             return f"{match[1]}\n{STUDY_TABLES[kind](rows)}\n\n{match[3]}"
-        if kind == "speed" and file_name:
-            rows = read_rows(root / BENCHES / f"{file_name}.jsonl", "bench train")
-            return f"{match[1]}\n{speed_table(rows)}\n\n{match[3]}"
+        if kind in ("speed", "kernels") and file_name:
+            show, benchmark = (speed_table, "bench train") if kind == "speed" else (kernels_table, "bench ops")
+            rows = read_rows(root / BENCHES / f"{file_name}.jsonl", benchmark)
+            return f"{match[1]}\n{show(rows)}\n\n{match[3]}"
         if kind in BENCH_TABLES and file_name:
             rows = read_rows(root / BENCHES / f"{file_name}.jsonl", f"bench {kind}")
             return f"{match[1]}\n{benches_table(rows)}\n\n{match[3]}"
