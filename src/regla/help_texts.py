@@ -173,9 +173,10 @@ examples:
 
 BENCH_OPS = """\
 Time the operations at the shapes that matter and over lengths of 512 to 32768 at a fixed number of tokens, forward and
-forward+backward, and single steps of decoding. `of copy bandwidth` compares with a plain copy: each input read
-once and each output written once, at a copy's rate (reading alone is faster and may exceed it); `extra memory` is beyond inputs, outputs and
-gradients; `x sdpa` and `x fla` say how many times as fast as PyTorch's softmax attention and fla's chunk_gla.
+forward+backward, and single steps of decoding. `of copy bandwidth` compares with a plain copy: each input read once and
+each output written once, at a copy's rate (reading alone is faster and may exceed it); `extra memory` is beyond inputs,
+outputs and gradients; `x sdpa` and `x fla` say how many times as fast as PyTorch's softmax attention and fla's
+chunk_gla.
 
 A case is called OPERATION/AXIS/BACKEND/SHAPE/DIRECTION:
   regla_attention/value/triton/B8-T2048-H12-64x64/forward+backward

@@ -61,6 +61,24 @@ def test_table_of_operations() -> None:
     assert where == "Measured on D, torch 9, commit abc, today."
 
 
+def test_table_of_kernels() -> None:
+    """A line for shape, gates and axis; both directions beside; other operations, dtypes and older rows left out."""
+    backward = {**ops_row("triton", 1024, 0)["setting"], "direction": "forward+backward"}
+    fla = {"softmax_attention/none/sdpa": 0.5, "chunk_gla/key/fla": 2.0}
+    rows = [
+        ops_row("triton", 1024, 50.0),
+        ops_row("triton", 1024, 99.0),
+        ops_row("chunked", 1024, 900.0),
+        ops_row("triton", 1024, 300.0, setting=backward, against=fla),
+        ops_row("triton", 1024, 400.0, setting=backward, subject="regla_attention_fast_gates/both/triton"),
+        ops_row("triton", 1024, 70.0, setting={**backward, "dtype": "float32"}),
+    ]
+    _, rule, first, second, _, where = kernels_table(rows).splitlines()
+    assert first == "| 4 x 1,024 | 12 x 64 | at initialisation | value | 99 | 1.25 | - | 300 | 0.50 | 2.00 |"
+    assert second == "| 4 x 1,024 | 12 x 64 | fast | both | - | - | - | 400 | 1.25 | - |"
+    assert rule.count("|") == first.count("|") and where.startswith("Measured on")
+
+
 def test_tables_of_models() -> None:
     *_, line, _, _ = benches_table([model_row("decode", "regla", "context", 65536)]).splitlines()
     assert line == ("| ReGLA | 8 | 65,536 | 8,000 | 0.90 / 1.00 / 1.10 | 50% | 1,024.0 MiB | 2.0 MiB | 2.00 |")

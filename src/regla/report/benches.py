@@ -54,7 +54,8 @@ def speed_table(rows: Sequence[Row]) -> str:
 
 def kernels_table(rows: Sequence[Row]) -> str:
     """The kernels beside softmax attention and fla: forward, and forward and backward, by shape, gates and axis."""
-    rows = [row for row in latest(rows) if row["subject"] in _KERNELS and row["setting"]["dtype"] == "bfloat16" and "p50_us" in row]
+    rows = [row for row in latest(rows) if row["subject"] in _KERNELS and "p50_us" in row]
+    rows = [row for row in rows if row["setting"]["dtype"] == "bfloat16"]
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         setting = row["setting"]
@@ -65,8 +66,7 @@ def kernels_table(rows: Sequence[Row]) -> str:
         operation, axis, _ = _KERNELS[subject].split("/")
         line = [f"{B} x {T:,}", f"{H} x {K}", _GATES[operation], axis]
         for direction in ("forward", "forward+backward"):
-            row = directions.get(direction)
-            line += ["-", "-", "-"] if row is None else _beside(row)
+            line += _beside(directions[direction]) if direction in directions else ["-", "-", "-"]
         body.append(line)
     beside = ["x softmax", "x fla"]
     titles = ["batch x tokens", "heads", "gates", "decay on"]

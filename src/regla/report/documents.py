@@ -77,9 +77,9 @@ def fill(text: str, root: Path) -> str:
             rows = read_rows(root / STUDIES / f"{file_name}.jsonl", "study")
             return f"{match[1]}\n{STUDY_TABLES[kind](rows)}\n\n{match[3]}"
         if kind in ("speed", "kernels") and file_name:
-            show, benchmark = (speed_table, "bench train") if kind == "speed" else (kernels_table, "bench ops")
-            rows = read_rows(root / BENCHES / f"{file_name}.jsonl", benchmark)
-            return f"{match[1]}\n{show(rows)}\n\n{match[3]}"
+            rows = read_rows(root / BENCHES / f"{file_name}.jsonl", "bench train" if kind == "speed" else "bench ops")
+            shown = speed_table(rows) if kind == "speed" else kernels_table(rows)
+            return f"{match[1]}\n{shown}\n\n{match[3]}"
         if kind in BENCH_TABLES and file_name:
             rows = read_rows(root / BENCHES / f"{file_name}.jsonl", f"bench {kind}")
             return f"{match[1]}\n{benches_table(rows)}\n\n{match[3]}"
