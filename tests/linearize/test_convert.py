@@ -97,17 +97,6 @@ def test_saves_loads_and_generates(tmp_path):
     assert loaded.generate(tokens, max_new_tokens=5, do_sample=False).shape == (2, 12)
 
 
-def test_a_temperature_without_sampling_can_be_saved(tmp_path):
-    """Some checkpoints come with one; transformers would load but not save it."""
-    original = llama(eos_token_id=None)
-    original.generation_config.temperature = 0.6
-    with pytest.raises(ValueError):
-        original.save_pretrained(tmp_path / "original")
-    convert(original).save_pretrained(tmp_path / "converted")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").generation_config
-    assert saved.temperature == 0.6 and saved.do_sample
-
-
 def test_from_folder_to_folder(tmp_path):
     """What the command does: folder in, folder out with the tokenizer, loadable by a program that never saw regla."""
     original = llama()
@@ -197,3 +186,79 @@ def test_bad_models_and_arguments():
     odd.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"parameter extra.weight is in one model and not in the other"):
         convert(odd)
+
+
+GREEDY_FLAGS = {
+    "a temperature": {"temperature": 0.6},
+    "temperature 0": {"temperature": 0.0},
+    "temperature 0, sampling": {"temperature": 0.0, "do_sample": True},
+    "top_k 0": {"top_k": 0},
+    "top_p": {"top_p": 0.9, "min_p": 0.1, "typical_p": 0.5},
+    "cutoffs": {"epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
+    "not to sample": {"do_sample": False, "temperature": 0.0, "top_k": 0, "top_p": 0.5},
+    "early stopping": {"early_stopping": True},
+    "length penalty": {"length_penalty": 0.5},
+    "one beam": {"num_beams": 1, "early_stopping": "never", "length_penalty": 2.0},
+    "no padding token": {"pad_token_id": -1},
+    "several sequences": {"num_return_sequences": 2},
+    "scores of no dict": {"output_scores": True, "output_logits": True},
+    "a cache that is off": {"use_cache": False, "cache_implementation": "static"},
+    "another cache": {"cache_implementation": "quantized", "cache_config": {"nbits": 4}},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "an argument of generate": {"streamer": "no"},
+}
+
+
+@pytest.mark.parametrize("flags", GREEDY_FLAGS.values(), ids=GREEDY_FLAGS)
+def test_flags_of_generation_without_effect_are_dropped(flags, tmp_path):
+    """Of the original whatever its flags: converted, saved and loaded, and as greedy as a greedy original."""
+    original = llama(eos_token_id=None, pad_token_id=None)
+    for name, value in flags.items():
+        setattr(original.generation_config, name, value)
+    converted = convert(original, range(4)).eval()
+    converted.save_pretrained(tmp_path)
+    tokens = torch.randint(97, (1, 7))
+    plain = llama(eos_token_id=None, pad_token_id=None)
+    plain.load_state_dict(original.state_dict())
+    expected = plain.eval().generate(tokens, max_new_tokens=5, do_sample=False)
+    for model in (converted, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        assert not model.generation_config.do_sample
+        assert torch.equal(model.generate(tokens, max_new_tokens=5), expected)
+
+
+def test_flags_of_generation_with_effect_are_kept(tmp_path):
+    flags = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.1, "num_beams": 2}
+    flags |= {"early_stopping": True, "length_penalty": 0.5, "eos_token_id": [3, 4], "pad_token_id": 5}
+    original = llama()
+    for name, value in flags.items():
+        setattr(original.generation_config, name, value)
+    convert(original).save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert {name: getattr(saved, name) for name in flags} == flags
+
+
+def test_a_negative_padding_token_is_none():
+    assert convert(llama(pad_token_id=-1)).config.pad_token_id is None
+
+
+@pytest.mark.parametrize("how", ["loaded", "moved"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_16_bits(dtype, how, tmp_path):
+    """The transfer is proven in float32, and RoPE's frequencies stay so, whatever the original did to its own."""
+    original = llama(max_position_embeddings=8192)
+    frequencies = original.model.rotary_emb.inv_freq.clone()
+    if how == "loaded":
+        original.save_pretrained(tmp_path)
+        original = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    else:
+        original = original.to(dtype)
+    before = {name: value.clone() for name, value in original.named_buffers()}
+    converted = convert(original)
+    assert {parameter.dtype for parameter in converted.parameters()} == {dtype}
+    assert torch.equal(converted.model.rotary_emb.inv_freq, frequencies)
+    assert all(torch.equal(before[name], value) for name, value in original.named_buffers())
+    assert check_transfer(original, converted) <= 1e-4
+    weight = converted.model.layers[0].self_attn.k_proj.weight
+    weight.data = weight.data.roll(8, 0)
+    with pytest.raises(ValueError, match="layer 0 is the first to differ"):
+        check_transfer(original, converted)

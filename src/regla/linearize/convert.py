@@ -89,7 +89,8 @@ def convert(
         mixer: ReGLAConfig's own arguments for the new layers, such as gate_axis="key".
 
     Returns:
-        A new model in the dtype and on the device of the original, sharing none of its memory.
+        A new model in the dtype and on the device of the original, sharing none of its memory. Its generation config
+        is the original's less the flags without effect.
 
     Raises:
         ValueError: unsupported architecture; layers that are not there; arguments that do not fit; a failed check.
@@ -111,15 +112,32 @@ def convert(
     return converted
 
 
+#: Flags that decide how `generate` works, which others are checked against.
+_MODES = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+
+#: Flags of assisted generation, which changes no text, and which recurrent states do not allow.
+_ASSISTED = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+_CACHES = (None, "dynamic", "static")
+
+
 def _generation_config(model: PreTrainedModel) -> GenerationConfig:
-    """The original's. Some checkpoints set a temperature without sampling; transformers loads that, but refuses to save
-    it: where sampling makes it whole, that is what was meant."""
-    config = copy.deepcopy(model.generation_config)
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
-        config.validate(strict=True)
+    """The original's less the flags without effect, such as a temperature where nothing is sampled: transformers loads
+    them, but refuses to save them. Sampling at temperature 0 is greedy; greedy decoding stays greedy."""
+    given = {name: copy.deepcopy(value) for name, value in vars(model.generation_config).items()}
+    if given.get("do_sample") and given.get("temperature") == 0:
+        given["do_sample"] = False
+    if given.get("cache_implementation") not in _CACHES:
+        given |= {"cache_implementation": None, "cache_config": None}
+    config = GenerationConfig()
+    for name in sorted(given.keys() - set(_ASSISTED), key=lambda name: (name not in _MODES, name)):
+        before = vars(config).copy()
+        setattr(config, name, given[name])
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            vars(config).clear()
+            vars(config).update(before)
     return config
 
 

@@ -33,7 +33,10 @@ SHARED_ARGUMENTS = (
 
 def _shared(config: PreTrainedConfig) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {name: getattr(config, name) for name in SHARED_ARGUMENTS} | {"head_dim": head_dim}
+    shared = {name: getattr(config, name) for name in SHARED_ARGUMENTS} | {"head_dim": head_dim}
+    if shared["pad_token_id"] is not None and shared["pad_token_id"] < 0:
+        shared["pad_token_id"] = None  # how some checkpoints say that there is none
+    return shared
 
 
 def _llama(config: PreTrainedConfig) -> dict[str, Any]:

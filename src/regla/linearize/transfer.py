@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
@@ -91,9 +92,9 @@ def check_transfer(
     training = original.training, converted.training
     original.eval(), converted.eval()
     try:
-        expected = original(input_ids, use_cache=False, output_hidden_states=True)
+        expected = _in_float32(original, input_ids)
         with softmax_in_place_of_mixers(converted, layers):
-            actual = converted(input_ids, use_cache=False, output_hidden_states=True)
+            actual = _in_float32(converted, input_ids)
     finally:
         original.train(training[0]), converted.train(training[1])
     error = _difference(actual.logits, expected.logits)
@@ -107,6 +108,23 @@ def check_transfer(
             f"than {tolerance:.0e}; {where}: its weights were not transferred as the original uses them"
         )
     return error
+
+
+def _in_float32(model: PreTrainedModel, input_ids: Tensor) -> Any:
+    """What `model` gives, computed in float32 at least: in bfloat16 rounding would hide what a check is to find.
+
+    Weights of a narrower dtype are copied for as long as that takes. RoPE's frequencies are computed anew, since moving
+    a model to another dtype rounds them.
+    """
+    narrow = (torch.bfloat16, torch.float16)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    wide = {name: x.float() for name, x in tensors.items() if x.dtype in narrow}
+    for path, module in model.named_modules():
+        if hasattr(module, "original_inv_freq"):
+            fresh = dict(type(module)(module.config).named_buffers())
+            wide |= {f"{path}.{name}": x.to(tensors[f"{path}.{name}"].device) for name, x in fresh.items()}
+    kwargs = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": True}
+    return functional_call(model, wide, kwargs=kwargs)
 
 
 def _difference(value: Tensor, expected: Tensor) -> float:
