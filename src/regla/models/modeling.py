@@ -37,6 +37,11 @@ from regla.models.inputs import (
 from regla.models.rotary import RotaryEmbedding
 from regla.models.softmax import SoftmaxAttention
 
+NO_CONTINUOUS_BATCHING = (
+    "Continuous batching pages keys and values, and a linear layer's state is neither; call generate(), or start the "
+    "server without --continuous-batching."
+)
+
 
 class ReGLADecoderLayer(GradientCheckpointingLayer):
     """One block. `self_attn` is a `ReGLAAttention` or a `SoftmaxAttention`, by the layer's type."""
@@ -320,6 +325,19 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             adopt_cache(model_kwargs["past_key_values"], self.config)
+
+    @property
+    def init_continuous_batching(self) -> Any:
+        # `transformers serve` asks whether there is such a method, and else says so and serves one request at a time.
+        raise AttributeError(NO_CONTINUOUS_BATCHING)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported, see `NO_CONTINUOUS_BATCHING`."""
+        raise ValueError(NO_CONTINUOUS_BATCHING)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported, see `NO_CONTINUOUS_BATCHING`."""
+        raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
 def _linear_mixer(config: ReGLAConfig, layer_idx: int) -> ReGLAAttention:
