@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from regla import help_texts
 from regla.runtime.errors import told_in_flags
 from regla.train.config import (
+    DEFAULT_PAIRS,
     DEFAULT_STEPS,
     DEFAULT_VOCAB_SIZE,
     DEFAULT_WINDOW,
@@ -20,6 +21,7 @@ from regla.train.config import (
     DTYPES,
     MIXERS,
     RESUME,
+    TASKS,
     TrainConfig,
 )
 
@@ -161,7 +163,15 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "--valid", nargs="+", default=[], metavar="PATH", help="default: the last tenth of each data file"
     )
     text.add_argument("--tokenizer", metavar="DIR", help="default: train a byte-level BPE on the data")
-    add(text, "--vocab-size", int, f"tokens of the BPE to train (default: {DEFAULT_VOCAB_SIZE})")
+    add(text, "--vocab-size", int, f"tokens of the BPE to train, or ids of the task (default: {DEFAULT_VOCAB_SIZE})")
+    text.add_argument("--task", choices=TASKS, help="mqar: train on associative recall instead of text")
+    shown = ",".join(map(str, DEFAULT_PAIRS))
+    text.add_argument(
+        "--pairs", type=_list_of(int), metavar="N,...", help=f"of mqar: pairs in a sequence (default: {shown})"
+    )
+    text.add_argument(
+        "--gaps", type=_list_of(int), metavar="N,...", help="of mqar: noise between pairs and queries (default: 0)"
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument(

@@ -65,7 +65,12 @@ VARIANTS = {
         "softmax_output_gate": "silu",
     },
     "window": {"layer_types": [W, W], "sliding_window": 8},
-    "hybrid, window": {"num_hidden_layers": 3, "layer_types": [L, W, F], "sliding_window": 5},
+    "hybrid, window": {
+        "num_hidden_layers": 3,
+        "layer_types": [L, W, F],
+        "sliding_window": 5,
+        "softmax_conv_kernel_dim": 3,
+    },
     "softmax, extras": {
         "layer_types": [F, F],
         "softmax_conv_kernel_dim": 4,

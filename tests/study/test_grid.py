@@ -165,6 +165,6 @@ def test_shipped_studies_fit_at_equal_parameters(name: str) -> None:
     sizes, _ = check_variants(study, study.variants, vocab_size=None if name == "demo" else 16384)
     parameters = [size.parameters for size in sizes.values()]
     assert max(parameters) < 1.01 * min(parameters)
-    if name != "demo":
+    if study.variants[0].settings.get("task") is None and name != "demo":
         assert min(size.tokens for size in sizes.values()) in (26_214_400, 100_007_936)
         assert 4e-3 in study.lrs and len(study.lrs) > 1

@@ -22,7 +22,7 @@ from regla.cli import main
 from regla.data.embedded import embedded_text
 from regla.runtime import checkpoint
 from regla.runtime.signals import Interrupted
-from regla.train import loop, run
+from regla.train import loop, material, run
 from regla.train.config import TrainConfig
 
 TINY = {

@@ -185,8 +185,8 @@ class ConvCacheLayer(CacheLayerMixin):
             self.write_conv_state(function(self.conv_state))
 
 
-class SoftmaxConvCacheLayer(ConvCacheLayer, SoftmaxCacheLayer):
-    """Keys, values and the convolution's state, growing."""
+class DynamicConvCacheLayer(ConvCacheLayer):
+    """Part of a cache of any length."""
 
     is_croppable = False  # the inputs before the last few tokens are gone
 
@@ -209,7 +209,15 @@ class SoftmaxConvCacheLayer(ConvCacheLayer, SoftmaxCacheLayer):
         )
 
 
-class SoftmaxConvStaticCacheLayer(ConvCacheLayer, StaticLayer):
+class SoftmaxConvCacheLayer(DynamicConvCacheLayer, SoftmaxCacheLayer):
+    """Keys, values and the convolution's state, growing."""
+
+
+class SlidingConvCacheLayer(DynamicConvCacheLayer, SlidingCacheLayer):
+    """The last `sliding_window - 1` keys and values, and the convolution's state."""
+
+
+class StaticConvCacheLayer(ConvCacheLayer):
     """The same at fixed addresses, written in place."""
 
     def write_conv_state(self, new: Tensor) -> None:
@@ -221,6 +229,14 @@ class SoftmaxConvStaticCacheLayer(ConvCacheLayer, StaticLayer):
         super().reset()
         if self.conv_state is not None:
             self.conv_state.zero_()  # zeros are an empty state
+
+
+class SoftmaxConvStaticCacheLayer(StaticConvCacheLayer, StaticLayer):
+    """Keys, values and the convolution's state."""
+
+
+class SlidingConvStaticCacheLayer(StaticConvCacheLayer, StaticSlidingWindowLayer):
+    """Those of a window."""
 
 
 def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:
@@ -252,7 +268,7 @@ def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:
                 cache.layers[index] = SoftmaxCacheLayer()
             continue
         if kind == "sliding_attention":
-            cache.layers[index] = _with_window(layer, index, config.sliding_window)
+            cache.layers[index] = _with_window(layer, index, config)
             continue
         if isinstance(layer, ReGLACacheLayer):
             continue
@@ -337,18 +353,26 @@ def _with_conv_state(layer: object, index: int) -> ConvCacheLayer:
     )
 
 
-def _with_window(layer: object, index: int, window: int | None) -> object:
-    """`layer` if it keeps the last tokens of a window of this size, or one that does in the place of an unused one."""
+def _with_window(layer: object, index: int, config: ReGLAConfig) -> object:
+    """`layer` if it keeps the window of this model, or one that does in the place of an unused one."""
+    window, with_conv = config.sliding_window, bool(config.softmax_conv_kernel_dim)
     assert window is not None
-    if isinstance(layer, DynamicLayer) and type(layer) is not SlidingCacheLayer and not layer.is_initialized:
-        return SlidingCacheLayer(window)
-    if isinstance(layer, SlidingCacheLayer) and layer.sliding_window == window:
-        return layer
-    if isinstance(layer, StaticSlidingWindowLayer) and layer.max_cache_len <= window:
-        return layer
+    if isinstance(layer, SlidingConvCacheLayer if with_conv else SlidingCacheLayer):
+        if layer.sliding_window == window:
+            return layer
+    elif isinstance(layer, DynamicLayer) and not layer.get_seq_length():
+        return SlidingConvCacheLayer(window) if with_conv else SlidingCacheLayer(window)
+    elif isinstance(layer, StaticSlidingWindowLayer) and layer.max_cache_len <= window:
+        if isinstance(layer, ConvCacheLayer) == with_conv:
+            return layer
+        if with_conv and not layer.get_seq_length():
+            static = SlidingConvStaticCacheLayer(layer.max_cache_len, window)
+            if layer.keys is not None and layer.values is not None:  # allocated ahead of the first token
+                static.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])
+            return static
     raise ValueError(
-        f"layer {index} of past_key_values, a {type(layer).__name__}, does not keep a window of {window} tokens; make "
-        "a new cache: DynamicCache(config=model.config)"
+        f"layer {index} of past_key_values, a {type(layer).__name__}, does not keep a window of {window} tokens, or is "
+        "in use; make a new cache: DynamicCache(config=model.config)"
     )
 
 

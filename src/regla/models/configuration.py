@@ -168,17 +168,11 @@ class ReGLAConfig(PreTrainedConfig):
                 f"layer_types has {len(self.layer_types)} entries; expected one for each of the "
                 f"{self.num_hidden_layers} layers: change layer_types or num_hidden_layers"
             )
-        if "sliding_attention" in self.layer_types:
-            if self.sliding_window is None or self.sliding_window < 2:
-                raise ValueError(
-                    f"sliding_window is {self.sliding_window}, but layer_types has 'sliding_attention'; expected a "
-                    "window of at least 2 tokens"
-                )
-            if self.softmax_conv_kernel_dim:
-                raise ValueError(
-                    f"softmax_conv_kernel_dim is {self.softmax_conv_kernel_dim}, but layer_types has "
-                    "'sliding_attention', which has no convolution: leave one of them out"
-                )
+        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
+            raise ValueError(
+                f"sliding_window is {self.sliding_window}, but layer_types has 'sliding_attention'; expected a "
+                "window of at least 2 tokens"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}; expected a multiple of num_key_value_heads = "

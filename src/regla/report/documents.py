@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regla.report.benches import benches_table, kernels_table, plot_bench, speed_table
+from regla.report.recall import RECALL_TABLES, plot_recall
 from regla.report.studies import (
     plot_positions,
     plot_study,
@@ -52,6 +53,7 @@ STUDY_TABLES: dict[str, _Table] = {
     "trials": trials_table,
     "positions": positions_table,
     "quality": quality_table,
+    **RECALL_TABLES,
 }
 """By what the name of a table begins with: `study/NAME` and so on show rows of the study NAME."""
 
@@ -116,14 +118,15 @@ def update(root: Path) -> list[Path]:
 def draw(root: Path) -> list[Path]:
     """Draw the plots that the pages under docs show, from the rows of studies and benchmarks; their files.
 
-    Under docs/results, of studies NAME.png and NAME-positions.png, of benchmarks NAME-ops.png, NAME-decode.png and
-    NAME-train.png.
+    Under docs/results, of studies NAME.png, NAME-positions.png and NAME-recall.png, of benchmarks NAME-ops.png,
+    NAME-decode.png and NAME-train.png.
     """
     pages = "".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("**/*.md"))
     plots: list[tuple[Path, Callable[[Sequence[dict[str, Any]], Path], None], Path, str]] = []
     for file in sorted((root / STUDIES).glob("*.jsonl")):
         plots.append((root / "docs/results" / f"{file.stem}.png", plot_study, file, "study"))
         plots.append((root / "docs/results" / f"{file.stem}-positions.png", plot_positions, file, "study"))
+        plots.append((root / "docs/results" / f"{file.stem}-recall.png", plot_recall, file, "study"))
     for file in sorted((root / BENCHES).glob("*.jsonl")):
         for kind in BENCH_TABLES:
             plots.append((root / "docs/results" / f"{file.stem}-{kind}.png", plot_bench, file, f"bench {kind}"))

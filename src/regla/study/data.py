@@ -27,8 +27,8 @@ class StudyData:
 
     data: tuple[str, ...]
     valid: tuple[str, ...]
-    tokenizer: str
-    """Its folder."""
+    tokenizer: str | None
+    """Its folder; None: a task, which has no text."""
     digest: str
     """SHA-256 of all training tokens and of those of each validation file."""
     tokens: int
@@ -66,6 +66,20 @@ def prepare(
     if not target.is_dir():
         _write(target, train_sources, valid_sources, tokenizer, vocab_size)
     return _describe(_files(target / "train"), _files(target / "valid"), str(target / "tokenizer"), options)
+
+
+def of_task(task: str, vocab_size: int | None) -> StudyData:
+    """What the runs need to know of a task, which makes its sequences itself."""
+    digest = hashlib.sha256(f"task {task}".encode()).hexdigest()
+    return StudyData(
+        data=(),
+        valid=(),
+        tokenizer=None,
+        digest=digest,
+        tokens=0,
+        vocab_size=vocab_size or DEFAULT_VOCAB_SIZE,
+        end_of_text=0,
+    )
 
 
 def _options(data: Sequence[str], valid: Sequence[str], tokenizer: str | None) -> tuple[str, ...]:

@@ -46,6 +46,8 @@ _ELSEWHERE = {  # fields of TrainConfig that a study's settings do not hold, and
 }
 _FIELDS = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name not in _ELSEWHERE}
 _IN_WORDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", type(None): "null"}
+_NUMBERS = tuple[int, ...]
+_IN_WORDS |= {_NUMBERS: "a list of whole numbers"}
 _SUFFIXES = (".yaml", ".yml")
 
 Settings = Mapping[str, Any]
@@ -238,6 +240,8 @@ def _check_settings(settings: Any, where: str) -> None:
             continue
         hint = _FIELDS[key]
         kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if _NUMBERS in kinds and isinstance(value, list) and all(type(number) is int for number in value):
+            continue
         if not (type(value) in kinds or (type(value) is int and float in kinds)):
             expected = " or ".join(_IN_WORDS[kind] for kind in kinds)
             raise ValueError(f"{key} in {where} is {value!r}, expected {expected}.")

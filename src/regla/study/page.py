@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from regla.report.recall import distances_table, gaps_table, pairs_table, plot_recall, recall
 from regla.report.studies import (
     check_comparable,
     plot_positions,
@@ -35,6 +36,8 @@ def write_page(study: Study, rows: Sequence[Row], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     plot = out / f"{study.name}.png"
     plot_study(rows, plot)
+    if recall(rows):
+        plot_recall(rows, out / f"{study.name}-recall.png")
     if positions(rows):
         plot_positions(rows, out / f"{study.name}-positions.png")
     (out / f"{study.name}.md").write_text(page(study, rows, plot.name), encoding="utf-8")
@@ -44,6 +47,8 @@ def page(study: Study, rows: Sequence[Row], plot: str) -> str:
     """Markdown; the tables stand between the marks by which `regla.report.documents` keeps them in step with rows."""
     validated = next((row for row in rows if not row["diverged"]), None)
     sources = ", ".join(source["name"] for source in validated["validation"]) if validated is not None else "-"
+    if rows[0]["config"].get("task") is not None:
+        sources = f"the answers of {rows[0]['config']['task']} in all cells, new sequences"
     return f"""\
 # {study.title}
 
@@ -67,7 +72,7 @@ def page(study: Study, rows: Sequence[Row], plot: str) -> str:
 {trials_table(rows)}
 
 <!-- end of table -->
-{_positions(study, rows)}
+{_positions(study, rows)}{_recall(study, rows)}
 ## Setup
 
 {_setup(rows)}
@@ -101,15 +106,41 @@ Perplexity of the tokens at these positions of a window; the training length was
 """
 
 
+def _recall(study: Study, rows: Sequence[Row]) -> str:
+    """The section on recall, where rows were trained on it."""
+    if not recall(rows):
+        return ""
+    tables = "\n\n".join(
+        f"{title}\n\n<!-- table: {kind}/{study.name} -->\n\n{show(rows)}\n\n<!-- end of table -->"
+        for kind, title, show in (
+            ("pairs", "By pairs, queries right behind them:", pairs_table),
+            ("gaps", "By the noise between pairs and queries:", gaps_table),
+            ("distances", "By the tokens between a value and its query, all cells together:", distances_table),
+        )
+    )
+    return f"""
+## Recall
+
+Share of answers that greedy decoding gives right, of the whole vocabulary, at each variant's best learning rate: mean
+over seeds and its standard error over sequences. State: the numbers that a sequence's memory holds at its end.
+
+![Recall by pairs, gap and distance]({study.name}-recall.png)
+
+{tables}
+"""
+
+
 def _setup(rows: Sequence[Row]) -> str:
     """What all runs share."""
     first = rows[0]["config"]
     shared = {key: value for key, value in first.items() if all(row["config"].get(key) == value for row in rows)}
     shared = {key: value for key, value in shared.items() if value not in (None, {}) and key not in _SWEPT}
     shared |= {name: ", ".join(f"{value:g}" for value in sorted({row[name] for row in rows})) for name in _SWEPT}
-    epochs = sorted({f"{row['epochs']:.2f}" for row in rows if not row["diverged"]}, key=float)
+    of_text = [row for row in rows if not row["diverged"] and row["epochs"] is not None]
+    epochs = sorted({f"{row['epochs']:.2f}" for row in of_text}, key=float)
     lines = [[f"`{key}`", f"`{value}`"] for key, value in shared.items()]
-    lines.append(["training text", f"{', '.join(rows[0]['data'])}: {rows[0]['text_tokens']:,} tokens"])
+    if first.get("task") is None:
+        lines.append(["training text", f"{', '.join(rows[0]['data'])}: {rows[0]['text_tokens']:,} tokens"])
     if epochs:
         lines.append(["epochs", ", ".join(epochs)])
     return markdown(["all runs", ""], lines, numbers_from=2)

@@ -84,8 +84,8 @@ def work(
 ) -> list[Trial]:
     """Run `trials` in order, as many at a time as there are places; those that were left out for want of time.
 
-    A place that is given several times (the same object) takes another trial when those on it have made half of their
-    steps.
+    A place that is given several times (the same object) takes another trial at once, or, where those on it compile,
+    when these have made half of their steps.
     seconds: no trial starts that would not be done in this time from now, by `estimate`. `finished(trial, line)`
     receives the row of a trial as a JSON line, `failed(trial, reason)` the last line of its output.
     On Ctrl-C or SIGTERM the running ones are told to save a checkpoint and end, and Interrupted is raised.
@@ -154,8 +154,10 @@ def work(
 
 
 def _has_room(place: Place, running: Sequence[_Running]) -> bool:
-    """Whether who runs on this device has got so far that another, once compiled, will hardly share it."""
-    return all(run.tokens >= _FAR * run.trial.tokens for run in running if run.place is place)
+    """Whether who runs on this device has got so far that another, once compiled, will hardly share it. Runs that do
+    not compile are small ones, which share it from the start."""
+    own = [run for run in running if run.place is place and run.trial.config.compile]
+    return all(run.tokens >= _FAR * run.trial.tokens for run in own)
 
 
 def _start(trial: Trial, out: Path, place: Place) -> _Running:

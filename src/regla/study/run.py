@@ -16,7 +16,7 @@ from regla.data.tokenizer import load_tokenizer, vocabulary_size
 from regla.report.studies import row_name
 from regla.runtime.files import alone_in
 from regla.runtime.processes import check_one_process
-from regla.study.data import prepare
+from regla.study.data import of_task, prepare
 from regla.study.grid import Study, choose, in_order, read_study
 from regla.study.page import write_page
 from regla.study.queue import Estimate, Place, work
@@ -72,6 +72,10 @@ def study(
     check_variants(
         plan, plan.variants, vocab_size=None if tokenizer is None else vocabulary_size(load_tokenizer(tokenizer))
     )
+    task = _task(plan)
+    for option, given in (("--data", data), ("--valid", valid), ("--tokenizer", tokenizer)):
+        if task is not None and given:
+            raise ValueError(f"{option} is given, but {plan.name} trains on the task {task}, which has no text.")
     places = _places(device, devices) * runs_per_device
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,9 @@ def study(
             plan,
             make_trials(
                 plan,
-                prepare(out / "data", data=data, valid=valid, tokenizer=tokenizer, vocab_size=plan.vocab_size),
+                prepare(out / "data", data=data, valid=valid, tokenizer=tokenizer, vocab_size=plan.vocab_size)
+                if task is None
+                else of_task(task, plan.vocab_size),
                 out=out,
                 device=device,
             ),
@@ -152,6 +158,14 @@ def _train(
     if failures:
         print(f"regla: {len(failures)} runs failed; their output is in {out / 'runs'}/*/log.txt", file=sys.stderr)
     return failures
+
+
+def _task(plan: Study) -> str | None:
+    """What the study trains on in place of text; all variants on the same."""
+    tasks = {variant.settings.get("task") for variant in plan.variants}
+    if len(tasks) > 1:
+        raise ValueError(f"Some variants of {plan.name} train on text and some on a task; set `task` in its base.")
+    return tasks.pop()
 
 
 def _check_numbers(devices: int, runs_per_device: int, minutes: float | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regla.runtime.options import with_effect
 from regla.study.data import StudyData
 from regla.study.grid import Study, Variant, in_order
-from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
+from regla.train.config import DEFAULT_PAIRS, DEFAULT_VOCAB_SIZE, TrainConfig
 
 if TYPE_CHECKING:
     from regla.models.configuration import ReGLAConfig
@@ -57,6 +57,7 @@ def check_variants(
     vocab_size: None where the tokenizer is not there yet; the one to train is then taken at its full size.
     Raises ValueError, naming the variant, where a configuration does not fit.
     """
+    from regla.eval.probes.run import training_cells
     from regla.models.configuration import ReGLAConfig
     from regla.train.model import count_parameters, match_softmax, model_config
 
@@ -65,6 +66,10 @@ def check_variants(
         try:
             config = _train_config(variant, lr=study.lrs[0], seed=study.seeds[0])
             vocabulary = vocab_size or study.vocab_size or DEFAULT_VOCAB_SIZE
+            if config.task is not None:
+                training_cells(
+                    config.pairs or DEFAULT_PAIRS, config.gaps or (0,), length=config.seq_len, vocab_size=vocabulary
+                )
             model, _ = match_softmax(model_config(config, vocab_size=vocabulary, end_of_text=end_of_text))
         except ValueError as error:
             raise ValueError(f"The variant {variant.name} does not fit: {error}") from error
@@ -94,10 +99,11 @@ def make_trials(study: Study, data: StudyData, *, out: str | Path, device: str) 
             data=data.data,
             valid=data.valid,
             tokenizer=data.tokenizer,
+            vocab_size=data.vocab_size if data.tokenizer is None else None,
             device=device,
             resume="latest",
         )
-        if data.tokens <= config.seq_len:
+        if config.task is None and data.tokens <= config.seq_len:
             raise ValueError(
                 f"The training text has {data.tokens} tokens, expected more than the seq_len {config.seq_len} of the "
                 f"variant {variant.name}; give more text or a smaller seq_len."
@@ -138,5 +144,9 @@ def make_trials(study: Study, data: StudyData, *, out: str | Path, device: str) 
 
 
 def _train_config(variant: Variant, *, lr: float, seed: int) -> TrainConfig:
-    settings = {name: value for name, value in variant.settings.items() if name != "vocab_size"}
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in variant.settings.items()
+        if name != "vocab_size"
+    }
     return TrainConfig(**settings, out="-", lr=lr, seed=seed)

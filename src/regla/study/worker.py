@@ -33,7 +33,7 @@ from regla.train.run import train
 
 PLAN, MODEL, ROW, OUTPUT = "run.json", "model", "row.jsonl", "log.txt"
 CURVE_POINTS = 40
-_TUPLES = ("data", "valid")
+_TUPLES = ("data", "valid", "pairs", "gaps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,9 @@ def run(folder: Path) -> None:
     if (folder / ROW).is_file():
         return
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    fields = plan["config"] | {name: tuple(plan["config"][name]) for name in _TUPLES}
+    fields = plan["config"] | {
+        name: tuple(plan["config"][name]) for name in _TUPLES if plan["config"][name] is not None
+    }
     config = TrainConfig(**fields)
     if not found_in(Path(config.out) / CHECKPOINTS):
         shutil.rmtree(config.out, ignore_errors=True)  # a run killed before its first checkpoint begins again
@@ -94,12 +96,12 @@ def result_of(summary: dict[str, Any], points: list[tuple[int, float]]) -> dict[
         {"diverged": False}
         | {key: summary[key] for key in kept}
         | {
-            "epochs": summary["tokens"] / summary["text_tokens"],
+            "epochs": summary["tokens"] / summary["text_tokens"] if "text_tokens" in summary else None,
             "validation": sources,
             "transformers": summary["versions"]["transformers"],
             "curve": points,
         }
-        | ({"by_position": summary["by_position"]} if "by_position" in summary else {})
+        | {name: summary[name] for name in ("by_position", "recall") if name in summary}
     )
 
 

@@ -18,6 +18,8 @@ DTYPES = ("float32", "bfloat16")
 DEFAULT_VOCAB_SIZE = 2048
 DEFAULT_STEPS = 300
 DEFAULT_WINDOW = 64
+TASKS = ("mqar",)
+DEFAULT_PAIRS = (4, 8, 16)
 RESUME = ("latest", "previous")
 SHORTEST_SAVE = 50
 _MOST_TOKENS = 2**53
@@ -111,7 +113,16 @@ class TrainConfig(LoopConfig):
     tokenizer: str | None = without_effect(None, model=True)
     """Folder of a tokenizer; None: train one on the training text."""
     vocab_size: int | None = _model(None)
-    """Tokens of the tokenizer to train; None: DEFAULT_VOCAB_SIZE."""
+    """Tokens of the tokenizer to train, or ids of the task; None: DEFAULT_VOCAB_SIZE."""
+
+    task: str | None = None
+    """In place of text: mqar, multi-query associative recall (see `regla.eval.probes.tokens`), new sequences for every
+    batch; loss and scores are of the answers alone."""
+    pairs: tuple[int, ...] | None = None
+    """Of mqar: numbers of pairs in a sequence, drawn evenly; None: DEFAULT_PAIRS."""
+    gaps: tuple[int, ...] | None = None
+    """Of mqar: tokens of noise between pairs and queries, drawn evenly; those that fit, with the pairs, into seq_len.
+    None: no gap."""
 
     mixer: str = _model("regla")
     """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA and softmax in turn; window:
@@ -148,6 +159,7 @@ class TrainConfig(LoopConfig):
         check_choice("resume", self.resume, (None, *RESUME))
         if self.init is not None:
             self._check_init()
+        self._check_task()
         if self.tokenizer is not None and self.vocab_size is not None:
             raise OptionError("Both {tokenizer} and {vocab_size} are given; the size is that of a tokenizer to train.")
         if self.window is not None and self.mixer != "window":
@@ -168,6 +180,20 @@ class TrainConfig(LoopConfig):
                 number=self.heads,
                 groups=self.kv_heads,
             )
+
+    def _check_task(self) -> None:
+        check_choice("task", self.task, (None, *TASKS))
+        for name, least in (("pairs", 1), ("gaps", 0)):
+            values = getattr(self, name)
+            if values is not None and self.task is None:
+                raise OptionError(f"{{{name}}} is given without {{task}}; it is of the task mqar: leave it out.")
+            for value in values or ():
+                check_count(name, value, least=least)
+        for name in ("init", "data", "dataset", "valid", "tokenizer", "eval_context"):
+            if self.task is not None and getattr(self, name):
+                raise OptionError(
+                    f"Both {{task}} and {{{name}}} are given; a task makes its own sequences: leave one out."
+                )
 
     def _check_init(self) -> None:
         for entry in fields(self):

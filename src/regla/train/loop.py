@@ -41,6 +41,11 @@ DECAYING = (nn.Linear, nn.Embedding, nn.EmbeddingBag, _ConvNd, ShortConvolution)
 """Modules whose `weight` decays: linear maps, embeddings, convolutions."""
 
 
+Batches = Callable[[int], Tensor]
+"""The number of a batch, from 0 on and through all of a run, to what the loss takes; it depends on nothing else, so
+that a run can go on from any step."""
+
+
 class Group(TypedDict):
     """Parameters that share a learning rate: `lr_scale` times that of the run."""
 
@@ -59,6 +64,13 @@ def crops(tokens_N: Tensor, *, seed: int, batch: int, batch_size: int, length: i
         length, device=tokens_N.device
     )
     return tokens_N[index_BL].long()
+
+
+def random_crops(tokens_N: Tensor, config: LoopConfig) -> Batches:
+    """Crops of `config.seq_len + 1` tokens, `config.batch_size` of them in each batch."""
+    return lambda batch: crops(
+        tokens_N, seed=config.seed, batch=batch, batch_size=config.batch_size, length=config.seq_len + 1
+    )
 
 
 def next_token_loss(model: nn.Module, crop_BL: Tensor) -> Tensor:
@@ -130,7 +142,7 @@ def finite_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
 
 def optimise(
     model: PreTrainedModel,
-    tokens_N: Tensor,
+    tokens: Tensor | Batches,
     config: LoopConfig,
     *,
     progress: Progress,
@@ -141,9 +153,10 @@ def optimise(
     evaluate: Callable[[], float] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Train `model` in place on `tokens_N` (int32, on its device) until the last step, or `stop()` after any step.
+    """Train `model` in place until the last step, or `stop()` after any step.
 
-    `loss(model, crop_BL)` is minimised: int64 crops of `config.seq_len + 1` tokens to a scalar. It runs under the
+    `tokens` are int32 [N] on its device, of which batches are random crops of `config.seq_len + 1` tokens, int64; or a
+    function of the batch's number. `loss(model, batch)` is minimised, a scalar. It runs under the
     autocast of `config.dtype`, is divided by `config.accumulate` here, and is compiled where `config.compile` says so,
     the blocks of `model` and what is around them as regions of their own, see `regla.train.regions`.
     `groups`, each `{"params": parameters, "lr_scale": factor}`, are what is trained and how fast in relation to
@@ -162,7 +175,8 @@ def optimise(
             ten steps after it happened, and before anything of it is saved.
         OSError: a checkpoint cannot be written.
     """
-    device = tokens_N.device
+    device = model.device
+    batch_of = random_crops(tokens, config) if isinstance(tokens, Tensor) else tokens
     optimizer = make_optimizer(model, weight_decay=config.weight_decay, device=device, groups=groups)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if checkpoints is not None:
@@ -191,16 +205,10 @@ def optimise(
             step_loss = torch.zeros((), device=device)
             with float32_products(tf32=config.dtype in TF32_IN_TRAINING):
                 for micro in range(config.accumulate):
-                    crop_BL = crops(
-                        tokens_N,
-                        seed=config.seed,
-                        batch=step * config.accumulate + micro,
-                        batch_size=config.batch_size,
-                        length=config.seq_len + 1,
-                    )
+                    batch = batch_of(step * config.accumulate + micro)
                     try:
                         with autocast(device, config.dtype):
-                            part = loss_of(model, crop_BL) / config.accumulate
+                            part = loss_of(model, batch) / config.accumulate
                     except ValueError as error:
                         if step == first:
                             raise

@@ -11,17 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from regla.data.records import read_dataset
-from regla.data.selection import read_sources, split_validation
-from regla.data.sources import Source, encode_source
-from regla.data.text import Text
-from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer, train_tokenizer, vocabulary_size
-from regla.eval.perplexity import Score, beyond_the_model, mean_score, position_table, score, table
-from regla.models.folders import check_ids, load_model
+from regla.eval.perplexity import mean_score
+from regla.models.folders import load_model
 from regla.models.modeling import ReGLAForCausalLM
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
 from regla.runtime.checkpoint import Checkpoints, found_in, is_finite
@@ -35,16 +29,16 @@ from regla.runtime.processes import check_one_process
 from regla.runtime.progress import CALMER, Progress
 from regla.runtime.signals import Interrupted, Signals
 from regla.runtime.versions import commit, device_name, versions
-from regla.train.config import DEFAULT_VOCAB_SIZE, TrainConfig
+from regla.train.config import TrainConfig
 from regla.train.loop import optimise
+from regla.train.material import Material, material
 from regla.train.model import match_softmax, model_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 SUMMARY = "training.json"
 _OF_A_BEGINNING = (LOG, TENSORBOARD, CHECKPOINTS)  # what a run writes before its model
-_CHARACTERS_PER_TOKEN = 8  # of a data set: more than English text has in any tokenizer, so that crops repeat little
 _LENGTH = ("--steps", "--tokens")  # what may differ where a finished run goes on
 
 
@@ -88,34 +82,13 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         held.enter_context(alone_in(config.out, "run"))
     _check_out(config)
     device = pick_device(config.device)
-    train_sources, valid_sources = _sources(config)
-    tokenizer = _tokenizer(config, train_sources, valid_sources)
-    train_ids_N = np.concatenate([source.tokens(tokenizer) for source in train_sources])
-    if len(train_ids_N) <= config.seq_len:
-        raise OptionError(
-            "The training text has {tokens} tokens, expected more than {seq_len} {length}; "
-            "give more text or a smaller {seq_len}.",
-            tokens=len(train_ids_N),
-            length=config.seq_len,
-        )
-    valid_texts = [encode_source(source, tokenizer) for source in valid_sources]
-    for text in valid_texts:
-        if config.eval_context is not None and len(text.ids) < config.eval_context:
-            raise OptionError(
-                "The validation text {name} has {tokens} tokens, fewer than {eval_context} {context}; give more text "
-                "or a shorter context.",
-                name=text.name,
-                tokens=len(text.ids),
-                context=config.eval_context,
-            )
-
+    source = material(config)
     torch.manual_seed(config.seed)
-    model, softmax_parameters = _model(config, tokenizer)
-    for name, ids_N in (("the training text", train_ids_N), *((text.name, text.ids) for text in valid_texts)):
-        check_ids(model, [int(ids_N.max())], f"The tokens of {name}")
+    model, softmax_parameters = _model(config, source)
+    source.check(model)
     model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    settings = _settings(config, model, train_ids_N)
+    settings = _settings(config, model) | source.settings
     free = _LENGTH if _extends(config) else ()
     checkpoints = Checkpoints(config.out, settings, resume=config.resume, free=free)
     out = Path(config.out) if goes_on else held.enter_context(new_folder_alone(config.out, "run"))
@@ -123,7 +96,7 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
     print(
         f"{config.init or config.mixer}: {parameters:,} parameters{against}, "
         f"MLP width {model.config.intermediate_size}, vocabulary {model.config.vocab_size:,}; "
-        f"{len(train_ids_N):,} tokens of text; "
+        f"{source.described}; "
         f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens on {device.type}"
     )
     if config.resume is not None:
@@ -137,7 +110,7 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         "device": device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),
         "commit": commit(),
-        "text_tokens": len(train_ids_N),
+        **source.facts,
     }
     progress = Progress()
 
@@ -145,7 +118,7 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         try:
             remove_unfinished(out)
             model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            source.save(out)
             summary.update(
                 steps=progress.steps,
                 complete=progress.steps == config.total_steps,
@@ -158,31 +131,18 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         except (OSError, SafetensorError) as error:
             raise OSError(f"The model cannot be written to {out} ({error}). {checkpoints.kept}") from error
 
-    def validate(seq_len: int = config.seq_len, *, by_position: bool = False) -> list[Score]:
-        return [
-            score(
-                model,
-                text,
-                first=first_id(tokenizer),
-                seq_len=seq_len,
-                batch_size=config.batch_size,
-                dtype=config.dtype,
-                by_position=by_position,
-            )
-            for text in valid_texts
-        ]
-
     with Signals() as signals:
         try:
             with TrainingLog(out, after=checkpoints.step, tensorboard=config.tensorboard) as log:
                 optimise(
                     model,
-                    torch.from_numpy(train_ids_N).to(device),
+                    source.batches(device),
                     config,
                     progress=progress,
                     stop=lambda: signals.received is not None,
                     checkpoints=checkpoints,
-                    evaluate=lambda: mean_score(validate()).loss,
+                    loss=source.loss,
+                    evaluate=lambda: source.validate(model),
                     log=log,
                 )
         except (FloatingPointError, OSError) as error:
@@ -205,7 +165,7 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         )
         raise Interrupted(signals.received)
 
-    scores = validate()
+    scores = source.scores(model, summary)
     mean = mean_score(scores)
     summary |= {
         "validation": [asdict(row) for row in scores],
@@ -213,13 +173,6 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         "validation_perplexity": mean.perplexity,
     }
     write_json(out / SUMMARY, summary)
-    print(table(scores))
-    if config.eval_context is not None:
-        scores = validate(config.eval_context, by_position=True)
-        summary["by_position"] = [asdict(bin_) for bin_ in mean_score(scores).positions]
-        write_json(out / SUMMARY, summary)
-        note = beyond_the_model(model, config.eval_context)
-        print("\n" + position_table(scores) + (f"\n{note}" if note else "") + "\n")
     if not math.isfinite(mean.loss):
         raise FloatingPointError(f"The validation loss of the model in {out} is not finite; {CALMER}.")
     print(f"Validation loss {mean.loss:.4f}, perplexity {mean.perplexity:.2f}. Saved to {out}.")
@@ -253,15 +206,15 @@ def _extends(config: TrainConfig) -> bool:
         return False
 
 
-def _settings(config: TrainConfig, model: ReGLAForCausalLM, train_ids_N: np.ndarray) -> dict[str, Any]:
-    """What the weights of a run depend on, by option."""
+def _settings(config: TrainConfig, model: ReGLAForCausalLM) -> dict[str, Any]:
+    """What the weights of a run depend on but its text, by option."""
     options = by_flag(with_effect(config))
     if config.init is not None:
         digest = hashlib.sha256()
         for name, weight in model.state_dict().items():
             digest.update(name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         options["--init (SHA-256 of its weights)"] = digest.hexdigest()
-    return options | {"--data (SHA-256 of its tokens)": hashlib.sha256(train_ids_N.data).hexdigest()}
+    return options
 
 
 def _tidy(out: Path) -> None:
@@ -272,31 +225,10 @@ def _tidy(out: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _sources(config: TrainConfig) -> tuple[list[Source], list[Source]]:
-    """What to train and to validate on."""
-    data = read_sources(config.data, config.text_field) if config.data or config.dataset is None else []
-    if config.dataset is not None:
-        needed = config.total_steps * config.tokens_per_step * _CHARACTERS_PER_TOKEN
-        data.append(read_dataset(config.dataset, config.text_field, characters=needed))
-    return split_validation(data, config.valid, config.text_field)
-
-
-def _tokenizer(config: TrainConfig, data: list[Source], valid: list[Source]) -> PreTrainedTokenizerBase:
-    if (folder := config.init or config.tokenizer) is not None:
-        return load_tokenizer(folder)
-    for source in (*data, *valid):
-        if not isinstance(source, Text):
-            raise OptionError(
-                "{name} holds tokens; name the folder of their tokenizer with {tokenizer} DIR.", name=source.name
-            )
-    documents = (document for source in data if isinstance(source, Text) for document in source.documents)
-    return train_tokenizer(documents, config.vocab_size or DEFAULT_VOCAB_SIZE)
-
-
-def _model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ReGLAForCausalLM, int | None]:
+def _model(config: TrainConfig, source: Material) -> tuple[ReGLAForCausalLM, int | None]:
     """The model to train, and the parameters of the softmax model of its shape where it is a new one."""
     if config.init is None:
-        planned = model_config(config, vocab_size=vocabulary_size(tokenizer), end_of_text=end_of_text_id(tokenizer))
+        planned = model_config(config, vocab_size=source.vocab_size, end_of_text=source.end_of_text)
         matched, softmax_parameters = match_softmax(planned)
         return ReGLAForCausalLM(matched), softmax_parameters
     model = load_model(config.init, torch.device("cpu"))

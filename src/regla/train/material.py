@@ -1,0 +1,253 @@
+"""What a run trains on and is scored on: text in tokens, or a task that makes its own sequences."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regla.data.records import read_dataset
+from regla.data.selection import read_sources, split_validation
+from regla.data.sources import Source, encode_source
+from regla.data.text import Text
+from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer, train_tokenizer, vocabulary_size
+from regla.eval.perplexity import Score, beyond_the_model, mean_score, position_table, score, table
+from regla.eval.probes.run import Record, figures, record, training_cells
+from regla.eval.probes.score import Answers, answer_tokens, join
+from regla.eval.probes.tokens import IGNORE, Asked, mqar
+from regla.models.folders import check_ids
+from regla.report.tables import markdown
+from regla.runtime.errors import OptionError
+from regla.train.config import DEFAULT_PAIRS, DEFAULT_VOCAB_SIZE, TrainConfig
+from regla.train.loop import next_token_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CHARACTERS_PER_TOKEN = 8  # of a data set: more than English text has in any tokenizer, so that crops repeat little
+_SCORED = 256  # sequences of each cell of a task
+_VALIDATED = 32  # of each cell, while the run goes on
+
+
+class Material(Protocol):
+    """What the driver needs to know."""
+
+    vocab_size: int
+    end_of_text: int
+    described: str
+    """For the line that says what a run does."""
+    facts: dict[str, Any]
+    """For the summary."""
+    settings: dict[str, Any]
+    """What the weights of a run depend on."""
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """A scalar with a gradient."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model does not fit."""
+
+    def batches(self, device: torch.device) -> Tensor | Callable[[int], Tensor]:
+        """For `optimise`."""
+
+    def validate(self, model: PreTrainedModel) -> float:
+        """Validation loss while the run goes on."""
+
+    def scores(self, model: PreTrainedModel, summary: dict[str, Any]) -> list[Score]:
+        """Scores of the trained model, printed; what else there is goes into the summary."""
+
+    def save(self, folder: Path) -> None:
+        """What belongs beside the model."""
+
+
+class TextMaterial:
+    """Text in tokens; the last part of it, or other files, to validate on."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        train_sources, valid_sources = _sources(config)
+        self.tokenizer = _tokenizer(config, train_sources, valid_sources)
+        self.vocab_size, self.end_of_text = vocabulary_size(self.tokenizer), end_of_text_id(self.tokenizer)
+        self.ids_N = np.concatenate([source.tokens(self.tokenizer) for source in train_sources])
+        if len(self.ids_N) <= config.seq_len:
+            raise OptionError(
+                "The training text has {tokens} tokens, expected more than {seq_len} {length}; "
+                "give more text or a smaller {seq_len}.",
+                tokens=len(self.ids_N),
+                length=config.seq_len,
+            )
+        self.valid = [encode_source(source, self.tokenizer) for source in valid_sources]
+        for text in self.valid:
+            if config.eval_context is not None and len(text.ids) < config.eval_context:
+                raise OptionError(
+                    "The validation text {name} has {tokens} tokens, fewer than {eval_context} {context}; give more "
+                    "text or a shorter context.",
+                    name=text.name,
+                    tokens=len(text.ids),
+                    context=config.eval_context,
+                )
+        self.described = f"{len(self.ids_N):,} tokens of text"
+        self.facts = {"text_tokens": len(self.ids_N)}
+        self.settings = {"--data (SHA-256 of its tokens)": hashlib.sha256(self.ids_N.data).hexdigest()}
+
+    def loss(self, model: nn.Module, crop_BL: Tensor) -> Tensor:
+        return next_token_loss(model, crop_BL)
+
+    def check(self, model: PreTrainedModel) -> None:
+        for name, ids_N in (("the training text", self.ids_N), *((text.name, text.ids) for text in self.valid)):
+            check_ids(model, [int(ids_N.max())], f"The tokens of {name}")
+
+    def batches(self, device: torch.device) -> Tensor:
+        return torch.from_numpy(self.ids_N).to(device)
+
+    def validate(self, model: PreTrainedModel) -> float:
+        return mean_score(self._score(model, self.config.seq_len)).loss
+
+    def scores(self, model: PreTrainedModel, summary: dict[str, Any]) -> list[Score]:
+        scores = self._score(model, self.config.seq_len)
+        print(table(scores))
+        context = self.config.eval_context
+        if context is not None:
+            by_position = self._score(model, context, by_position=True)
+            summary["by_position"] = [asdict(bin_) for bin_ in mean_score(by_position).positions]
+            note = beyond_the_model(model, context)
+            print("\n" + position_table(by_position) + (f"\n{note}" if note else "") + "\n")
+        return scores
+
+    def _score(self, model: PreTrainedModel, seq_len: int, *, by_position: bool = False) -> list[Score]:
+        return [
+            score(
+                model,
+                text,
+                first=first_id(self.tokenizer),
+                seq_len=seq_len,
+                batch_size=self.config.batch_size,
+                dtype=self.config.dtype,
+                by_position=by_position,
+            )
+            for text in self.valid
+        ]
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+class TaskMaterial:
+    """Multi-query associative recall, new sequences for every batch; scored by pairs, gap and distance."""
+
+    end_of_text = 0  # no key and no value, but noise
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.vocab_size = config.vocab_size or DEFAULT_VOCAB_SIZE
+        pairs, gaps = config.pairs or DEFAULT_PAIRS, config.gaps or (0,)
+        self.cells = training_cells(pairs, gaps, length=config.seq_len, vocab_size=self.vocab_size)
+        self.described = f"{config.task} of {', '.join(map(str, pairs))} pairs"
+        self.facts = {"task": config.task}
+        self.settings: dict[str, Any] = {}
+
+    def loss(self, model: nn.Module, both_2BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of the answers alone. both_2BT: ids and targets, IGNORE where nothing is asked."""
+        ids_BT, targets_BT = both_2BT
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """The vocabulary is the model's."""
+
+    def batches(self, device: torch.device) -> Callable[[int], Tensor]:
+        cells = [(cell.pairs or 0, cell.gap or 0) for cell in self.cells]
+
+        def batch(number: int) -> Tensor:
+            rng = np.random.default_rng([self.config.seed, number])
+            asked = mqar(
+                rng,
+                rows=self.config.batch_size,
+                length=self.config.seq_len,
+                vocab_size=self.vocab_size,
+                cells=cells,
+            )
+            return torch.stack([asked.ids_BT, asked.targets_BT]).to(device, non_blocking=True)
+
+        return batch
+
+    def validate(self, model: PreTrainedModel) -> float:
+        return figures(join([answers for _, answers in self._answers(model, _VALIDATED)]))["nats"]
+
+    def scores(self, model: PreTrainedModel, summary: dict[str, Any]) -> list[Score]:
+        records: list[Record] = []
+        scores = []
+        for cell, (asked, answers) in zip(self.cells, self._answers(model, _SCORED), strict=True):
+            records.append(record("", cell, answers, asked.chance))
+            loss = records[-1].nats
+            scores.append(
+                Score(
+                    name=cell.name,
+                    tokens=records[-1].n,
+                    bytes=None,
+                    loss=loss,
+                    perplexity=float(np.exp(loss)),
+                    bits_per_byte=None,
+                )
+            )
+        summary["recall"] = [
+            {name: value for name, value in asdict(one).items() if name not in ("model", "depth")} for one in records
+        ]
+        body = [
+            [cell.name, f"{one.n:,}", f"{one.generation:.3f} ± {one.generation_se:.3f}", f"{one.nats:.3f}"]
+            for cell, one in zip(self.cells, records, strict=True)
+        ]
+        print(markdown(["asked", "answers", "right", "nats"], body, numbers_from=1))
+        return scores
+
+    def _answers(self, model: PreTrainedModel, rows: int) -> list[tuple[Asked, Answers]]:
+        """Of sequences that no training batch has. An answer is one token that nothing feeds back, so the likeliest
+        token of the parallel pass is what free generation says."""
+        found = []
+        for cell in self.cells:
+            assert cell.pairs is not None and cell.gap is not None
+            asked = mqar(
+                cell.seed(self.config.seed),
+                rows=rows,
+                length=cell.length,
+                vocab_size=self.vocab_size,
+                cells=[(cell.pairs, cell.gap)],
+            )
+            size = self.config.batch_size
+            found.append((asked, answer_tokens(model, asked, batch_size=size, dtype=self.config.dtype, generate=False)))
+        return found
+
+    def save(self, folder: Path) -> None:
+        """No tokenizer: the model reads ids."""
+
+
+def material(config: TrainConfig) -> Material:
+    return TextMaterial(config) if config.task is None else TaskMaterial(config)
+
+
+def _sources(config: TrainConfig) -> tuple[list[Source], list[Source]]:
+    """What to train and to validate on."""
+    data = read_sources(config.data, config.text_field) if config.data or config.dataset is None else []
+    if config.dataset is not None:
+        needed = config.total_steps * config.tokens_per_step * _CHARACTERS_PER_TOKEN
+        data.append(read_dataset(config.dataset, config.text_field, characters=needed))
+    return split_validation(data, config.valid, config.text_field)
+
+
+def _tokenizer(config: TrainConfig, data: list[Source], valid: list[Source]) -> PreTrainedTokenizerBase:
+    if (folder := config.init or config.tokenizer) is not None:
+        return load_tokenizer(folder)
+    for source in (*data, *valid):
+        if not isinstance(source, Text):
+            raise OptionError(
+                "{name} holds tokens; name the folder of their tokenizer with {tokenizer} DIR.", name=source.name
+            )
+    documents = (document for source in data if isinstance(source, Text) for document in source.documents)
+    return train_tokenizer(documents, config.vocab_size or DEFAULT_VOCAB_SIZE)
