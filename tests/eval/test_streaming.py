@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from regla.eval.streaming import cache_bytes, stream
+from regla.eval.streaming import stream
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.cache import cache_bytes
 
 
 def make_model(layer_types: list[str]) -> ReGLAForCausalLM:

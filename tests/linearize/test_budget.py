@@ -5,8 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from regla.linearize import convert
-from regla.linearize.budget import budget, cache_bytes, parameter_counts
+from regla.linearize.budget import budget, parameter_counts
 from regla.linearize.convert import converted_config
+from regla.models.cache import expected_cache_bytes
 from tests.linearize.models import llama, qwen2
 
 
@@ -24,7 +25,7 @@ def test_cache_bytes(keep):
                 if isinstance(item, torch.Tensor):
                     tensors[id(item)] = item
         held += sum(value.numel() * value.element_size() for value in tensors.values() if value.is_floating_point())
-    assert cache_bytes(converted.config, 40, element_bytes=4) == held
+    assert expected_cache_bytes(converted.config, 40, element_bytes=4) == held
 
 
 @pytest.mark.parametrize("original", [llama(), qwen2(tie_word_embeddings=True)])

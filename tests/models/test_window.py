@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from regla.eval.streaming import cache_bytes
 from regla.models import ReGLAConfig
+from regla.models.cache import cache_bytes
 
 W = "sliding_attention"
 WINDOW = 8

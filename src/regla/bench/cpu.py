@@ -96,6 +96,7 @@ def measure_decode(early: int = 128, late: int = 8192, steps: int = 300) -> list
     from transformers import DynamicCache
 
     from regla.models import ReGLAConfig, ReGLAForCausalLM
+    from regla.models.cache import cache_bytes
 
     config = ReGLAConfig(
         vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
@@ -118,7 +119,7 @@ def measure_decode(early: int = 128, late: int = 8192, steps: int = 300) -> list
             "position": position,
             "seconds_per_token": median[position],
             "ratio_to_early": median[position] / median[early],
-            "cache_bytes": sum(_bytes(layer) for layer in cache.layers),
+            "cache_bytes": cache_bytes(cache),
         }
         for position, cache in caches.items()
     ]
@@ -161,8 +162,3 @@ def _peak_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/status has no VmHWM; the memory benchmark needs Linux")
-
-
-def _bytes(cache_layer: Any) -> int:
-    state = cache_layer.read()
-    return sum(x.numel() * x.element_size() for x in state if x is not None)

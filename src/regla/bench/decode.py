@@ -188,8 +188,7 @@ def set_length(cache: Cache, length: int) -> None:
 
 def _cache_bytes(cache: Cache) -> tuple[int, int]:
     """(bytes held, bytes a step moves: read once and, of linear layers' states, written once)."""
-    from regla.eval.streaming import cache_bytes
-    from regla.models.cache import ReGLACacheLayer
+    from regla.models.cache import ReGLACacheLayer, cache_bytes
 
     states = [x for layer in cache.layers if isinstance(layer, ReGLACacheLayer) for x in layer.read() or ()]
     written = sum(x.numel() * x.element_size() for x in states if x is not None)

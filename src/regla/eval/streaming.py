@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regla.models.cache import ReGLACacheLayer
 from regla.runtime.device import precision
 
 if TYPE_CHECKING:
@@ -39,14 +38,3 @@ def stream(
             out = model(input_ids=ids_1C.to(model.device), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         yield out.logits, cache
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of everything a cache holds: states of linear layers, keys and values of softmax layers."""
-    tensors: list[Tensor | None] = []
-    for layer in cache.layers:
-        if isinstance(layer, ReGLACacheLayer):
-            tensors.extend(layer.read() or ())
-        else:
-            tensors.extend((layer.keys, layer.values, getattr(layer, "conv_state", None)))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.cache import expected_cache_bytes
 
 #: Lengths at which caches are compared.
 LENGTHS = (1024, 8 * 1024, 64 * 1024, 512 * 1024)
@@ -23,17 +24,6 @@ def parameter_counts(original: PreTrainedConfig, converted: ReGLAConfig) -> tupl
         models = AutoModelForCausalLM.from_config(original), ReGLAForCausalLM(converted)
     first, second = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
     return first, second
-
-
-def cache_bytes(config: ReGLAConfig, tokens: int, element_bytes: int = 2) -> int:
-    """Bytes that one sequence of `tokens` leaves behind: keys and values of softmax layers (`element_bytes` each, 2 for
-    bfloat16), and the float32 states (S [H, K, V], m [H]) of linear ones, whatever their length."""
-    assert config.layer_types is not None and config.num_key_value_heads and config.head_dim and config.value_head_dim
-    linear = config.layer_types.count("linear_attention")
-    softmax = len(config.layer_types) - linear
-    state = 4 * config.num_key_value_heads * (config.head_dim * config.value_head_dim + 1)
-    keys_and_values = 2 * config.num_key_value_heads * config.head_dim * element_bytes
-    return linear * state + softmax * keys_and_values * tokens
 
 
 def budget(original: PreTrainedConfig, converted: ReGLAConfig, *, steps: int, batch_size: int, seq_len: int) -> str:
@@ -56,7 +46,7 @@ def budget(original: PreTrainedConfig, converted: ReGLAConfig, *, steps: int, ba
         f"{'cache of one sequence, bfloat16 keys and values':<47}  {'original':>10}  {'converted':>10}",
     ]
     for length in LENGTHS:
-        sizes = [_size(cache_bytes(config, length)) for config in (all_softmax, converted)]
+        sizes = [_size(expected_cache_bytes(config, length)) for config in (all_softmax, converted)]
         lines.append(f"{f'{length // 1024}k tokens':>47}  {sizes[0]:>10}  {sizes[1]:>10}")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -237,6 +238,29 @@ class SoftmaxConvStaticCacheLayer(StaticConvCacheLayer, StaticLayer):
 
 class SlidingConvStaticCacheLayer(StaticConvCacheLayer, StaticSlidingWindowLayer):
     """Those of a window."""
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of everything a cache holds: states of linear layers, keys and values of softmax layers."""
+    return sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in _tensors(layer))
+
+
+def expected_cache_bytes(config: ReGLAConfig, tokens: int, element_bytes: int = 2) -> int:
+    """Bytes that one sequence of `tokens` leaves behind: keys and values of softmax layers (`element_bytes` each, 2 for
+    bfloat16), and the float32 states (S [H, K, V], m [H]) of linear ones, whatever their length. Convolutions are left
+    out."""
+    assert config.layer_types is not None and config.num_key_value_heads and config.head_dim and config.value_head_dim
+    state = 4 * config.num_key_value_heads * (config.head_dim * config.value_head_dim + 1)
+    keys_and_values = 2 * config.num_key_value_heads * config.head_dim * element_bytes
+    kept = {"linear_attention": 0, "full_attention": tokens}
+    if config.sliding_window is not None:
+        kept["sliding_attention"] = min(tokens, config.sliding_window - 1)
+    return sum(state if kind == "linear_attention" else keys_and_values * kept[kind] for kind in config.layer_types)
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    parts = layer.read() if isinstance(layer, ReGLACacheLayer) else (layer.keys, layer.values)
+    return [x for x in (*(parts or ()), getattr(layer, "conv_state", None)) if x is not None]
 
 
 def adopt_cache(cache: Cache, config: ReGLAConfig) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regla.eval.streaming import cache_bytes, stream
+from regla.eval.streaming import stream
+from regla.models.cache import cache_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
