@@ -259,6 +259,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         ("ops", help_texts.BENCH_OPS),
         ("decode", help_texts.BENCH_DECODE),
         ("train", help_texts.BENCH_TRAIN),
+        ("eval", help_texts.BENCH_EVAL),
         ("cpu", help_texts.BENCH_CPU),
     ):
         kind = kinds.add_parser(name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,7 +271,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU if there is one (default)")
         kind.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
         kind.add_argument("--quick", action="store_true", help="tiny sizes: to see that everything runs, in seconds")
-        if name != "ops":
+        if name in ("decode", "train"):
             kind.add_argument("--eager", action="store_true", help="without torch.compile, which a CPU never uses here")
             kind.add_argument("--config", metavar="FILE.json", help="ReGLAConfig arguments for the ReGLA model")
 

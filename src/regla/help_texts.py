@@ -216,6 +216,15 @@ examples:
   regla bench train --device cpu --quick
 """
 
+BENCH_EVAL = """\
+Time the scoring of four answers to a question, with the question run once and its state forked, and with every sequence
+run whole; softmax, ReGLA and hybrid models of 162M parameters, questions of 128 to 2,048 tokens.
+
+examples:
+  regla bench eval --out benchmarks/gpu/eval.jsonl
+  regla bench eval --only eval/hybrid --dtype float32
+"""
+
 BENCH_CPU = """\
 Measure what the CPU path promises, one after the other in about two minutes: forms, decode, memory.
 

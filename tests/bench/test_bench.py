@@ -325,3 +325,15 @@ def test_help_teaches(what: str, capsys: pytest.CaptureFixture) -> None:
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "examples:" in text and f"regla bench {what}".strip() in text
+
+
+def test_bench_eval_times_both_ways_and_compares_them(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "eval.jsonl"
+    assert main(["bench", "eval", "--quick", "--device", "cpu", "--out", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["subject"] for row in rows] == ["softmax", "regla", "hybrid"]
+    for row in rows:
+        assert row["speed_up"] == pytest.approx(row["seconds_whole"] / row["seconds_shared"])
+        assert 0 <= row["largest_difference"] < 1e-3
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert titles.startswith("model ") and "speed-up" in titles and len(lines) == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from regla.bench import cpu, decode, ops, train
+from regla.bench import cpu, decode, evaluation, ops, train
 from regla.bench.measure import Case, Row, give_memory_back
 from regla.bench.rows import write_rows
 from regla.report.benches import lines
@@ -68,6 +68,20 @@ def bench_train(
     with _as_in_training(kind):
         cases = train.cases(where, kind, quick=quick, eager=eager, overrides=own)
         return run(cases, where, out=out, only=only)
+
+
+def bench_eval(
+    *,
+    out: str | None = None,
+    only: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str | None = None,
+    quick: bool = False,
+) -> list[Row]:
+    """Time the scoring of answers behind shared prefixes; see `regla.bench.evaluation`. The rows."""
+    where = pick_device(device)
+    kind = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    return run(evaluation.cases(where, kind, quick=quick), where, out=out, only=only)
 
 
 def bench_cpu(*, out: str | None = None, only: Sequence[str] = (), threads: int = 2) -> list[Row]:

@@ -34,7 +34,7 @@ from regla.eval.local_tasks import LOCAL_TASKS, local_splits
 from regla.eval.prefix import Answer, ContinuationScorer
 from regla.models.folders import check_ids, load_model
 from regla.report.evaluations import Comparison, TaskScore, plot, table, write_scores
-from regla.runtime.device import pick_device
+from regla.runtime.device import float32_products, pick_device
 from regla.runtime.errors import OptionError, check_count
 from regla.runtime.files import alone_in, brief, check_new
 
@@ -162,10 +162,9 @@ def evaluate_tasks(
     if not names:
         raise OptionError("{tasks} names no task; give some, as boolq piqa.")
     where = pick_device(device)
-    torch.set_float32_matmul_precision("highest")  # as in lm-eval: TF32 turns close decisions
     with _quiet():
         loaded = {name: _load_task(name, names, data_dir, num_fewshot) for name in names}
-    with contextlib.nullcontext() if out is None else _resumable(out):
+    with float32_products(), contextlib.nullcontext() if out is None else _resumable(out):
         scores, comparisons = _score_all(models, loaded, where, limit, batch_size, dtype, out, compare_lm_eval)
         if out is not None:
             plot(scores, out)

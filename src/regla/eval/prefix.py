@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from regla.models.cache import ReGLACacheLayer, fork_cache
-from regla.runtime.device import autocast
+from regla.runtime.device import precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,7 +170,7 @@ class ContinuationScorer:
         """Logits of the last `keep` places, and the cache behind all."""
         ids_BT = torch.from_numpy(np.stack([np.asarray(row, np.int64) for row in tokens])).to(self.model.device)
         options = {"logits_to_keep": keep} if self._keeps else {}
-        with torch.no_grad(), autocast(self.model.device, self.dtype):
+        with torch.no_grad(), precision(self.model.device, self.dtype):
             out = self.model(input_ids=ids_BT, past_key_values=cache, use_cache=use_cache, **options)
         return out.logits[:, -keep:], getattr(out, "past_key_values", None)
 

@@ -18,6 +18,7 @@ _DIRECTIONS = {"forward": "fwd", "forward+backward": "fwd+bwd", "step": "step"}
 _NAMES = {
     "softmax": "softmax",
     "regla": "ReGLA",
+    "hybrid": "hybrid",
     "identity": "identity for a mixer",
     "values": "values for outputs",
 }
@@ -144,7 +145,25 @@ def _train_cells(row: Row) -> dict[str, str]:
     }
 
 
-_CELLS = {"bench ops": _ops_cells, "bench decode": _decode_cells, "bench train": _train_cells}
+def _eval_cells(row: Row) -> dict[str, str]:
+    setting = row["setting"]
+    return {
+        "model": _NAMES[row["subject"]],
+        "prefix": f"{setting['prefix']:,}",
+        "dtype": setting["dtype"],
+        "whole, s": _number(row, "seconds_whole", ".2f"),
+        "shared, s": _number(row, "seconds_shared", ".2f"),
+        "speed-up": _number(row, "speed_up", ".2f") + "x",
+        "difference, nats": _number(row, "largest_difference", ".1e"),
+    }
+
+
+_CELLS = {
+    "bench eval": _eval_cells,
+    "bench ops": _ops_cells,
+    "bench decode": _decode_cells,
+    "bench train": _train_cells,
+}
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
