@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from regla.cli import main
 from regla.data.embedded import embedded_text
 from regla.data.sources import HELD_OUT, Encoded, encode_source, read_source
 from regla.data.text import Text
@@ -336,3 +337,12 @@ def test_a_tokenizer_beyond_the_model_is_refused(folder: Path, tmp_path: Path) -
 def test_figures_are_not_lost_for_want_of_a_file(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder; give the name of a file in it"):
         evaluate(folder, device="cpu", json_file=tmp_path)
+
+
+def test_several_models_have_a_table_each_and_one_file(folder: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["eval", str(folder), f"{folder}/", "--device", "cpu", "--json", str(tmp_path / "scores.json")]
+    assert main(arguments) == 0
+    figures = json.loads((tmp_path / "scores.json").read_text())
+    assert [each["model"] for each in figures] == [str(folder), f"{folder}/"]
+    assert figures[0]["mean"] == figures[1]["mean"]
+    assert capsys.readouterr().out.count(f"{folder}") == 2

@@ -12,7 +12,6 @@ Shape legend: N tokens of a source, T predicted tokens of a window, B windows, V
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from regla.eval.streaming import stream as stream_chunks
 from regla.models.folders import check_ids, load_model
 from regla.report.tables import plain
 from regla.runtime.device import pick_device, precision
-from regla.runtime.files import check_writable
+from regla.runtime.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -246,9 +245,38 @@ def evaluate(
     stream: int | None = None,
     json_file: str | Path | None = None,
 ) -> list[Score]:
-    """Score a model on each file of `data`, by default on the held-out tenth of the embedded text.
+    """`measure`, and its figures in `json_file`, too; one score for each source."""
+    if json_file is not None:
+        check_writable(json_file)
+    scores, figures = measure(
+        model,
+        data=data,
+        text_field=text_field,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        by_position=by_position,
+        stream=stream,
+    )
+    if json_file is not None:
+        write_json(json_file, figures)
+    return scores
 
-    Prints a table, and writes the same figures to `json_file`.
+
+def measure(
+    model: str | Path,
+    *,
+    data: Sequence[str | Path] = (),
+    text_field: str = TEXT_FIELD,
+    seq_len: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    dtype: str = "float32",
+    by_position: bool = False,
+    stream: int | None = None,
+) -> tuple[list[Score], dict[str, Any]]:
+    """Score a model on each file of `data`, by default on the held-out tenth of the embedded text, and print a table.
 
     Args:
         model: a folder, a .gguf file, or a name on the Hugging Face hub.
@@ -261,10 +289,9 @@ def evaluate(
         by_position: print a second table, see `position_scores`.
         stream: score the first so many tokens of every source as one sequence, in chunks of `seq_len`, see
             `score_stream`.
-        json_file: where the figures go, too.
 
     Returns:
-        One score for each source.
+        One score for each source; and all figures, for JSON.
 
     Raises:
         ValueError: whatever can be wrong with the input, before anything is scored.
@@ -272,8 +299,6 @@ def evaluate(
     for name, value in (("--seq-len", seq_len), ("--batch-size", batch_size), ("--stream", stream)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}, expected a number above 0.")
-    if json_file is not None:
-        check_writable(json_file)
     where = pick_device(device)
     sources = read_sources(data, text_field) if data else split_validation(read_sources([]))[1]
     loaded, tokenizer = load_model(model, where), load_tokenizer(model)
@@ -297,19 +322,17 @@ def evaluate(
     context = min(length if stream is None else stream, max(len(text.ids) for text in texts))
     if (note := beyond_the_model(loaded, context)) is not None:
         print("\n" + note)
-    if json_file is not None:
-        result: dict[str, Any] = {
-            "model": str(model),
-            "seq_len": length,
-            "stream": stream,
-            "max_position_embeddings": getattr(loaded.config, "max_position_embeddings", None),
-            "device": where.type,
-            "dtype": dtype,
-            "sources": [asdict(score) for score in scores],
-            "mean": asdict(mean_score(scores)),
-        }
-        Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return scores
+    figures = {
+        "model": str(model),
+        "seq_len": length,
+        "stream": stream,
+        "max_position_embeddings": getattr(loaded.config, "max_position_embeddings", None),
+        "device": where.type,
+        "dtype": dtype,
+        "sources": [asdict(score) for score in scores],
+        "mean": asdict(mean_score(scores)),
+    }
+    return scores, figures
 
 
 def beyond_the_model(model: PreTrainedModel, context: int) -> str | None:

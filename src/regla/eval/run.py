@@ -7,6 +7,7 @@ from typing import Any
 
 from regla.data.records import TEXT_FIELD
 from regla.runtime.errors import OptionError
+from regla.runtime.files import check_writable, write_json
 from regla.runtime.install import require
 
 
@@ -40,7 +41,8 @@ def evaluate_models(
         probes, plan: see `regla.eval.probes.run.Plan`.
         limit, out: of tasks and probes.
         data, text_field: texts to score, and to hide the probes' facts in.
-        json_file, seq_len, by_position, stream: see `regla.eval.perplexity.evaluate`.
+        seq_len, by_position, stream: see `regla.eval.perplexity.measure`.
+        json_file: for the figures of perplexity; a list of them for several models.
         batch_size, device, dtype: of all.
     """
     given = {
@@ -54,8 +56,8 @@ def evaluate_models(
         for name, value in options.items():
             if value is not None and not wanted[of]:
                 raise OptionError(f"{{{name}}} goes with {{{of}}}; name some, or leave it out.")
-    if len(models) > 1 and json_file is not None:
-        raise OptionError("{json} takes the figures of one model, not of {count}; call it for each.", count=len(models))
+    if json_file is not None:
+        check_writable(json_file)
     where: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype}
     if tasks:
         require("lm_eval", "Tasks of lm-eval need", "accelerate")
@@ -79,18 +81,13 @@ def evaluate_models(
             plan["limit"] = limit
         probe(models, Plan(probes=tuple(probes), **plan), data=data, text_field=text_field, out=out, **where)
     elif data or not tasks:
-        from regla.eval.perplexity import evaluate
+        from regla.eval.perplexity import measure
 
+        figures = []
         for model in models:
             if len(models) > 1:
                 print(f"{model}:")
-            evaluate(
-                model,
-                data=data,
-                text_field=text_field,
-                json_file=json_file,
-                seq_len=seq_len,
-                by_position=by_position,
-                stream=stream,
-                **where,
-            )
+            windows: dict[str, Any] = {"seq_len": seq_len, "by_position": by_position, "stream": stream}
+            figures.append(measure(model, data=data, text_field=text_field, **windows, **where)[1])
+        if json_file is not None:
+            write_json(json_file, figures[0] if len(figures) == 1 else figures)
