@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import regla
 from regla.ops.backends import choose_backend, why_not_native, why_not_triton
+from regla.runtime.versions import package_version, versions
 
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "matplotlib")
 _OPTIONAL = {
@@ -37,8 +37,8 @@ def doctor(*, as_json: bool = False) -> dict[str, Any]:
 def examine() -> dict[str, Any]:
     """Versions, devices, backends by use and optional packages, in JSON's types."""
     return {
-        "regla": regla.__version__,
-        "python": platform.python_version(),
+        "regla": versions()["regla"],
+        "python": versions()["python"],
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _REQUIRED},
         "cuda": torch.version.cuda,
@@ -76,10 +76,7 @@ def _version(package: str) -> str | None:
     """Of an installed package that can be imported; None for want of one. Nothing is imported."""
     if importlib.util.find_spec(_MODULES.get(package, package)) is None:
         return None
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return package_version(package)
 
 
 def _devices() -> list[dict[str, Any]]:

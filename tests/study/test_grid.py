@@ -78,7 +78,7 @@ def test_the_configuration_of_every_variant_is_checked_with_its_name(tmp_path: P
             "gat: sigmoid",
             "The variant plain/4 does not fit: Unknown configuration key 'gat'",
         ),
-        ("heads: 2", "heads: 3", "The variant refined/4 does not fit: --hidden-size 32 is no multiple of --heads 3"),
+        ("heads: 2", "heads: 3", "The variant refined/4 does not fit: hidden_size 32 is no multiple of heads 3"),
     ):
         study = read_study(written(tmp_path, GRID.replace(old, new)))
         with pytest.raises(ValueError, match=message):

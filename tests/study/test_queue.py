@@ -178,9 +178,10 @@ def test_a_signal_ends_the_runs_too(
 
 
 BAD = {
-    "--minutes 0": "--minutes is 0, expected a number above 0.",
-    "--devices 0": "--devices is 0, expected 1 or more.",
-    "--runs-per-device 0": "--runs-per-device is 0, expected 1 or more.",
+    "--minutes 0": "--minutes is 0.0, expected a number above 0.",
+    "--minutes nan": "--minutes is nan, expected a number above 0.",
+    "--devices 0": "--devices is 0, expected a number above 0.",
+    "--runs-per-device 0": "--runs-per-device is 0, expected a number above 0.",
     "--only nothing": "No variant matches --only 'nothing'; the study has good, also good, failing, lost.",
     "--rows none.jsonl": "none.jsonl cannot be read (No such file or directory); give the .jsonl file",
     "--rows text.txt": "Line 1 of text.txt is no row of a study; remove it.",

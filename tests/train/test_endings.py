@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from regla.cli import main
+from regla.data.tokenizer import train_tokenizer
+from regla.linearize.convert import convert
 from regla.runtime import checkpoint, files
 from regla.runtime.files import alone_in
 from regla.train import run
 from regla.train.config import TrainConfig
+from tests.linearize.models import llama
 
 TINY = {"vocab_size": 300, "hidden_size": 16, "layers": 1, "heads": 2, "seq_len": 16, "batch_size": 2, "device": "cpu"}
 STEPS = 6
@@ -119,6 +122,8 @@ def killed_while(name: str, out: Path, corpus: Path) -> None:
 import os, signal, sys
 from pathlib import Path
 from regla.cli import main
+from regla.data.tokenizer import train_tokenizer
+from regla.linearize.convert import convert
 replace, rename = os.replace, Path.rename
 def die(source, target, act):
     if Path(target).name == {name!r}:
@@ -293,6 +298,22 @@ def test_init_starts_from_a_model(corpus: Path, tmp_path: Path, capsys) -> None:
     assert (tmp_path / "second" / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
     ours, theirs = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("second", "first"))
     assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-5)
+
+
+def test_init_takes_a_converted_model_and_no_other(corpus: Path, tmp_path: Path) -> None:
+    original = llama(vocab_size=300, tie_word_embeddings=True)
+    tokenizer = train_tokenizer([corpus.read_text()], 300)
+    for name, model in (("original", original), ("converted", convert(original, keep="every-2"))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    options = {"data": (str(corpus),), "steps": 2, "device": "cpu", "seq_len": 16, "batch_size": 2}
+    summary = run.train(TrainConfig(out=str(tmp_path / "run"), init=str(tmp_path / "converted"), **options))
+    assert summary["complete"] and math.isfinite(summary["validation_loss"])
+    kinds = [json.loads((tmp_path / name / "config.json").read_text())["layer_types"] for name in ("run", "converted")]
+    assert kinds[0] == kinds[1] and set(kinds[0]) == {"linear_attention", "full_attention"}
+    with pytest.raises(ValueError, match="original holds a model of type llama, expected one of regla; convert it"):
+        run.train(TrainConfig(out=str(tmp_path / "other"), init=str(tmp_path / "original"), **options))
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_init_run_resumes_only_with_its_weights(corpus: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def _again(kind: type[NamesOptions], message: str, values: dict[str, object]) ->
     return kind(message, **values)
 
 
-_FLAGS = {"overrides": "--config"}
+_FLAGS = {"overrides": "--config", "json_file": "--json", "prompts_file": "--prompts", "rows_file": "--rows"}
 
 
 def flag(name: str) -> str:

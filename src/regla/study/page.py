@@ -19,6 +19,7 @@ from regla.report.studies import (
     trials_table,
 )
 from regla.report.tables import markdown
+from regla.runtime.files import write_text
 from regla.study.grid import Study
 
 Row = dict[str, Any]
@@ -40,7 +41,7 @@ def write_page(study: Study, rows: Sequence[Row], out: Path) -> None:
         plot_recall(rows, out / f"{study.name}-recall.png")
     if positions(rows):
         plot_positions(rows, out / f"{study.name}-positions.png")
-    (out / f"{study.name}.md").write_text(page(study, rows, plot.name), encoding="utf-8")
+    write_text(out / f"{study.name}.md", page(study, rows, plot.name))
 
 
 def page(study: Study, rows: Sequence[Row], plot: str) -> str:

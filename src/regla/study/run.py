@@ -14,6 +14,7 @@ from typing import Any
 
 from regla.data.tokenizer import load_tokenizer, vocabulary_size
 from regla.report.studies import row_name
+from regla.runtime.errors import OptionError, check_count, check_number
 from regla.runtime.files import alone_in
 from regla.runtime.processes import check_one_process
 from regla.study.data import of_task, prepare
@@ -56,7 +57,9 @@ def study(
     Raises ValueError for any input that does not fit, before anything trains; Interrupted on Ctrl-C and SIGTERM.
     """
     check_one_process("study")
-    _check_numbers(devices, runs_per_device, minutes)
+    check_count("devices", devices)
+    check_count("runs_per_device", runs_per_device)
+    check_number("minutes", minutes)
     plan = read_study(name_or_file, sets)
     if only is not None:
         plan = replace(plan, variants=choose(plan.variants, only))
@@ -80,7 +83,11 @@ def study(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{out} cannot be created ({error.strerror}); give --out a place you may write to.") from error
+        raise OptionError(
+            "{folder} cannot be created ({reason}); give {out} a place you may write to.",
+            folder=out,
+            reason=error.strerror,
+        ) from error
     with alone_in(out, "study"):
         return _train(
             plan,
@@ -168,14 +175,6 @@ def _task(plan: Study) -> str | None:
     return tasks.pop()
 
 
-def _check_numbers(devices: int, runs_per_device: int, minutes: float | None) -> None:
-    for name, number in (("devices", devices), ("runs-per-device", runs_per_device)):
-        if number < 1:
-            raise ValueError(f"--{name} is {number}, expected 1 or more.")
-    if minutes is not None and minutes <= 0:
-        raise ValueError(f"--minutes is {minutes:g}, expected a number above 0.")
-
-
 def _places(device: str, number: int) -> list[Place]:
     """Where the processes run: a GPU each, or a share of the cores."""
     import torch
@@ -186,7 +185,11 @@ def _places(device: str, number: int) -> list[Place]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         gpus = visible.split(",")
         if number > len(gpus):
-            raise ValueError(f"--devices is {number}, but this PyTorch sees {len(gpus)} GPUs; ask for at most these.")
+            raise OptionError(
+                "{devices} is {number}, but this PyTorch sees {found} GPUs; ask for at most these.",
+                number=number,
+                found=len(gpus),
+            )
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:number]]
     place = {"CUDA_VISIBLE_DEVICES": ""}  # so that the rows name the CPU
     if number > 1:
