@@ -19,7 +19,7 @@ from regla.data.tokenizer import train_tokenizer
 from regla.linearize.convert import convert
 from regla.runtime import checkpoint, files
 from regla.runtime.files import alone_in
-from regla.train import run
+from regla.train import material, run
 from regla.train.config import TrainConfig
 from tests.linearize.models import llama
 
@@ -107,9 +107,9 @@ def test_numbers_that_are_not_finite_are_in_no_checkpoint(
 def test_a_validation_loss_that_is_not_finite_is_a_failure(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    score = run.score
+    score = material.score
     monkeypatch.setattr(
-        run, "score", lambda *arguments, **options: replace(score(*arguments, **options), loss=math.nan)
+        material, "score", lambda *arguments, **options: replace(score(*arguments, **options), loss=math.nan)
     )
     assert main(command(tmp_path / "run", corpus)) == 1
     assert "The validation loss of the model in" in capsys.readouterr().err

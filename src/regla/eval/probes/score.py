@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from regla.eval.probes.tokens import IGNORE, Asked
-from regla.runtime.device import autocast
+from regla.runtime.device import precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +95,7 @@ def answer_tokens(
             x[start : start + size].to(model.device)
             for x in (asked.ids_BT, asked.targets_BT, asked.candidates_BC, asked.distance_BT)
         )
-        with autocast(model.device, dtype):
+        with precision(model.device, dtype):
             logits_BTV = _forward(model, ids_BT, use_cache=False).logits
         is_asked_BT = targets_BT != IGNORE
         row_N = is_asked_BT.nonzero()[:, 0]
@@ -161,7 +161,7 @@ def answer_text(
     log_p_BCA = logits_BV.float().log_softmax(-1)[:, None].expand(B, C, -1).gather(2, answer_BCA[:, :, :1])
     if A > 1:
         cache.batch_repeat_interleave(C)
-        with autocast(model.device, dtype):
+        with precision(model.device, dtype):
             out = _forward(model, answer_BCA[:, :, :-1].flatten(0, 1), past_key_values=cache, use_cache=True)
         log_p = out.logits.float().log_softmax(-1).gather(2, answer_BCA[:, :, 1:].flatten(0, 1)[..., None])[..., 0]
         log_p_BCA = torch.cat([log_p_BCA, log_p.view(B, C, A - 1)], 2)
@@ -188,7 +188,7 @@ def _used(lengths: Tensor, A: int) -> Tensor:
 def read(model: PreTrainedModel, ids_BT: Tensor, *, cache: Any = None, dtype: str = "float32") -> tuple[Tensor, Any]:
     """Logits [B, V] behind the last token, and the cache, which is changed in place; long inputs go in chunks."""
     for ids_BC in ids_BT.split(_CHUNK, dim=1):
-        with autocast(model.device, dtype):
+        with precision(model.device, dtype):
             out = _forward(model, ids_BC, past_key_values=cache, use_cache=True, last=True)
         cache = out.past_key_values
     return out.logits[:, -1], cache
