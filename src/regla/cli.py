@@ -68,6 +68,18 @@ def _parser() -> argparse.ArgumentParser:
 
     _eval_arguments(command("eval", "score models: tasks, probes of memory, perplexity", help_texts.EVAL, _evaluate))
 
+    inspect = command(
+        "inspect", "say what a model does inside: gates, memory, features, states", help_texts.INSPECT, _inspect
+    )
+    inspect.add_argument("model", metavar="MODEL", help="folder, .gguf file or name on the hub, with ReGLA layers")
+    inspect.add_argument(
+        "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
+    )
+    _text_field_argument(inspect)
+    inspect.add_argument("--tokens", type=int, default=8192, metavar="N", help="of the text (default: %(default)s)")
+    inspect.add_argument("--out", metavar="DIR", help="new folder for page, JSON and plot")
+    _where_arguments(inspect)
+
     generate = command("generate", "continue a text", help_texts.GENERATE, _generate)
     generate.add_argument("model", metavar="MODEL", help="folder, .gguf file or name on the hub")
     prompts = generate.add_mutually_exclusive_group(required=True)
@@ -378,6 +390,11 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     perplexity.add_argument(
         "--stream", type=int, metavar="N", help="one sequence of N tokens per file, in chunks of --seq-len"
     )
+    perplexity.add_argument(
+        "--effective-context",
+        action="store_true",
+        help="how far back the text helps: loss by position with its noise, and with the context cut",
+    )
     perplexity.add_argument("--json", dest="json_file", metavar="FILE", help="write the figures there, too")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="sequences at a time (default: %(default)s)"
@@ -403,6 +420,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     from regla.eval.run import evaluate_models
 
     evaluate_models(**_options(args))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from regla.eval.inspection import inspect_model
+
+    inspect_model(**_options(args))
 
 
 def _generate(args: argparse.Namespace) -> None:

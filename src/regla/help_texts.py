@@ -78,6 +78,15 @@ examples:
   regla eval runs/regla runs/softmax --probes passkey,kv --lengths 512,2048 --out runs/probes
 """
 
+INSPECT = """\
+Look inside the linear layers of a model (pure, hybrid or converted) while it reads a text: histograms of the forget
+gates and how many are saturated, half-lives of heads, how many features the keys use, and the norm of the state.
+
+examples:
+  regla inspect runs/regla                                    a table, on the embedded text
+  regla inspect runs/regla --data book.txt --tokens 100000 --out runs/inside
+"""
+
 GENERATE = """\
 Continue a text with the model in a Hugging Face folder; prints it token by token. Or continue many: --prompts takes a
 UTF-8 file with one prompt a line (empty lines are passed over), runs --batch-size of them at a time and prints each

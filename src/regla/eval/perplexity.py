@@ -124,16 +124,20 @@ def _score(text: Encoded, nats_N: Tensor, positions: tuple[PositionScore, ...]) 
 def position_scores(nats_N: Tensor, seq_len: int) -> tuple[PositionScore, ...]:
     """Mean loss at the positions 0-63, 64-127, 128-255, ... of windows of `seq_len` tokens. nats_N: float [N]."""
     position_N = torch.arange(len(nats_N)) % seq_len
-    longest = min(seq_len, len(nats_N))
-    edges = [0]
-    while edges[-1] < longest:
-        edges.append(min(max(_FIRST_BIN, 2 * edges[-1]), longest))
     scores = []
-    for start, end in pairwise(edges):
+    for start, end in pairwise(bin_edges(min(seq_len, len(nats_N)))):
         part = nats_N[(position_N >= start) & (position_N < end)].double()
         loss = float(part.mean())
         scores.append(PositionScore(start, end - 1, len(part), loss, _exp(loss)))
     return tuple(scores)
+
+
+def bin_edges(longest: int) -> list[int]:
+    """0, 64, 128, 256, ..., longest."""
+    edges = [0]
+    while edges[-1] < longest:
+        edges.append(min(max(_FIRST_BIN, 2 * edges[-1]), longest))
+    return edges
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
@@ -211,13 +215,13 @@ def token_nats(
 def stream_nats(model: PreTrainedModel, ids_N: np.ndarray, *, first: int, chunk: int, dtype: str) -> Tensor:
     """`token_nats` of all tokens as one window, fed in chunks of `chunk` tokens through the cache."""
     inputs_N, targets_N = _inputs_and_targets(ids_N, first)
-    streamed = stream_chunks(model, inputs_N[None], chunk=chunk, dtype=dtype)
-    targets = targets_N[None].split(chunk, dim=1)
-    nats = [
-        _nats(logits_1CV, targets_1C.to(model.device))
-        for (logits_1CV, _), targets_1C in zip(streamed, targets, strict=True)
-    ]
-    return torch.cat(nats).cpu()
+    nats_N = torch.empty(len(targets_N))
+    start = 0
+    for logits_1CV, _ in stream_chunks(model, inputs_N[None], chunk=chunk, dtype=dtype):
+        end = start + logits_1CV.shape[1]
+        nats_N[start:end] = _nats(logits_1CV, targets_N[None, start:end].to(model.device))
+        start = end
+    return nats_N
 
 
 def _inputs_and_targets(ids_N: np.ndarray, first: int) -> tuple[Tensor, Tensor]:
@@ -243,6 +247,7 @@ def evaluate(
     dtype: str = "float32",
     by_position: bool = False,
     stream: int | None = None,
+    effective_context: bool = False,
     json_file: str | Path | None = None,
 ) -> list[Score]:
     """`measure`, and its figures in `json_file`, too; one score for each source."""
@@ -258,6 +263,7 @@ def evaluate(
         dtype=dtype,
         by_position=by_position,
         stream=stream,
+        effective_context=effective_context,
     )
     if json_file is not None:
         write_json(json_file, figures)
@@ -275,6 +281,7 @@ def measure(
     dtype: str = "float32",
     by_position: bool = False,
     stream: int | None = None,
+    effective_context: bool = False,
 ) -> tuple[list[Score], dict[str, Any]]:
     """Score a model on each file of `data`, by default on the held-out tenth of the embedded text, and print a table.
 
@@ -289,6 +296,8 @@ def measure(
         by_position: print a second table, see `position_scores`.
         stream: score the first so many tokens of every source as one sequence, in chunks of `seq_len`, see
             `score_stream`.
+        effective_context: say how much context the model uses, too, in windows of `seq_len`, see
+            `regla.eval.context`.
 
     Returns:
         One score for each source; and all figures, for JSON.
@@ -311,14 +320,21 @@ def measure(
     for text in texts:
         if stream is None:
             options: dict[str, Any] = {"seq_len": length, "batch_size": batch_size}
-            found = score(loaded, text, first=first, dtype=dtype, by_position=by_position, **options)
+            scored = score(loaded, text, first=first, dtype=dtype, by_position=by_position, **options)
         else:
             part = text.start(stream, tokenizer)
-            found = score_stream(loaded, part, first=first, chunk=length, dtype=dtype, by_position=by_position)
-        scores.append(found)
+            scored = score_stream(loaded, part, first=first, chunk=length, dtype=dtype, by_position=by_position)
+        scores.append(scored)
     print(table(scores))
     if by_position:
         print("\n" + position_table(scores))
+    found = None
+    if effective_context:
+        from regla.eval.context import context_table
+        from regla.eval.context import effective_context as find
+
+        found = find(loaded, texts, first=first, seq_len=length, batch_size=batch_size, dtype=dtype)
+        print("\n" + context_table(found))
     context = min(length if stream is None else stream, max(len(text.ids) for text in texts))
     if (note := beyond_the_model(loaded, context)) is not None:
         print("\n" + note)
@@ -331,6 +347,7 @@ def measure(
         "dtype": dtype,
         "sources": [asdict(score) for score in scores],
         "mean": asdict(mean_score(scores)),
+        "effective_context": None if found is None else asdict(found),
     }
     return scores, figures
 
