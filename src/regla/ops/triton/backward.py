@@ -1,4 +1,4 @@
-"""The backward kernel: one program for each chunk of tokens of each head, in one launch, the last chunks first.
+"""The backward kernel: one CTA for each chunk of tokens of each head, in one launch, the last chunks first.
 
 The gradient of the state passes from chunk to chunk as the state does in the forward kernel: a chunk passes on that of
 the state before it as soon as it can, and then works on its values and its keys, one after the other, so that neither
@@ -9,7 +9,8 @@ q = q E in the factors of regla.ops.triton.tiles and d = d_out E,
 
     d_P = tril(d x^T)    d_x = P^T d    d_q = d_P k + d S^T    d_k = d_P^T q    d_S += q^T d
 
-(in a chunk with far tokens all but what meets the state over the tree, and E = 2^B), and through the state after it,
+(in a chunk with tokens out of range all but what meets the state over the tree, and E = 2^B), and through the state
+after it,
 with U its gradient and both operands decayed to the chunk's end,
 
     d_v_end = k_end U    d_k_end = v_end U^T    d_S += U decayed
@@ -27,12 +28,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.forward import place
+from regla.ops.triton.forward import assign_chunk
 from regla.ops.triton.inputs import (
-    ask_for_chunk,
+    Config,
     exponent,
     features_and_decays,
     gradient_operand,
+    load_for_backward,
     load_queries,
     load_state,
     query_operand,
@@ -45,131 +47,123 @@ from regla.ops.triton.tiles import (
     LOG2E,
     NO_KEY,
     RANGE,
-    as_read,
     cumulative,
     decays,
     exp2,
     factors,
-    faint,
     finite,
     gate_at,
+    in_load_layout,
     load_gate,
     lowest_decay,
-    may_reach,
+    materialised,
+    may_leave_range,
     nan_or,
-    once,
     store_gate_gradient,
     store_tile,
     sums,
     to_the_end,
+    too_small,
 )
 from regla.ops.triton.tree import chunk_scores, read_over_tree, score_over_tree
 
 
 @triton.jit
 def value_side(
-    q_ptr, do_ptr, lower_ptr, norm, short, most, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev, kd, x, S,
-    begin, h, scale, H, q_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr, SLICED: tl.constexpr, FAR: tl.constexpr,
+    q_ptr, do_ptr, factors_ptr, norm, short, cap, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev, kd, x,
+    S, begin, h, scale, H, q_step, BS: tl.constexpr, SLICED: tl.constexpr, TREE: tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
     """What the outputs of a chunk give to x (over the tree to v), to Bv, and, over the tree, to the last head's
     scores. P: the scores, where SLICED."""
     dtype = S.dtype
-    dx = tl.zeros([C, BS], tl.float32)
-    dBv = tl.zeros([C, BS], tl.float32)
-    dP = tl.zeros([C, C], tl.float32)
-    for j in range(G):
-        if G > 1:
+    dx = tl.zeros([cfg.C, BS], tl.float32)
+    dBv = tl.zeros([cfg.C, BS], tl.float32)
+    dP = tl.zeros([cfg.C, cfg.C], tl.float32)
+    for j in range(cfg.G):
+        if cfg.G > 1:
             q, do, qd, d = load_queries(
-                q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-                dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
+                q_ptr, do_ptr, factors_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step, dtype, BS,
+                cfg,
             )  # fmt: skip
-            if FAR and KEYED and VALUED:
-                _Ek, qd, d = with_state(q, do, Bk, Ev, 0.0, dtype, VALUED)
-        Pd = P if SLICED else chunk_scores(q, qd, k, kd, gk, short, KEYED, VALUED, PRECISION, FAR)
-        if VALUED:
-            out = tl.dot(qd, S, input_precision=PRECISION)
-            if not FAR:
-                out = tl.dot(Pd, x, out, input_precision=PRECISION)
+            if TREE and cfg.KEYED and cfg.VALUED:
+                _Ek, qd, d = with_state(q, do, Bk, Ev, 0.0, dtype, cfg)
+        Pd = P if SLICED else chunk_scores(q, qd, k, kd, gk, short, cfg.KEYED, cfg.VALUED, cfg.PRECISION, TREE)
+        if cfg.VALUED:
+            out = tl.dot(qd, S, input_precision=cfg.PRECISION)
+            if not TREE:
+                out = tl.dot(Pd, x, out, input_precision=cfg.PRECISION)
             dBv += out * d.to(tl.float32)
-        if VALUED and FAR:
-            dx, dBv, dP = read_over_tree(Pd, do, v, gv, dx, dBv, short, most, PRECISION, not KEYED)
+        if cfg.VALUED and TREE:
+            dx, dBv, dP = read_over_tree(Pd, do, v, gv, dx, dBv, short, cap, cfg.PRECISION, not cfg.KEYED)
         else:
-            dx = tl.dot(tl.trans(Pd), d, dx, input_precision=PRECISION)
-    if VALUED and not FAR:
+            dx = tl.dot(tl.trans(Pd), d, dx, input_precision=cfg.PRECISION)
+    if cfg.VALUED and not TREE:
         dBv -= x.to(tl.float32) * dx
     return dx, dBv, dP
 
 
 @triton.jit
 def key_side(
-    q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, most, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek, Ev,
-    kd, x, S, dP_given, dq_read, begin, h, scale, H, q_step, dq_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr, SLICED: tl.constexpr, FAR: tl.constexpr,
+    q_ptr, do_ptr, factors_ptr, dq_ptr, norm, short, cap, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek, Ev,
+    kd, x, S, dP_given, dq_read, begin, h, scale, H, q_step, dq_step, BS: tl.constexpr, SLICED: tl.constexpr, TREE:
+    tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
     """What the outputs of a chunk give to kd (over the tree to k) and to Bk, and dq, written. dP_given: what the
     scores get, where SLICED, and over the tree of the values; dq_read: what qd gets of the state, where SLICED."""
-    rows = tl.arange(0, C)
-    ki = tl.arange(0, BK)
+    rows = tl.arange(0, cfg.C)
+    ki = tl.arange(0, cfg.BK)
     causal = rows[:, None] >= rows[None, :]
     dtype = kd.dtype
-    lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
-    SCALED: tl.constexpr = FAR and KEYED
-    dkd = tl.zeros([C, BK], tl.float32)
-    dBk = tl.zeros([C, BK], tl.float32)
-    for j in range(G):
-        if G > 1:
+    lift: tl.constexpr = GRADIENT_LIFT if cfg.SAFE_EXP else 0.0
+    SCALED: tl.constexpr = TREE and cfg.KEYED
+    dkd = tl.zeros([cfg.C, cfg.BK], tl.float32)
+    dBk = tl.zeros([cfg.C, cfg.BK], tl.float32)
+    for j in range(cfg.G):
+        if cfg.G > 1:
             q, do, qd, d = load_queries(
-                q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-                dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
+                q_ptr, do_ptr, factors_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step, dtype, BS,
+                cfg,
             )  # fmt: skip
             ds = d
             if SCALED:
-                Ek, qd, ds = with_state(q, do, Bk, Ev, exponent(do), dtype, VALUED)
+                Ek, qd, ds = with_state(q, do, Bk, Ev, exponent(do), dtype, cfg)
         if SLICED:
             dP = dP_given
-        elif VALUED and FAR:
-            if G > 1:  # of this head; the other results are not used
-                none = tl.zeros([C, C], dtype)
-                _dv, _dBv, dP_given = read_over_tree(none, do, v, gv, v, v, short, most, PRECISION, not KEYED)
+        elif cfg.VALUED and TREE:
+            if cfg.G > 1:  # of this head; the other results are not used
+                none = tl.zeros([cfg.C, cfg.C], dtype)
+                _dv, _dBv, dP_given = read_over_tree(none, do, v, gv, v, v, short, cap, cfg.PRECISION, not cfg.KEYED)
             dP = dP_given
         else:
-            dP = tl.dot(d, tl.trans(x), input_precision=PRECISION)
+            dP = tl.dot(d, tl.trans(x), input_precision=cfg.PRECISION)
         dPd = tl.where(causal, dP, 0.0).to(dtype)
-        dq = dq_read if SLICED else tl.dot(ds, tl.trans(S), input_precision=PRECISION)
-        if not (KEYED and FAR):
-            dq = tl.dot(dPd, kd, dq, input_precision=PRECISION)
-            dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=PRECISION)
-        if FAR:
-            dq = finite(dq, most)
+        dq = dq_read if SLICED else tl.dot(ds, tl.trans(S), input_precision=cfg.PRECISION)
+        if not (cfg.KEYED and TREE):
+            dq = tl.dot(dPd, kd, dq, input_precision=cfg.PRECISION)
+            dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=cfg.PRECISION)
+        if TREE:
+            dq = finite(dq, cap)
         read = qd.to(tl.float32) * dq  # without FAR the gradient of q's logits, too: neither q nor E is kept for it
-        if KEYED:
+        if cfg.KEYED:
             dBk += read
             dq *= Ek
-            if FAR:
-                dq, dkd, dBk = score_over_tree(dPd, q, k, gk, dq, dkd, dBk, short, most, PRECISION, not VALUED)
-        if SAFE_EXP:
-            dq = dq * q if FAR else read
-        store_tile(dq_ptr + j * K, t, inside, dq_step, ki, K, dq * (2.0 ** (-lift)))
-    if KEYED and not FAR:
+            if TREE:
+                dq, dkd, dBk = score_over_tree(dPd, q, k, gk, dq, dkd, dBk, short, cap, cfg.PRECISION, not cfg.VALUED)
+        if cfg.SAFE_EXP:
+            dq = dq * q if TREE else read
+        store_tile(dq_ptr + j * cfg.K, t, inside, dq_step, ki, cfg.K, dq * (2.0 ** (-lift)))
+    if cfg.KEYED and not TREE:
         dBk -= kd.to(tl.float32) * dkd
     return dkd, dBk
 
 
 @triton.jit
-def finish(
-    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, states_ptr, d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
-    q, dos, factor, S_next, k, vs, gk, gv, norm, t, inside, valid, begin, head, h, i, count, at, scale, H,
-    q_step, gk_step, rk_step, gv_step, rv_step,
-    dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, D_FINAL: tl.constexpr,
-    PRECISION: tl.constexpr, SLICES: tl.constexpr, FAR: tl.constexpr,
+def compute_chunk(
+    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, factors_ptr, states_ptr, d_final_ptr, dq_ptr, dk_ptr, dv_ptr,
+    dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, q, dos, factor, S_next, k, vs, gk, gv, norm, t,
+    inside, valid, begin, head, h, i, count, at, scale, H, q_step, gk_step, rk_step, gv_step, rv_step, dq_step,
+    dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step, D_FINAL: tl.constexpr, TREE: tl.constexpr, cfg:
+    tl.constexpr,
 ):  # fmt: skip
     """All gradients of the chunk, and pass on that of the state before it.
 
@@ -179,252 +173,240 @@ def finish(
     D_FINAL: whether that of the state after the last chunk is "none", "given", or 2^lift times as large
     ("lifted").
     """
-    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
-    VALUED: tl.constexpr = VALUE != "none"
-    SLICED: tl.constexpr = SLICES > 1
-    SCALED: tl.constexpr = FAR and KEYED
-    tl.static_assert(not SLICED or (G == 1 and not VALUED))
-    BS: tl.constexpr = BV // SLICES
-    lift: tl.constexpr = GRADIENT_LIFT if SAFE_EXP else 0.0
-    unit: tl.constexpr = 2.0 ** (-lift)
-    ki = tl.arange(0, BK)
+    SLICED: tl.constexpr = cfg.SLICES > 1
+    SCALED: tl.constexpr = TREE and cfg.KEYED
+    tl.static_assert(not SLICED or (cfg.G == 1 and not cfg.VALUED))
+    BS: tl.constexpr = cfg.BV // cfg.SLICES
+    lift: tl.constexpr = GRADIENT_LIFT if cfg.SAFE_EXP else 0.0
+    unlift: tl.constexpr = 2.0 ** (-lift)
+    ki = tl.arange(0, cfg.BK)
     dtype = S_next.dtype
     EXACT: tl.constexpr = dtype == tl.float32
     Ek, Wk = 0.0, 0.0
     kd = k.to(dtype)
     Bk, up = 0.0, 0.0
     short = False  # whether the tree may be, see there
-    if FAR and SAFE_EXP and KEYED != VALUED:
+    if TREE and cfg.SAFE_EXP and cfg.KEYED != cfg.VALUED:
         v = vs[0].to(tl.float32)
-        weak = faint(k, v, valid, K, VALUED)
-        if VALUED:  # nothing but zeros as values may be outputs of zero, whose gradients are huge
+        weak = too_small(k, v, valid, cfg.K, cfg.VALUED)
+        if cfg.VALUED:  # nothing but zeros as values may be outputs of zero, whose gradients are huge
             weak |= valid & (tl.max(tl.abs(v), 1) == 0)
         short = tl.max(weak.to(tl.int32), 0) == 0
-    if KEYED:
-        Bk, total_k = cumulative(gk, EXACT, FAR)
-        if FAR:
+    if cfg.KEYED:
+        Bk, total_k = cumulative(gk, EXACT, TREE)
+        if TREE:
             Ek = exp2(Bk)
         else:
             Ek, Wk, ck = factors(Bk, total_k, 0, EXACT, False)
             kd = (k * Wk).to(dtype)
-    worth_k = tl.zeros([BK], tl.float32)
+    worth_k = tl.zeros([cfg.BK], tl.float32)
     P, dq_read, dP_sum, dk_end = 0.0, 0.0, 0.0, 0.0
-    passed_ptr += head.to(tl.int64) * 2 * BK * BV
+    passed_ptr += head.to(tl.int64) * 2 * cfg.BK * cfg.BV
     passing = count - 1 - i
-    most = tl.full([], 1e37, tl.float32)  # of `finite`
-    for s in tl.static_range(SLICES):
+    cap = tl.full([], 1e37, tl.float32)  # of `finite`
+    for s in tl.static_range(cfg.SLICES):
         v, do, S = vs[s].to(tl.float32), dos[s], S_next
         vi = tl.arange(0, BS) + s * BS
-        here = head.to(tl.int64) * K * V + ki[:, None] * V + vi[None, :]
-        state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+        here = head.to(tl.int64) * cfg.K * cfg.V + ki[:, None] * cfg.V + vi[None, :]
+        state_mask = (ki < cfg.K)[:, None] & (vi < cfg.V)[None, :]
         Ev, Wv = 0.0, 0.0
         x = v.to(dtype)
-        if VALUED:
-            Bv, total_v = cumulative(gv, EXACT, FAR)
-            if FAR:
+        if cfg.VALUED:
+            Bv, total_v = cumulative(gv, EXACT, TREE)
+            if TREE:
                 Ev = exp2(Bv)
             else:
                 Ev, Wv, cv = factors(Bv, total_v, 0, EXACT, False)
                 x = (v * Wv).to(dtype)
         if s == 0:  # not before the values' factors: the compiler would need more instructions
-            q, qd = query_operand(q, Ek, norm, valid, dtype, K, KEYED, SAFE_EXP, NORM)
-            if SCALED and not VALUED:
-                up = tl.zeros([C, 1], tl.float32)
-                for other in tl.static_range(SLICES):
-                    raw, _d = gradient_operand(dos[other], factor, 0.0, scale, dtype, False, SAFE_EXP)
+            q, qd = query_operand(q, Ek, norm, valid, dtype, cfg)
+            if SCALED and not cfg.VALUED:
+                up = tl.zeros([cfg.C, 1], tl.float32)
+                for other in tl.static_range(cfg.SLICES):
+                    raw, _d = gradient_operand(dos[other], factor, 0.0, scale, dtype, cfg)
                     up = tl.maximum(up, exponent(raw))
             if SLICED:
-                P = chunk_scores(q, qd, k, kd, gk, short, KEYED, VALUED, PRECISION, FAR)
-                dq_read = tl.zeros([C, BK], tl.float32)
-                dP_sum = tl.zeros([C, C], tl.float32)
-                dk_end = tl.zeros([C, BK], tl.float32)
-        do, d = gradient_operand(do, factor, Ev, scale, dtype, VALUED, SAFE_EXP)
+                P = chunk_scores(q, qd, k, kd, gk, short, cfg.KEYED, cfg.VALUED, cfg.PRECISION, TREE)
+                dq_read = tl.zeros([cfg.C, cfg.BK], tl.float32)
+                dP_sum = tl.zeros([cfg.C, cfg.C], tl.float32)
+                dk_end = tl.zeros([cfg.C, cfg.BK], tl.float32)
+        do, d = gradient_operand(do, factor, Ev, scale, dtype, cfg)
         ds = d
         if SCALED:
-            Ek, qd, ds = with_state(q, do, Bk, Ev, up, dtype, VALUED)
-            if VALUED:  # over the tree d meets nothing else
+            Ek, qd, ds = with_state(q, do, Bk, Ev, up, dtype, cfg)
+            if cfg.VALUED:  # over the tree d meets nothing else
                 d = ds
         # The gradient of the state before the chunk, for the chunk before: it waits for nothing else.
-        dS = tl.dot(tl.trans(qd), ds, input_precision=PRECISION)
-        for j in range(1, G):
+        dS = tl.dot(tl.trans(qd), ds, input_precision=cfg.PRECISION)
+        for j in range(1, cfg.G):
             q2, do2, qd2, d2 = load_queries(
-                q_ptr, do_ptr, lower_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step,
-                dtype, G, K, V, BK, BS, KEYED, VALUED, SAFE_EXP, NORM,
+                q_ptr, do_ptr, factors_ptr, norm, j, t, inside, valid, Ek, Ev, begin, h, scale, H, q_step, dtype, BS,
+                cfg,
             )  # fmt: skip
             if SCALED:
-                _E2, qd2, d2 = with_state(q2, do2, Bk, Ev, exponent(do2), dtype, VALUED)
-            dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=PRECISION)
-        if KEYED and not FAR:  # q E and d_o E are 2^c too large
+                _E2, qd2, d2 = with_state(q2, do2, Bk, Ev, exponent(do2), dtype, cfg)
+            dS = tl.dot(tl.trans(qd2), d2, dS, input_precision=cfg.PRECISION)
+        if cfg.KEYED and not TREE:  # q E and d_o E are 2^c too large
             dS *= exp2(-ck)[:, None]
-        if VALUED and not FAR:
+        if cfg.VALUED and not TREE:
             dS *= exp2(-cv)[None, :]
         passed_at = passed_ptr + s * BS
-        laid_out = numbers_at(passed_at, BK, BS, BV)
-        if not (KEYED and VALUED):  # with both that costs registers which there are not
-            dS = as_read(dS, laid_out)
-        nothing = tl.zeros([BK, BS], tl.float32)
-        if KEYED:
-            keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
-        if VALUED:
-            keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
+        laid_out = numbers_at(passed_at, cfg.BK, BS, cfg.BV)
+        if not (cfg.KEYED and cfg.VALUED):  # with both that costs registers which there are not
+            dS = in_load_layout(dS, laid_out)
+        nothing = tl.zeros([cfg.BK, BS], tl.float32)
+        if cfg.KEYED:
+            keep_k = in_load_layout(exp2(total_k)[:, None] + nothing, laid_out)
+        if cfg.VALUED:
+            keep_v = in_load_layout(exp2(total_v)[None, :] + nothing, laid_out)
         U = nothing
         if D_FINAL == "none":
             if tl.program_id(0) >= 0:  # always, see the forward kernel
-                U = take_state(passed_at, passing, BK, BS, BV, EXACT)
+                U = take_state(passed_at, passing, cfg.BK, BS, cfg.BV, EXACT)
         elif i + 1 == count:
             U = tl.load(d_final_ptr + here, mask=state_mask, other=0.0)
             U *= 2.0 ** (0.0 if D_FINAL == "lifted" else lift)
         else:
-            U = take_state(passed_at, passing, BK, BS, BV, EXACT)
+            U = take_state(passed_at, passing, cfg.BK, BS, cfg.BV, EXACT)
         # Not by way of what is kept, which is wanted again below: held until then, it would cost registers.
-        if KEYED and VALUED:
+        if cfg.KEYED and cfg.VALUED:
             dS = tl.fma(U * keep_k, keep_v, dS)
-        elif KEYED:
+        elif cfg.KEYED:
             dS = tl.fma(U, keep_k, dS)
-        elif VALUED:
+        elif cfg.VALUED:
             dS = tl.fma(U, keep_v, dS)
         else:
             dS += U
         if i > 0:
-            pass_state(passed_at, passing + 1, dS, BV, EXACT)
+            pass_state(passed_at, passing + 1, dS, cfg.BV, EXACT)
         else:
-            tl.store(d_initial_ptr + here, untagged(dS, EXACT) * unit, mask=state_mask)
-        if s + 1 < SLICES:
-            S_next = load_state(states_ptr, at, s + 1, K, V, BK, BS)
-        S = once(S.to(tl.float32))
+            tl.store(d_initial_ptr + here, untagged(dS, EXACT) * unlift, mask=state_mask)
+        if s + 1 < cfg.SLICES:
+            S_next = load_state(states_ptr, at, s + 1, BS, cfg)
+        S = materialised(S.to(tl.float32))
         kept = U  # what the state's decay is worth. U S alone may be infinite where what is kept of it is nothing
-        if KEYED:
+        if cfg.KEYED:
             kept *= keep_k
-        if VALUED:
+        if cfg.VALUED:
             kept *= keep_v
         kept *= S
-        if KEYED:
+        if cfg.KEYED:
             worth_k += tl.sum(kept, 1)
-            if not FAR:
+            if not TREE:
                 S *= exp2(-ck)[:, None]
-        if VALUED:
+        if cfg.VALUED:
             worth_v = tl.sum(kept, 0)
-            if not FAR:
+            if not TREE:
                 S *= exp2(-cv)[None, :]
-        if FAR:  # with the safe exponential a NaN in k, v, the gates or S is one in the factors, and so in d
-            most = nan_or(tl.sum(tl.sum(dS, 1), 0), most)
-            if not SAFE_EXP:
-                most = nan_or(tl.sum(tl.sum(k, 1), 0) + tl.sum(tl.sum(v, 1), 0) + tl.sum(tl.sum(kept, 1), 0), most)
+        if TREE:  # with the safe exponential a NaN in k, v, the gates or S is one in the factors, and so in d
+            cap = nan_or(tl.sum(tl.sum(dS, 1), 0), cap)
+            if not cfg.SAFE_EXP:
+                cap = nan_or(tl.sum(tl.sum(k, 1), 0) + tl.sum(tl.sum(v, 1), 0) + tl.sum(tl.sum(kept, 1), 0), cap)
         Sd = S.to(dtype)
-        # The forward kernel's k_end and v_end, and of U the factor that v_end lacks where no token is far.
+        # The forward kernel's k_end and v_end, and of U the factor that v_end lacks without TREE.
         k_end, v_end = kd, x  # for each slice again: held, it would cost registers
-        if KEYED:
-            if FAR:
-                to_end_k = to_the_end(gk, PRECISION)
+        if cfg.KEYED:
+            if TREE:
+                to_end_k = to_the_end(gk, cfg.PRECISION)
                 k_end = (k * to_end_k).to(dtype)
             else:
                 k_end = (kd.to(tl.float32) * exp2(total_k + ck)[None, :]).to(dtype)
-        if VALUED and FAR:
-            to_end_v = to_the_end(gv, PRECISION)
+        if cfg.VALUED and TREE:
+            to_end_v = to_the_end(gv, cfg.PRECISION)
             v_end = (v * to_end_v).to(dtype)
-        if VALUED and not FAR:
+        if cfg.VALUED and not TREE:
             U *= exp2(total_v + cv)[None, :]
         Ud = U.to(dtype)
         if SLICED:
-            dq_read = tl.dot(ds, tl.trans(Sd), dq_read, input_precision=PRECISION)
-            dk_end = tl.dot(v_end, tl.trans(Ud), dk_end, input_precision=PRECISION)
-            dP_sum = tl.dot(d, tl.trans(x), dP_sum, input_precision=PRECISION)
+            dq_read = tl.dot(ds, tl.trans(Sd), dq_read, input_precision=cfg.PRECISION)
+            dk_end = tl.dot(v_end, tl.trans(Ud), dk_end, input_precision=cfg.PRECISION)
+            dP_sum = tl.dot(d, tl.trans(x), dP_sum, input_precision=cfg.PRECISION)
         dv, dBv, dP = value_side(
-            q_ptr, do_ptr, lower_ptr, norm, short, most, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev,
-            kd, x, Sd, begin, h, scale, H, q_step,
-            G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
+            q_ptr, do_ptr, factors_ptr, norm, short, cap, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev,
+            kd, x, Sd, begin, h, scale, H, q_step, BS, SLICED, TREE, cfg,
         )  # fmt: skip
-        gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, V, VALUE)
-        dv_end = tl.dot(k_end, Ud, input_precision=PRECISION)
-        if FAR:
-            dv_end = finite(dv_end, most)
-        if VALUED:
+        gate, refine = load_gate(gv_ptr, rv_ptr, t, valid, gv_step, rv_step, vi, cfg.V, cfg.VALUE)
+        dv_end = tl.dot(k_end, Ud, input_precision=cfg.PRECISION)
+        if TREE:
+            dv_end = finite(dv_end, cap)
+        if cfg.VALUED:
             written = v_end.to(tl.float32) * dv_end
-            after = (worth_v + tl.sum(written, 0)) * unit
-            dgv = sums(dBv - written, unit, True, EXACT) + after[None, :]
-            store_gate_gradient(dgv_ptr, drv_ptr, t, inside, valid, dgv_step, drv_step, vi, V, gate, refine, dgv, VALUE)
-        if VALUED and FAR:
+            after = (worth_v + tl.sum(written, 0)) * unlift
+            dgv = sums(dBv - written, unlift, True, EXACT) + after[None, :]
+            store_gate_gradient(
+                dgv_ptr, drv_ptr, t, inside, valid, dgv_step, drv_step, vi, cfg.V, gate, refine, dgv, cfg.VALUE
+            )
+        if cfg.VALUED and TREE:
             dv += dv_end * to_end_v
         else:
             dv += dv_end
-            if VALUED:  # of x so far
+            if cfg.VALUED:  # of x so far
                 dv *= Wv
-        store_tile(dv_ptr, t, inside, dv_step, vi, V, dv * unit)
+        store_tile(dv_ptr, t, inside, dv_step, vi, cfg.V, dv * unlift)
     dk, dBk = key_side(
-        q_ptr, do_ptr, lower_ptr, dq_ptr, norm, short, most, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek,
-        Ev, kd, x, Sd,
-        dP_sum if SLICED else dP, dq_read,
-        begin, h, scale, H, q_step, dq_step,
-        G, K, V, BK, BS, C, KEYED, VALUED, SAFE_EXP, NORM, PRECISION, SLICED, FAR,
+        q_ptr, do_ptr, factors_ptr, dq_ptr, norm, short, cap, t, inside, valid, q, do, qd, d, ds, k, v, gk, gv, Bk, Ek,
+        Ev, kd, x, Sd, dP_sum if SLICED else dP, dq_read, begin, h, scale, H, q_step, dq_step, BS, SLICED, TREE, cfg,
     )  # fmt: skip
-    gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, K, KEY)
+    gate, refine = load_gate(gk_ptr, rk_ptr, t, valid, gk_step, rk_step, ki, cfg.K, cfg.KEY)
     if not SLICED:
-        dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=PRECISION)
-    if FAR:
-        dk_end = finite(dk_end, most)
-    if KEYED:
-        if FAR:
+        dk_end = tl.dot(v_end, tl.trans(Ud), input_precision=cfg.PRECISION)
+    if TREE:
+        dk_end = finite(dk_end, cap)
+    if cfg.KEYED:
+        if TREE:
             written = k_end.to(tl.float32) * dk_end
             dk_end *= to_end_k
         else:
             dk_end *= exp2(total_k + ck)[None, :]
             written = kd.to(tl.float32) * dk_end
-        after = (worth_k + tl.sum(written, 0)) * unit
-        dgk = sums(dBk - written, unit, True, EXACT) + after[None, :]
-        store_gate_gradient(dgk_ptr, drk_ptr, t, inside, valid, dgk_step, drk_step, ki, K, gate, refine, dgk, KEY)
+        after = (worth_k + tl.sum(written, 0)) * unlift
+        dgk = sums(dBk - written, unlift, True, EXACT) + after[None, :]
+        store_gate_gradient(
+            dgk_ptr, drk_ptr, t, inside, valid, dgk_step, drk_step, ki, cfg.K, gate, refine, dgk, cfg.KEY
+        )
     dk += dk_end
-    if not FAR:  # of kd so far
-        if KEYED and not SAFE_EXP:
+    if not TREE:  # of kd so far
+        if cfg.KEYED and not cfg.SAFE_EXP:
             dk *= Wk
         k = kd.to(tl.float32)
-    if SAFE_EXP:
+    if cfg.SAFE_EXP:
         dk *= k
-    store_tile(dk_ptr, t, inside, dk_step, ki, K, dk * unit)
+    store_tile(dk_ptr, t, inside, dk_step, ki, cfg.K, dk * unlift)
 
 
 @triton.jit(noinline=True)
-def finish_with_tree(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr, do_ptr,
-    d_final_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
-    before, begin, length, past, head, h, i, count, at, scale, eps, H,
-    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-    dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
-    MASKED: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr, PRECISION: tl.constexpr,
-    SLICES: tl.constexpr,
+def compute_over_tree(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, m_ptr, factors_ptr, states_ptr,
+    do_ptr, d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, before,
+    begin, length, past, head, h, i, count, at, scale, eps, H, q_step, k_step, v_step, gk_step, rk_step, gv_step,
+    rv_step, dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step, MASKED: tl.constexpr, D_FINAL:
+    tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
-    """`finish` of a chunk with far tokens; see the one of the forward kernel."""
-    t = tl.arange(0, C)
-    inside = t < length - i * C
+    """`compute_chunk` of a chunk with tokens out of range; see the one of the forward kernel."""
+    t = tl.arange(0, cfg.C)
+    inside = t < length - i * cfg.C
     valid = inside
     if MASKED:
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-    q, dos, factor, S, k, vs, gk, rk, gv, rv, m, m_before = ask_for_chunk(
-        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, lower_ptr, states_ptr, do_ptr, before,
-        t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-        G, K, V, BK, BV, SLICES, KEY, VALUE, SAFE_EXP, NORM,
+    q, dos, factor, S, k, vs, gk, rk, gv, rv, m, m_before = load_for_backward(
+        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, m_ptr, factors_ptr, states_ptr, do_ptr, before, t, inside,
+        valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, cfg,
     )  # fmt: skip
-    qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
+    qw, kw = load_norm(qw_ptr, kw_ptr, cfg.K, cfg.BK, cfg.NORM)
     norm = qw, kw, eps
-    k, gk, gv = features_and_decays(
-        k, gk, rk, gv, rv, m, m_before, norm, valid, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM, INITIAL
-    )
-    finish(
-        q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, lower_ptr, states_ptr, d_final_ptr,
-        dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
-        q, dos, factor, S, k, vs, gk, gv, norm, t, inside, valid, begin, head, h, i, count, at, scale, H,
-        q_step, gk_step, rk_step, gv_step, rv_step,
-        dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-        G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, D_FINAL, PRECISION, SLICES, True,
+    k, gk, gv = features_and_decays(k, gk, rk, gv, rv, m, m_before, norm, valid, cfg)
+    compute_chunk(
+        q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, do_ptr, factors_ptr, states_ptr, d_final_ptr, dq_ptr, dk_ptr, dv_ptr,
+        dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr, q, dos, factor, S, k, vs, gk, gv, norm, t,
+        inside, valid, begin, head, h, i, count, at, scale, H, q_step, gk_step, rk_step, gv_step, rv_step, dq_step,
+        dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step, D_FINAL, True, cfg,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "part", "parts", "segments"])
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, cu_ptr, slot_ptr, before_ptr,
-    m_ptr, lower_ptr, states_ptr, do_ptr, d_final_ptr,
+    m_ptr, factors_ptr, states_ptr, do_ptr, d_final_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgk_ptr, drk_ptr, dgv_ptr, drv_ptr, d_initial_ptr, passed_ptr,
     scale, eps, T, chunks, part, parts, segments, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
@@ -434,7 +416,12 @@ def backward_kernel(
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, D_FINAL: tl.constexpr,
     PRECISION: tl.constexpr, SLICES: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
-    n, h, i, count, begin, length, past, slot = place(
+    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
+    VALUED: tl.constexpr = VALUE != "none"
+    cfg: tl.constexpr = Config(
+        G, K, V, BK, BV, C, KEY, VALUE, KEYED, VALUED, SAFE_EXP, NORM, INITIAL, PRECISION, SLICES
+    )
+    n, h, i, count, begin, length, past, slot = assign_chunk(
         passed_ptr, cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, BK, BV, C, VARLEN, SPLIT, True
     )
     if n >= 0:
@@ -461,44 +448,37 @@ def backward_kernel(
         if MASKED:
             valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
         at = (slot * H + h) * K * V
-        q, dos, factor, S, k, vs, gk, rk, gv, rv, m, m_before = ask_for_chunk(
-            q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, m_ptr, lower_ptr, states_ptr, do_ptr, before,
-            t, inside, valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-            G, K, V, BK, BV, SLICES, KEY, VALUE, SAFE_EXP, NORM,
+        q, dos, factor, S, k, vs, gk, rk, gv, rv, m, m_before = load_for_backward(
+            q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, m_ptr, factors_ptr, states_ptr, do_ptr, before, t, inside,
+            valid, begin, h, past + i, at, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, cfg,
         )  # fmt: skip
-        far = False
+        over_tree = False
         if not ONE_PATH:
-            if SAFE_EXP:  # the forward kernel has left word
+            if SAFE_EXP:  # by the sign of the factors that the forward kernel stored
                 lowest = factor
                 for j in range(1, G):
-                    at_head = lower_ptr + (begin + t) * (H * G) + h * G + j
+                    at_head = factors_ptr + (begin + t) * (H * G) + h * G + j
                     lowest = tl.minimum(lowest, tl.load(at_head, mask=inside, other=0.0))
-                far = tl.min(lowest, 0) < 0
+                over_tree = tl.min(lowest, 0) < 0
             else:
-                far = may_reach(lowest_decay(decays(gk, rk, C, BK, KEY), decays(gv, rv, C, BV, VALUE)), RANGE)
-        if far:
-            finish_with_tree(
-                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, states_ptr,
-                do_ptr, d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at,
-                d_initial_ptr, passed_ptr,
-                before, begin, length, past, head, h, i, count, at, scale, eps, H,
-                q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-                dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, MASKED, INITIAL, D_FINAL, PRECISION,
-                SLICES,
+                lowest = lowest_decay(decays(gk, rk, C, BK, KEY), decays(gv, rv, C, BV, VALUE))
+                over_tree = may_leave_range(lowest, RANGE)
+        if over_tree:
+            compute_over_tree(
+                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, qw_ptr, kw_ptr, mask_ptr, m_ptr, factors_ptr,
+                states_ptr, do_ptr, d_final_ptr, dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr,
+                passed_ptr, before, begin, length, past, head, h, i, count, at, scale, eps, H, q_step, k_step, v_step,
+                gk_step, rk_step, gv_step, rv_step, dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
+                MASKED, D_FINAL, cfg,
             )  # fmt: skip
         else:
             qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
             norm = qw, kw, eps
-            features, decays_k, decays_v = features_and_decays(
-                k, gk, rk, gv, rv, m, m_before, norm, valid, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM, INITIAL
-            )
-            finish(
-                q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, lower_ptr, states_ptr, d_final_ptr,
-                dq_ptr, dk_ptr, dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr,
-                q, dos, factor, S, features, vs, decays_k, decays_v, norm,
-                t, inside, valid, begin, head, h, i, count, at, scale, H,
-                q_step, gk_step, rk_step, gv_step, rv_step,
-                dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, D_FINAL, PRECISION, SLICES, ONE_PATH,
+            features, decays_k, decays_v = features_and_decays(k, gk, rk, gv, rv, m, m_before, norm, valid, cfg)
+            compute_chunk(
+                q_ptr, gk_at, rk_at, gv_at, rv_at, do_ptr, factors_ptr, states_ptr, d_final_ptr, dq_ptr, dk_ptr,
+                dv_ptr, dgk_at, drk_at, dgv_at, drv_at, d_initial_ptr, passed_ptr, q, dos, factor, S, features, vs,
+                decays_k, decays_v, norm, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step, gk_step,
+                rk_step, gv_step, rv_step, dq_step, dk_step, dv_step, dgk_step, drk_step, dgv_step, drv_step, D_FINAL,
+                ONE_PATH, cfg,
             )  # fmt: skip

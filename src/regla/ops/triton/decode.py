@@ -5,9 +5,9 @@ Bytes. A state of K x V float32 is read once and written once: 8 K V bytes per s
 with a refined gate of the value axis and as many query heads as state heads, q, k, v, the logits of the gate and the
 output are 4 K + 8 V bytes, m is 8.
 
-One program holds the state of a head in registers and serves all query heads that share it. The state is not split
-over programs: whether it is empty, its unit m, and the norm concern all of it, and m too is overwritten in place, which
-no second program could then read.
+One CTA holds the state of a head in registers and serves all query heads that share it. The state is not split
+over CTAs: whether it is empty, its stabiliser m, and the norm concern all of it, and m too is overwritten in place,
+no second CTA could then read.
 
 Shape legend: N sequences, H state heads, G queries per state head, HQ = G H, K key channels, V value channels.
 """
@@ -59,13 +59,13 @@ def decode_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, DECAYING: tl.constexpr, MASKED: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    n, h = (program // H).to(tl.int64), program % H
+    cta = tl.program_id(0)
+    n, h = (cta // H).to(tl.int64), cta % H
     ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    state_at = S_ptr + program.to(tl.int64) * K * V + ki[:, None] * V + vi[None, :]
+    state_at = S_ptr + cta.to(tl.int64) * K * V + ki[:, None] * V + vi[None, :]
     state_mask = (ki < K)[:, None] & (vi < V)[None, :]
     S = tl.load(state_at, mask=state_mask, other=0.0)
-    m_old = tl.load(m_ptr + program)
+    m_old = tl.load(m_ptr + cta)
     real = tl.full([], 1, tl.int1)
     if MASKED:
         real = tl.load(mask_ptr + n * mask_row) != 0
@@ -88,27 +88,27 @@ def decode_kernel(
         vi, V, real, VALUE,
     )  # fmt: skip
 
-    # m is kept in natural units: rounded to base 2 and back at every token, it would drift from the unit of S.
+    # m is kept in natural units: rounded to base 2 and back at every token, it would drift from the scale of S.
     is_empty = tl.max(tl.max((S != 0).to(tl.int32), 1), 0) == 0
     before = tl.where(is_empty, NO_KEY, m_old)
     m = before
     if DECAYING:
         m = before + (slowest_k + slowest_v) * LN2
     m = maximum(m, largest(k, 0))
-    unit = (before - m) * LOG2E
+    rescale = (before - m) * LOG2E
     phi_k = tl.exp2((k - m) * LOG2E + LIFT_BITS)
-    # The change of unit goes to one axis, such that what each axis decays by stays <= 1 by itself.
+    # The change of the stabiliser goes to one axis, such that what each axis decays by stays <= 1 by itself.
     if VALUE != "none":
         gk = gk - slowest_k
-        gv = gv + (unit + slowest_k)
+        gv = gv + (rescale + slowest_k)
     else:
-        gk = gk + unit
+        gk = gk + rescale
     S *= tl.exp2(minimum(maximum(gk, LOWEST), 0.0))[:, None]
     if VALUE != "none":
         S *= tl.exp2(minimum(maximum(gv, LOWEST), 0.0))[None, :]
     S += phi_k[:, None] * v[None, :]
     tl.store(state_at, S, mask=state_mask)
-    tl.store(m_ptr + program, tl.where(real, m, m_old))
+    tl.store(m_ptr + cta, tl.where(real, m, m_old))
 
     for j in range(G):
         query = h * G + j

@@ -1,4 +1,4 @@
-"""The forward kernel: one program for each chunk of tokens of each head, all in one launch.
+"""The forward kernel: one CTA for each chunk of tokens of each head, all in one launch.
 
 What a chunk computes by itself, from its gates to what it adds to the state, it computes at once; then it waits for the
 state from the chunk before, passes the state after it on, and reads its outputs. States pass through two places in turn
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.inputs import key_features, load_chunk, load_query, query_features, relative_decays
+from regla.ops.triton.inputs import Config, key_features, load_chunk, load_query, query_features, relative_decays
 from regla.ops.triton.norm import load_norm
 from regla.ops.triton.passing import numbers_at, pass_state, publish_number, take_state, untagged, wait_for_number
 from regla.ops.triton.tiles import (
@@ -20,24 +20,24 @@ from regla.ops.triton.tiles import (
     LOG2E,
     NO_KEY,
     RANGE,
-    as_read,
     columns,
     cumulative,
+    decay_bounds,
     exp2,
     factors,
-    faint,
     gate_at,
     growth,
+    in_load_layout,
     largest,
-    limits,
     lowest_decay,
     maximum,
-    may_reach,
+    may_leave_range,
     reciprocal,
     scores,
     stabiliser_scan,
     store_tile,
     to_the_end,
+    too_small,
 )
 from regla.ops.triton.tree import levels, scores_over_tree, tree_level
 
@@ -54,11 +54,11 @@ def ticket(passed_ptr, n, h, segments, H, BK: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
-def place(
+def assign_chunk(
     passed_ptr, cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Which chunk of what this program takes: (segment n or -1 for none, head, chunk i of the segment, chunks of it,
+    """Which chunk of what this CTA takes: (segment n or -1 for none, head, chunk i of the segment, chunks of it,
     first token, length, chunks of the sequence before the segment, slot of its states).
 
     A segment is a sequence or, with SPLIT, one of its `parts`, of `part` chunks, the last perhaps of fewer. Without
@@ -98,221 +98,205 @@ def place(
 
 
 @triton.jit
-def levels_if(far):
-    """`levels`, or none where no token of any channel is far."""
-    return tl.max(tl.max(far.to(tl.int32), 1), 0) * levels(far.shape[0])
+def levels_needed(out_of_range):
+    """`levels`, or none where no token of any channel is out of range."""
+    return tl.max(tl.max(out_of_range.to(tl.int32), 1), 0) * levels(out_of_range.shape[0])
 
 
 @triton.jit
-def scores_of(
-    q, k, gk, Bk, limit, Ek, kd, norm, valid, K: tl.constexpr,
-    KEYED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
-):  # fmt: skip
+def scores_of(q, k, gk, Bk, bound, Ek, kd, norm, valid, TREE: tl.constexpr, cfg: tl.constexpr):
     """(q E, scores), from q as it is in memory."""
     dtype = kd.dtype
-    q = query_features(q, norm, valid, K, NORM) if SAFE_EXP else q.to(tl.float32)
-    qd = (q * Ek).to(dtype) if KEYED else q.to(dtype)
-    P = scores(qd, kd, PRECISION)
-    if KEYED and FAR:
-        far = limit[:, None] > Bk
-        P += scores_over_tree(q, tl.where(far, k, 0.0), gk, levels_if(far), False, dtype, PRECISION, False)
+    q = query_features(q, norm, valid, cfg) if cfg.SAFE_EXP else q.to(tl.float32)
+    qd = (q * Ek).to(dtype) if cfg.KEYED else q.to(dtype)
+    P = scores(qd, kd, cfg.PRECISION)
+    if cfg.KEYED and TREE:
+        out = bound[:, None] > Bk  # [C, BK]: tokens and channels out of range
+        P += scores_over_tree(q, tl.where(out, k, 0.0), gk, levels_needed(out), False, dtype, cfg.PRECISION, False)
     return qd, P.to(dtype)
 
 
 @triton.jit
-def read_columns(qd, Pd, x, v, gv, Bv, limit, Ev, S, VALUED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr):
+def read_columns(qd, Pd, x, v, gv, Bv, bound, Ev, S, TREE: tl.constexpr, cfg: tl.constexpr):
     """What a head reads [C, D] of columns, v of the values and S of the state before the chunk."""
-    out = tl.dot(Pd, x, input_precision=PRECISION)
-    out = tl.dot(qd, S, out, input_precision=PRECISION)
-    if VALUED:
+    out = tl.dot(Pd, x, input_precision=cfg.PRECISION)
+    out = tl.dot(qd, S, out, input_precision=cfg.PRECISION)
+    if cfg.VALUED:
         out *= Ev
-        if FAR:
-            far = limit[:, None] > Bv
-            for level in range(levels_if(far)):
-                joined, X = tree_level(level, gv, PRECISION)
-                x = tl.where(far, v * X, 0.0).to(Pd.dtype)
-                out += X * tl.dot(tl.where(joined, Pd, 0.0).to(Pd.dtype), x, input_precision=PRECISION)
+        if TREE:
+            out_of_range = bound[:, None] > Bv  # [C, BV]
+            for level in range(levels_needed(out_of_range)):
+                joined, X = tree_level(level, gv, cfg.PRECISION)
+                x = tl.where(out_of_range, v * X, 0.0).to(Pd.dtype)
+                out += X * tl.dot(tl.where(joined, Pd, 0.0).to(Pd.dtype), x, input_precision=cfg.PRECISION)
     return out
 
 
 @triton.jit
 def write_outputs(
-    o_ptr, lower_ptr, t, inside, valid, outs, edge, begin, h, j, scale, H,
-    G: tl.constexpr, V: tl.constexpr, BS: tl.constexpr, SLICES: tl.constexpr,
-    SAFE_EXP: tl.constexpr, STORE: tl.constexpr, FAR: tl.constexpr,
+    o_ptr, factors_ptr, t, inside, valid, outs, above, begin, h, j, scale, H, BS: tl.constexpr, STORE: tl.constexpr,
+    TREE: tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
     """Write the outputs of the j-th head of the group, from what it has read: slices [C, BS]."""
     factor = scale
-    if SAFE_EXP:
+    if cfg.SAFE_EXP:
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
         size = tl.full([t.shape[0]], 7.888609052210118e-31, tl.float32)
-        for s in tl.static_range(SLICES):
+        for s in tl.static_range(cfg.SLICES):
             size = maximum(largest(tl.abs(outs[s]), 1) * tl.abs(scale), size)
         enlarged = tl.where(size == size, maximum(2.0**-12 * reciprocal(size), 1.0), 1.0)  # a NaN stays in its channel
         factor = enlarged * 2.0**-48
         if STORE:  # and with it, in its sign, whether the backward pass is to go over the tree
-            over_tree = factor > edge
-            if not FAR:
-                over_tree &= valid  # nobody reads what a masked token gives
-            at = lower_ptr + (begin + t) * (H * G) + h * G + j
+            over_tree = factor > above
+            if not TREE:
+                over_tree &= valid  # what a masked token gives is not read
+            at = factors_ptr + (begin + t) * (H * cfg.G) + h * cfg.G + j
             kept = tl.where(over_tree, -factor, factor)
             tl.store(at, tl.where(size == size, kept, float("nan")), mask=inside)
         factor = (factor * scale)[:, None]
-    for s in tl.static_range(SLICES):
-        store_tile(o_ptr + j * V, t, inside, H * G * V, tl.arange(0, BS) + s * BS, V, outs[s] * factor)
+    for s in tl.static_range(cfg.SLICES):
+        store_tile(o_ptr + j * cfg.V, t, inside, H * cfg.G * cfg.V, tl.arange(0, BS) + s * BS, cfg.V, outs[s] * factor)
 
 
 @triton.jit
-def stabiliser(
-    k, gk, gv, valid, K, V, ki, vi, KEY: tl.constexpr, VALUE: tl.constexpr, DECAYING: tl.constexpr, NORM: tl.constexpr
-):
+def stabiliser(k, gk, gv, valid, ki, vi, DECAYING: tl.constexpr, cfg: tl.constexpr):
     """`stabiliser_scan` of a chunk."""
-    unit: tl.constexpr = 1.0 if NORM else LOG2E
+    to_log2: tl.constexpr = 1.0 if cfg.NORM else LOG2E
     step = tl.zeros([k.shape[0]], tl.float32)
     if DECAYING:
-        if KEY != "none":
-            step += largest(tl.where((ki < K)[None, :], gk, float("-inf")), 1)
-        if VALUE != "none":
-            step += largest(tl.where((vi < V)[None, :], gv, float("-inf")), 1)
-    top = tl.where(valid, largest(k, 1) * unit, NO_KEY)
+        if cfg.KEY != "none":
+            step += largest(tl.where((ki < cfg.K)[None, :], gk, float("-inf")), 1)
+        if cfg.VALUE != "none":
+            step += largest(tl.where((vi < cfg.V)[None, :], gv, float("-inf")), 1)
+    top = tl.where(valid, largest(k, 1) * to_log2, NO_KEY)
     return stabiliser_scan(top, tl.where(valid, step, 0.0))
 
 
 @triton.jit
-def finish(
-    q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
-    q, k, v, gk, gv, norm, limit_k, limit_v, edge, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEYED: tl.constexpr, VALUED: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr,
-    INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr, FAR: tl.constexpr,
+def compute_chunk(
+    q_ptr, initial_ptr, o_ptr, final_ptr, factors_ptr, states_ptr, passed_ptr, q, k, v, gk, gv, norm, bound_k, bound_v,
+    above, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step, STORE: tl.constexpr, TREE: tl.constexpr,
+    cfg: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunk to the state, pass that on, and write its outputs. limit_k, limit_v: `limits` of each axis. edge:
-    factors of outputs beyond which the backward pass is to go over the tree. SLICES: of the state's columns, taken one
-    after the other."""
-    ki = tl.arange(0, BK)
+    """Add the chunk to the state, pass that on, and write its outputs. bound_k, bound_v: `decay_bounds` of each axis.
+    above: factors of outputs beyond which the backward pass is to go over the tree. SLICES: of the state's columns,
+    taken one after the other."""
+    ki = tl.arange(0, cfg.BK)
     dtype = o_ptr.dtype.element_ty
-    # Where no token is far, the state after the chunk is
+    # Where no token is out of range, the state after the chunk is
     # 2^total_v (2^total_k S + 2^c (2^(total_k + c) k W)^T (v W)), c of each axis its own: v W, which the outputs take
     # too, can do without its factor until after the product; k W as well could leave float32.
     EXACT: tl.constexpr = dtype == tl.float32
     Bk, Ek = gk, 0.0
     kd = k.to(dtype)
     k_end = kd
-    if KEYED:
-        Bk, total_k = cumulative(gk, EXACT, FAR)
-        Ek, Wk, ck = factors(Bk, total_k, limit_k, EXACT, FAR)
+    if cfg.KEYED:
+        Bk, total_k = cumulative(gk, EXACT, TREE)
+        Ek, Wk, ck = factors(Bk, total_k, bound_k, EXACT, TREE)
         kd = (k * Wk).to(dtype)
-        k_end = (k * (to_the_end(gk, PRECISION) if FAR else Wk * exp2(total_k + ck)[None, :])).to(dtype)
-    passed_ptr += head.to(tl.int64) * 2 * BK * BV
-    tl.static_assert(SLICES == 1 or not VALUED)
-    BS: tl.constexpr = BV // SLICES
-    nothing = tl.zeros([BK, BS], tl.float32)
-    vs = columns(v, SLICES)
+        k_end = (k * (to_the_end(gk, cfg.PRECISION) if TREE else Wk * exp2(total_k + ck)[None, :])).to(dtype)
+    passed_ptr += head.to(tl.int64) * 2 * cfg.BK * cfg.BV
+    tl.static_assert(cfg.SLICES == 1 or not cfg.VALUED)
+    BS: tl.constexpr = cfg.BV // cfg.SLICES
+    nothing = tl.zeros([cfg.BK, BS], tl.float32)
+    vs = columns(v, cfg.SLICES)
     Bv, Ev = gv, 0.0
     xs, Ss = (), ()
-    for s in tl.static_range(SLICES):
+    for s in tl.static_range(cfg.SLICES):
         vi = tl.arange(0, BS) + s * BS
-        state_at = ki[:, None] * V + vi[None, :]
-        state_mask = (ki < K)[:, None] & (vi < V)[None, :]
+        state_at = ki[:, None] * cfg.V + vi[None, :]
+        state_mask = (ki < cfg.K)[:, None] & (vi < cfg.V)[None, :]
         x = vs[s].to(dtype)
         v_end = x
-        if VALUED:
-            Bv, total_v = cumulative(gv, EXACT, FAR)
-            Ev, Wv, cv = factors(Bv, total_v, limit_v, EXACT, FAR)
+        if cfg.VALUED:
+            Bv, total_v = cumulative(gv, EXACT, TREE)
+            Ev, Wv, cv = factors(Bv, total_v, bound_v, EXACT, TREE)
             x = (v * Wv).to(dtype)
-            v_end = (v * to_the_end(gv, PRECISION)).to(dtype) if FAR else x
+            v_end = (v * to_the_end(gv, cfg.PRECISION)).to(dtype) if TREE else x
         passed_at = passed_ptr + s * BS
-        laid_out = numbers_at(passed_at, BK, BS, BV)
-        written = as_read(tl.dot(tl.trans(k_end), v_end, input_precision=PRECISION), laid_out)
-        if VALUED and not FAR:
+        laid_out = numbers_at(passed_at, cfg.BK, BS, cfg.BV)
+        written = in_load_layout(tl.dot(tl.trans(k_end), v_end, input_precision=cfg.PRECISION), laid_out)
+        if cfg.VALUED and not TREE:
             written *= exp2(total_v + cv)[None, :]
         # The state before the chunk, and at once the one after it for the next.
         # Before the wait (of the first slice), where it costs the next chunk nothing.
-        if KEYED:
-            keep_k = as_read(exp2(total_k)[:, None] + nothing, laid_out)
-        if VALUED:
-            keep_v = as_read(exp2(total_v)[None, :] + nothing, laid_out)
+        if cfg.KEYED:
+            keep_k = in_load_layout(exp2(total_k)[:, None] + nothing, laid_out)
+        if cfg.VALUED:
+            keep_v = in_load_layout(exp2(total_v)[None, :] + nothing, laid_out)
         S = nothing
-        if not INITIAL:
+        if not cfg.INITIAL:
             if tl.program_id(0) >= 0:  # always. As a branch's result the state keeps its layout in what follows
-                S = take_state(passed_at, i, BK, BS, BV, EXACT)
+                S = take_state(passed_at, i, cfg.BK, BS, cfg.BV, EXACT)
         elif i == 0:
-            S = tl.load(initial_ptr + head.to(tl.int64) * K * V + state_at, mask=state_mask, other=0.0)
+            S = tl.load(initial_ptr + head.to(tl.int64) * cfg.K * cfg.V + state_at, mask=state_mask, other=0.0)
         else:
-            S = take_state(passed_at, i, BK, BS, BV, EXACT)
+            S = take_state(passed_at, i, cfg.BK, BS, cfg.BV, EXACT)
         kept = S
-        if KEYED:
+        if cfg.KEYED:
             kept *= keep_k
-        if VALUED:
+        if cfg.VALUED:
             kept *= keep_v
         written += kept
         if i + 1 < count:
-            pass_state(passed_at, i + 1, written, BV, EXACT)
+            pass_state(passed_at, i + 1, written, cfg.BV, EXACT)
         else:
-            final_at = final_ptr + head.to(tl.int64) * K * V + state_at
+            final_at = final_ptr + head.to(tl.int64) * cfg.K * cfg.V + state_at
             tl.store(final_at, untagged(written, EXACT), mask=state_mask)
         if STORE:
             tl.store(states_ptr + at + tl.max_contiguous(state_at, [1, 4]), S.to(dtype), mask=state_mask)
-        if KEYED:  # in the units of q E, and of v W
+        if cfg.KEYED:  # as q E and v W are scaled
             S *= exp2(-ck)[:, None]
-        if VALUED:
+        if cfg.VALUED:
             S *= exp2(-cv)[None, :]
         xs, Ss = xs + (x,), Ss + (S.to(dtype),)
-    for j in range(G):
-        qd, Pd = scores_of(q, k, gk, Bk, limit_k, Ek, kd, norm, valid, K, KEYED, SAFE_EXP, NORM, PRECISION, FAR)
-        if G > 1:
-            q = load_query(q_ptr, j + 1, t, valid & (j + 1 < G), q_step, K, BK, SAFE_EXP, NORM)
+    for j in range(cfg.G):
+        qd, Pd = scores_of(q, k, gk, Bk, bound_k, Ek, kd, norm, valid, TREE, cfg)
+        if cfg.G > 1:
+            q = load_query(q_ptr, j + 1, t, valid & (j + 1 < cfg.G), q_step, cfg)
         outs = ()
-        for s in tl.static_range(SLICES):
-            out = read_columns(qd, Pd, xs[s], v, gv, Bv, limit_v, Ev, Ss[s], VALUED, PRECISION, FAR)
+        for s in tl.static_range(cfg.SLICES):
+            out = read_columns(qd, Pd, xs[s], v, gv, Bv, bound_v, Ev, Ss[s], TREE, cfg)
             outs = outs + (out,)
-        write_outputs(
-            o_ptr, lower_ptr, t, inside, valid, outs, edge, begin, h, j, scale, H, G, V, BS, SLICES,
-            SAFE_EXP, STORE, FAR,
-        )  # fmt: skip
+        write_outputs(o_ptr, factors_ptr, t, inside, valid, outs, above, begin, h, j, scale, H, BS, STORE, TREE, cfg)
 
 
 @triton.jit(noinline=True)
-def finish_with_tree(
-    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, initial_ptr,
-    o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
-    before, begin, length, head, h, i, count, at, scale, eps, H,
-    q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
-    MASKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr,
-    REACH: tl.constexpr,
+def compute_over_tree(
+    q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, initial_ptr, o_ptr, final_ptr,
+    factors_ptr, states_ptr, passed_ptr, before, begin, length, head, h, i, count, at, scale, eps, H, q_step, k_step,
+    v_step, gk_step, rk_step, gv_step, rv_step, DECAYING: tl.constexpr, MASKED: tl.constexpr, STORE: tl.constexpr,
+    MAX_DECAY: tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
-    """`finish` of a chunk with far tokens.
+    """`compute_chunk` of a chunk with tokens out of range.
 
     A function that is called, and loads the chunk again: what it needs costs other chunks no registers.
     """
-    KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    t = tl.arange(0, C)
-    inside = t < length - i * C
+    ki, vi = tl.arange(0, cfg.BK), tl.arange(0, cfg.BV)
+    t = tl.arange(0, cfg.C)
+    inside = t < length - i * cfg.C
     valid = inside
     if MASKED:
         valid = inside & (tl.load(mask_ptr + begin + t, mask=inside, other=0) != 0)
-    qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
+    qw, kw = load_norm(qw_ptr, kw_ptr, cfg.K, cfg.BK, cfg.NORM)
     norm = qw, kw, eps
     q, k, v, gk, gv = load_chunk(
-        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, norm, t, valid,
-        q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
+        q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, norm, t, valid, q_step, k_step, v_step, gk_step, rk_step,
+        gv_step, rv_step, cfg,
     )  # fmt: skip
     m, m_before = 0.0, 0.0
-    if SAFE_EXP:
-        sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING, NORM)
+    if cfg.SAFE_EXP:
+        sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, ki, vi, DECAYING, cfg)
         m = maximum(before + sums, tops)
         m_before = maximum(before + sums_before, tops_before)
-        k = key_features(k, m, NORM)
-        gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
-    BOTH: tl.constexpr = SAFE_EXP and KEY != "none" and VALUE != "none"
-    limit_k, limit_v = limits(faint(k, v, valid, K, VALUE != "none"), m, m_before, REACH, BOTH, INITIAL)
-    finish(
-        q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
-        q, k, v, gk, gv, norm, limit_k, limit_v, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
-        G, K, V, BK, BV, C, KEYED, VALUE != "none", SAFE_EXP, NORM, INITIAL, STORE, PRECISION, SLICES, True,
+        k = key_features(k, m, cfg)
+        gk, gv = relative_decays(gk, gv, m, m_before, ki, vi, cfg)
+    BOTH: tl.constexpr = cfg.SAFE_EXP and cfg.KEY != "none" and cfg.VALUED
+    weak = too_small(k, v, valid, cfg.K, cfg.VALUED)  # [C]
+    bound_k, bound_v = decay_bounds(weak, m, m_before, MAX_DECAY, BOTH, cfg.INITIAL)
+    compute_chunk(
+        q_ptr, initial_ptr, o_ptr, final_ptr, factors_ptr, states_ptr, passed_ptr, q, k, v, gk, gv, norm, bound_k,
+        bound_v, 0.0, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step, STORE, True, cfg,
     )  # fmt: skip
 
 
@@ -320,19 +304,22 @@ def finish_with_tree(
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, cu_ptr, slot_ptr,
     initial_ptr, before_ptr,
-    o_ptr, final_ptr, m_ptr, lower_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr,
+    o_ptr, final_ptr, m_ptr, factors_ptr, states_ptr, last_ptr, passed_ptr, passed_m_ptr,
     scale, eps, T, chunks, part, parts, segments, H,
     q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
-    PRECISION: tl.constexpr, SLICES: tl.constexpr, ONE_PATH: tl.constexpr, REACH: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES: tl.constexpr, ONE_PATH: tl.constexpr, MAX_DECAY: tl.constexpr,
 ):  # fmt: skip
-    # The stabiliser's change of unit is a decay too, of the key axis where the value axis has none.
+    # The stabiliser's change is a decay too, of the key axis where the value axis has none.
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
     BOTH: tl.constexpr = SAFE_EXP and KEY != "none" and VALUED
-    n, h, i, count, begin, length, _past, slot = place(
+    cfg: tl.constexpr = Config(
+        G, K, V, BK, BV, C, KEY, VALUE, KEYED, VALUED, SAFE_EXP, NORM, INITIAL, PRECISION, SLICES
+    )
+    n, h, i, count, begin, length, _past, slot = assign_chunk(
         passed_ptr, cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, BK, BV, C, VARLEN, SPLIT, False
     )
     if n >= 0:
@@ -353,15 +340,13 @@ def forward_kernel(
         qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
         norm = qw, kw, eps
         q, k, v, gk, gv = load_chunk(
-            q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, norm, t, valid,
-            q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
+            q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, norm, t, valid, q_step, k_step, v_step, gk_step, rk_step,
+            gv_step, rv_step, cfg,
         )  # fmt: skip
         before = tl.full([], NO_KEY, tl.float32)
         m, m_before = 0.0, 0.0
         if SAFE_EXP:
-            sums, tops, sums_before, tops_before = stabiliser(
-                k, gk, gv, valid, K, V, ki, vi, KEY, VALUE, DECAYING, NORM
-            )
+            sums, tops, sums_before, tops_before = stabiliser(k, gk, gv, valid, ki, vi, DECAYING, cfg)
             is_last = t == C - 1
             step, top = tl.sum(tl.where(is_last, sums, 0.0), 0), tl.sum(tl.where(is_last, tops, 0.0), 0)
             passed_m_ptr += slot * H + h
@@ -378,37 +363,34 @@ def forward_kernel(
                 tl.store(last_ptr + head, tl.where(after < -1e29, NO_KEY, after * LN2))
             m = maximum(before + sums, tops)
             m_before = maximum(before + sums_before, tops_before)
-            k = key_features(k, m, NORM)
-            gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", INITIAL)
+            k = key_features(k, m, cfg)
+            gk, gv = relative_decays(gk, gv, m, m_before, ki, vi, cfg)
             if STORE:
                 tl.store(m_ptr + (begin + t) * H + h, m, mask=inside)
         at = (slot * H + h) * K * V
-        far = False
-        edge = float("inf")
+        over_tree = False
+        above = float("inf")
         if not ONE_PATH:
             lowest = lowest_decay(gk, gv)
-            if BOTH:  # as near as `limits` may come
+            if BOTH:  # as near as `decay_bounds` may come
                 lowest = tl.minimum(lowest, tl.min(tl.sum(gk, 0), 0) - tl.max(growth(m, m_before, INITIAL), 0))
-            far = may_reach(lowest, REACH)
-            if may_reach(lowest, RANGE):
-                edge = 2.0**-24  # gradients of such small outputs are large
-                if not far:
-                    far = tl.max(faint(k, v, valid, K, VALUED).to(tl.int32), 0) > 0
-        if far:
-            finish_with_tree(
-                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, qw_ptr, kw_ptr, mask_ptr, initial_ptr,
-                o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
-                before, begin, length, head, h, i, count, at, scale, eps, H,
-                q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step,
-                G, K, V, BK, BV, C, KEY, VALUE, SAFE_EXP, NORM, DECAYING, MASKED, INITIAL, STORE, PRECISION,
-                SLICES, REACH,
+            over_tree = may_leave_range(lowest, MAX_DECAY)
+            if may_leave_range(lowest, RANGE):
+                above = 2.0**-24  # gradients of such small outputs are large
+                if not over_tree:
+                    over_tree = tl.max(too_small(k, v, valid, K, VALUED).to(tl.int32), 0) > 0
+        if over_tree:
+            compute_over_tree(
+                q_ptr, k_ptr, v_ptr, gk_at, rk_at, gv_at, rv_at, qw_ptr, kw_ptr, mask_ptr, initial_ptr, o_ptr,
+                final_ptr, factors_ptr, states_ptr, passed_ptr, before, begin, length, head, h, i, count, at, scale,
+                eps, H, q_step, k_step, v_step, gk_step, rk_step, gv_step, rv_step, DECAYING, MASKED, STORE, MAX_DECAY,
+                cfg,
             )  # fmt: skip
         else:
-            weak = faint(k, v, valid, K, VALUED)
-            limit_k, limit_v = limits(weak, m, m_before, REACH, BOTH, INITIAL)
-            finish(
-                q_ptr, initial_ptr, o_ptr, final_ptr, lower_ptr, states_ptr, passed_ptr,
-                q, k, v, gk, gv, norm, limit_k, limit_v, edge,
-                t, inside, valid, begin, head, h, i, count, at, scale, H, q_step,
-                G, K, V, BK, BV, C, KEYED, VALUED, SAFE_EXP, NORM, INITIAL, STORE, PRECISION, SLICES, ONE_PATH,
+            weak = too_small(k, v, valid, K, VALUED)
+            bound_k, bound_v = decay_bounds(weak, m, m_before, MAX_DECAY, BOTH, INITIAL)
+            compute_chunk(
+                q_ptr, initial_ptr, o_ptr, final_ptr, factors_ptr, states_ptr, passed_ptr, q, k, v, gk, gv, norm,
+                bound_k, bound_v, above, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step, STORE,
+                ONE_PATH, cfg,
             )  # fmt: skip

@@ -45,7 +45,7 @@ def norm_gradient_kernel(
     K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Put the gradient of queries and keys, as they are in memory, where that of their normalised logits is, of all
-    rows (tokens times heads); and what each program sums up for the weights into a row of d_weights [programs, 2, K].
+    rows (tokens times heads); and what each CTA sums up for the weights into a row of d_weights [CTAs, 2, K].
     """
     d_weights_ptr += tl.program_id(0) * 2 * K
     if tl.program_id(1) == 0:

@@ -36,7 +36,7 @@ def forward(
     q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before, norm = _in_order(inputs)
     filled = outputs(q, k, v, cu_seqlens, safe_exp, keep)
     o, final, last, m, lower, states = filled
-    if cu_seqlens is not None:  # a sequence without tokens has no program that would write these
+    if cu_seqlens is not None:  # a sequence without tokens has no CTA that would write these
         final.zero_() if initial_state is None else final.copy_(initial_state)
         last.zero_() if before is None else last.copy_(before)
     N, chunks, all_chunks = _layout(k, v, cu_seqlens)
@@ -55,7 +55,7 @@ def forward(
          o, final, m, lower, states, last, passed, passed_m),
         (scale, _eps(norm), T, chunks, part, parts, N * parts, H, *map(token_step, (q, k, v, gk, rk, gv, rv))),
         SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
-        **_common(norm, q, k, v, gk, rk, gv, rv), REACH=_reach(v, gk, gv, safe_exp),
+        **_common(norm, q, k, v, gk, rk, gv, rv), MAX_DECAY=_max_decay(v, gk, gv, safe_exp),
         MASKED=mask is not None, VARLEN=cu_seqlens is not None, SPLIT=parts > 1, INITIAL=initial_state is not None,
         SLICES=_slices(k, v, gv), **_warps(k, v, gv, "forward"),
     )  # fmt: skip
@@ -301,7 +301,7 @@ def _chunk(k: Tensor, v: Tensor) -> int:
 
 def _segments(heads: int, chunks: int, *, chip: Chip, wide: bool, packed: bool) -> tuple[int, int, int]:
     """(segments of a sequence, chunks of a segment, of the last perhaps fewer, pieces of a segment), where `heads` are
-    those of all sequences: one segment, but several where heads are so few that their programs would mostly wait for
+    those of all sequences: one segment, but several where heads are so few that their CTAs would mostly wait for
     each other."""
     part, cut = chunks, 1
     if not packed:
@@ -320,8 +320,8 @@ def _wide(k: Tensor, v: Tensor) -> bool:
 
 
 def _slices(k: Tensor, v: Tensor, gv: Tensor | None, G: int = 1) -> int:
-    """How many slices of its columns a program takes a state in, one after the other. G: of the backward pass, query
-    heads to a key head; several want the state whole. By measurement, see docs/kernels.md."""
+    """How many slices of its columns a CTA takes a state in, one after the other. G: of the backward pass, query
+    heads to a key head; several want the state whole. By measurement, see docs/dev/kernel-log.md."""
     narrow = min(_padded(k.shape[-1]), _padded(v.shape[-1])) <= 64
     return 1 if narrow or gv is not None or v.dtype == torch.float32 or G > 1 else 2
 
@@ -331,37 +331,37 @@ def _grid(H: int, segments: int, chunks: int, slots: Tensor | None, *, chip: Chi
     after group, which keeps the states of a group in L2; nothing relies on it (`forward.place`)."""
     if slots is not None:
         return (H * len(slots), 1, 1)
-    most = max(chip.chains[wide] // H, cdiv(segments, _CTAS_OF_AN_AXIS), 1)
-    size = max(cdiv(segments, cdiv(segments, most) or 1), 1)  # of groups of about the same size
+    cap = max(chip.chains[wide] // H, cdiv(segments, _CTAS_OF_AN_AXIS), 1)
+    size = max(cdiv(segments, cdiv(segments, cap) or 1), 1)  # of groups of about the same size
     return (H * size, chunks, cdiv(segments, size))
 
 
 def _warps(k: Tensor, v: Tensor, gv: Tensor | None, kernel: str) -> dict[str, int | None]:
-    """Warps of a program, and registers of a thread, of the kernel "forward" or "backward" or those of "segments": as
-    few as let several programs share a multiprocessor.
+    """Warps of a CTA, and registers of a thread, of the kernel "forward" or "backward" or those of "segments": as
+    few as let several CTAs share a multiprocessor.
 
-    By measurement, see docs/kernels.md.
+    By measurement, see docs/dev/kernel-log.md.
     """
-    # A unit of a state (regla.ops.triton.passing) is one thread's: two would pass it on twice.
-    units = _padded(k.shape[-1]) * _padded(v.shape[-1]) // 4
+    # 16 bytes of a state (regla.ops.triton.passing) are one thread's: two would pass them on twice.
+    vectors = _padded(k.shape[-1]) * _padded(v.shape[-1]) // 4
     if v.dtype == torch.float32 or _wide(k, v):
         in_slices = kernel == "forward" and _slices(k, v, gv) > 1
-        return {"num_warps": 4 if in_slices else min(8, units // 32)}
+        return {"num_warps": 4 if in_slices else min(8, vectors // 32)}
     registers = {"forward": 128 if gv is None else 168, "backward": None, "segments": 128}
-    return {"num_warps": min(4, units // 32), "maxnreg": registers[kernel]}
+    return {"num_warps": min(4, vectors // 32), "maxnreg": registers[kernel]}
 
 
 def _step_registers(chip: Chip, heads: int, state: int, gv: Tensor | None) -> int | None:
-    """Of a thread of the decode kernel: with decay on the key axis alone as few as let all heads have their programs at
-    once, or where there are too many five of them on a multiprocessor. By measurement, see docs/kernels.md."""
+    """Of a thread of the decode kernel: with decay on the key axis alone as few as let all heads have their CTAs at
+    once, or where there are too many five of them on a multiprocessor. By measurement, see docs/dev/kernel-log.md."""
     if gv is not None or state != 64 * 64:
         return None
     return 80 if heads <= chip.decode_ctas * chip.multiprocessors else 96
 
 
-def _reach(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:
-    """How many powers of two a channel may decay by in a chunk before its tokens are far: more than RANGE where the
-    size of features is known."""
+def _max_decay(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:
+    """How many powers of two a channel may decay by in a chunk before its tokens are out of range: more than RANGE
+    where the size of features is known."""
     if v.dtype == torch.float32 or not safe_exp:
         return RANGE.value
     return 150.0 if gk is None or gv is None else 110.0

@@ -1,5 +1,5 @@
 """The norm over a head's output and the gate on it (`regla.ops.output_norm`): everything about a token and head is in a
-program's registers at once, and read from memory once."""
+CTA's registers at once, and read from memory once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regla.ops.triton.chip import chip_of
 from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
 from regla.ops.triton.tiles import LOG2E, largest, maximum
 
-_NUMBERS = 2048  # that a program takes at once
+_NUMBERS = 2048  # that a CTA takes at once
 
 
 @triton.jit
@@ -41,11 +41,11 @@ def activated(gate_ptr, at, real, GATE: tl.constexpr):
 
 
 @triton.jit
-def places(program, tokens, gate_step, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr):
-    """Of the R tokens of one head that a program takes: the head's first channel, where in h they are, where in the
+def places(cta, tokens, gate_step, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr):
+    """Of the R tokens of one head that a CTA takes: the head's first channel, where in h they are, where in the
     gate's logits, and which of these there are."""
-    token = tl.arange(0, R).to(tl.int64) + program // H * R
-    first, vi = program % H * V, tl.arange(0, BV)
+    token = tl.arange(0, R).to(tl.int64) + cta // H * R
+    first, vi = cta % H * V, tl.arange(0, BV)
     real = (token < tokens)[:, None] & (vi < V)[None, :]
     channel = first + vi[None, :]
     return first, token[:, None] * (H * V) + channel, token[:, None] * gate_step + channel, real
@@ -68,10 +68,10 @@ def output_norm_kernel(
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens", "programs"])
+@triton.jit(do_not_specialize=["tokens", "ctas"])
 def output_norm_gradient_kernel(
     d_o_ptr, h_ptr, weight_ptr, bias_ptr, gate_ptr, d_h_ptr, d_gate_ptr, d_weight_ptr, d_bias_ptr,
-    eps, tokens, programs, gate_step, d_gate_step,
+    eps, tokens, ctas, gate_step, d_gate_step,
     H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, CENTRED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """With y what is normalised, r / max |h| the factor from h to it, and d = activation(gate) d_o:
@@ -79,18 +79,18 @@ def output_norm_gradient_kernel(
         d_h = (w d - y mean(y w d)) r / max |h|, minus its mean if CENTRED     d_gate = activation'(gate) (w y + b) d_o
         d_weight = sum of d y                                                                          d_bias = sum of d
 
-    Of `programs` for each head one takes every so-many-th block of R tokens, and writes a row of d_weight and d_bias.
+    Of `ctas` for each head one takes every so-many-th block of R tokens, and writes a row of d_weight and d_bias.
     """
-    program = tl.program_id(0)
+    cta = tl.program_id(0)
     vi = tl.arange(0, BV)
-    first = program % H * V
+    first = cta % H * V
     weight = tl.load(weight_ptr + first + vi, mask=vi < V, other=0.0).to(tl.float32)[None, :]
     bias = 0.0
     if CENTRED:
         bias = tl.load(bias_ptr + first + vi, mask=vi < V, other=0.0).to(tl.float32)[None, :]
     d_weight, d_bias = tl.zeros([R, BV], tl.float32), tl.zeros([R, BV], tl.float32)
     blocks = H * tl.cdiv(tokens, R)
-    for block in range(program, blocks, H * programs):
+    for block in range(cta, blocks, H * ctas):
         _, at, gate_at, real = places(block, tokens, gate_step, H, V, BV, R)
         y, r, size = normalised(h_ptr, at, real, eps, V, CENTRED)
         d = tl.load(d_o_ptr + at, mask=real, other=0.0).to(tl.float32)
@@ -108,7 +108,7 @@ def output_norm_gradient_kernel(
         if CENTRED:
             d -= (tl.sum(d, 1) * (1 / V))[:, None]
         tl.store(d_h_ptr + at, (d * r / size).to(d_h_ptr.dtype.element_ty), mask=real)
-    row = program // H * (H * V) + first + vi
+    row = cta // H * (H * V) + first + vi
     tl.store(d_weight_ptr + row, tl.sum(d_weight, 0), mask=vi < V)
     if CENTRED:
         tl.store(d_bias_ptr + row, tl.sum(d_bias, 0), mask=vi < V)
@@ -144,12 +144,12 @@ def backward(
     constants = _constants(h, bias, gate, activation)
     chip = chip_of(h.device)
     at_once = chip.output_norm_ctas["rms" if bias is None else "layer"] * chip.multiprocessors
-    programs = max(1, min(cdiv(B * T, constants["R"]), at_once // H))
-    parts = d_weight.new_empty(2, programs, H, V) if bias is not None else d_weight.new_empty(1, programs, H, V)
+    ctas = max(1, min(cdiv(B * T, constants["R"]), at_once // H))
+    parts = d_weight.new_empty(2, ctas, H, V) if bias is not None else d_weight.new_empty(1, ctas, H, V)
     launch(
-        output_norm_gradient_kernel, (H * programs, 1, 1),
+        output_norm_gradient_kernel, (H * ctas, 1, 1),
         (d_o, h, weight.contiguous(), _contiguous(bias), gate, d_h, d_gate, parts[0], parts[-1]),
-        (eps, B * T, programs, token_step(gate), H * V), **constants,
+        (eps, B * T, ctas, token_step(gate), H * V), **constants,
     )  # fmt: skip
     torch.sum(parts[0], 0, out=d_weight)
     if bias is not None:

@@ -1,6 +1,6 @@
 """Long sequences of few heads, cut into segments that are computed side by side.
 
-A chunk waits for the state from the chunk before it. Where there are many sequences and heads, other programs have
+A chunk waits for the state from the chunk before it. Where there are many sequences and heads, other CTAs have
 work meanwhile; where there are few, the waits are all the time there is. So a sequence is cut into segments: a first
 kernel computes what each piece of a segment adds to the state and how far it lets one decay, a second one the state
 before each segment, and the kernels of one sequence then take segments. Backward does the same with the gradient of the
@@ -15,9 +15,9 @@ and its gradient, with B_t the log-decay from the piece's beginning on (B^k meas
 channel, b_t), sum_t (q_t 2^(B^k_t)) (d_t 2^(b_t + B^v_t)). No exponent is above 0; sums run from the end where
 R is wanted.
 
-Behind an outlier of e^100 what follows is 2^-144 of the unit, and what is left of it matters until it, too, has
+Behind an outlier of e^100 what follows is 2^-144 of the outlier, and what is left of it matters until it, too, has
 decayed so far, beyond what float32 has below 1. So both factors of a product are lifted, and what decays further than
-that is multiplied in two steps (`fade`).
+that is multiplied in two steps (`times_exp2`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.inputs import load_keys_and_gates, query_features, relative_decays
+from regla.ops.triton.inputs import Config, load_keys_and_gates, query_features, relative_decays
 from regla.ops.triton.norm import load_norm, logits
 from regla.ops.triton.tiles import (
     GRADIENT_LIFT,
@@ -62,7 +62,7 @@ def slowest(g, width):
 
 
 @triton.jit
-def fade(x, exponent):
+def times_exp2(x, exponent):
     """x 2^exponent, also where 2^exponent by itself would be 0."""
     half = exp2(0.5 * exponent)
     return x * half * half
@@ -82,7 +82,10 @@ def state_kernel(
     h, n = tl.program_id(0), tl.program_id(1)
     past = (n % pieces) * L
     if past < last:
-        lift: tl.constexpr = LIFT if SAFE_EXP and VALUE != "none" else 0.0  # of the values; keys have theirs
+        KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
+        VALUED: tl.constexpr = VALUE != "none"
+        cfg: tl.constexpr = Config(1, K, V, BK, BV, C, KEY, VALUE, KEYED, VALUED, SAFE_EXP, NORM, True, PRECISION, 1)
+        lift: tl.constexpr = LIFT if SAFE_EXP and VALUED else 0.0  # of the values; keys have theirs
         ki, vi = tl.arange(0, BK), tl.arange(0, BV)
         dtype = v_ptr.dtype.element_ty
         begin = (n // pieces).to(tl.int64) * T + past
@@ -95,7 +98,7 @@ def state_kernel(
         steps = tl.full([], 0.0, tl.float32)
         m = tl.full([], NO_KEY, tl.float32)
         _qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
-        unit: tl.constexpr = 1.0 if NORM else LOG2E
+        to_log2: tl.constexpr = 1.0 if NORM else LOG2E
         t = tl.arange(0, C)
         for j in tl.range(L // C, num_stages=2):  # the next chunk is read meanwhile
             start = begin + (L - (j + 1) * C)
@@ -105,8 +108,8 @@ def state_kernel(
             gk_at, rk_at = gate_at(gk_ptr, rk_ptr, start, h, gk_step, rk_step, K, KEY)
             gv_at, rv_at = gate_at(gv_ptr, rv_ptr, start, h, gv_step, rv_step, V, VALUE)
             k, gk, rk, gv, rv = load_keys_and_gates(
-                k_ptr + start * k_step, gk_at, rk_at, gv_at, rv_at, t, valid,
-                k_step, gk_step, rk_step, gv_step, rv_step, K, V, BK, BV, KEY, VALUE, SAFE_EXP, NORM,
+                k_ptr + start * k_step, gk_at, rk_at, gv_at, rv_at, t, valid, k_step, gk_step, rk_step, gv_step,
+                rv_step, cfg,
             )  # fmt: skip
             v = load_tile(v_ptr + start * v_step, t, valid, v_step, vi, V, 0.0)
             k, v = logits(k, kw, eps, valid, K, NORM), v.to(tl.float32)
@@ -129,14 +132,14 @@ def state_kernel(
                 decay_v += tl.sum(gv, 0)
             exponent += to_end[:, None]
             if SAFE_EXP:
-                top = tl.where(valid, largest(k, 1) * unit, NO_KEY)
+                top = tl.where(valid, largest(k, 1) * to_log2, NO_KEY)
                 if DECAYING:
                     top += later_steps(step) + steps
                     steps += tl.sum(step, 0)
                 higher = maximum(m, largest(top, 0))
-                state = fade(state, m - higher)
+                state = times_exp2(state, m - higher)
                 m = higher
-                k = exp2(k * unit + (exponent - (m - LIFT_BITS)))
+                k = exp2(k * to_log2 + (exponent - (m - LIFT_BITS)))
             else:
                 k *= exp2(exponent)
             state = tl.dot(tl.trans(k.to(dtype)), v.to(dtype), state, input_precision=PRECISION)
@@ -151,7 +154,7 @@ def state_kernel(
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "first"])
 def gradient_kernel(
-    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, m_ptr, lower_ptr, do_ptr,
+    q_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, qw_ptr, kw_ptr, mask_ptr, m_ptr, factors_ptr, do_ptr,
     states_ptr, decay_k_ptr, decay_v_ptr,
     scale, eps, T, L, pieces, first, H, q_step, gk_step, rk_step, gv_step, rv_step,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -159,13 +162,14 @@ def gradient_kernel(
     PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
     """What a piece's outputs give to the state before it, [K, V], with SAFE_EXP lifted as backward has it, and the
-    log2-decay of every channel, in units of the stabiliser. Not up to the token `first` of a sequence, where its second
+    log2-decay of every channel, relative to the stabiliser. Not up to the token `first` of a sequence, where its second
     segment begins: those the backward kernel passes on. What is left of a last segment may be nothing."""
     h, n = tl.program_id(0), tl.program_id(1)
     past = (n % pieces) * L
     if past >= first:
         KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
         VALUED: tl.constexpr = VALUE != "none"
+        cfg: tl.constexpr = Config(G, K, V, BK, BV, C, KEY, VALUE, KEYED, VALUED, SAFE_EXP, NORM, True, PRECISION, 1)
         lift: tl.constexpr = LIFT if SAFE_EXP else 0.0  # of the queries; d_o the less, for a product as backward has it
         rest: tl.constexpr = GRADIENT_LIFT - LIFT
         empty: tl.constexpr = float("-inf") if SAFE_EXP and not NORM else 0.0
@@ -196,7 +200,7 @@ def gradient_kernel(
                 at = (start + t) * H + h
                 m = tl.load(m_ptr + at, mask=inside, other=0.0)
                 m_before = tl.load(m_ptr + at - H, mask=inside, other=0.0)
-                gk, gv = relative_decays(gk, gv, m, m_before, K, V, ki, vi, KEY != "none", VALUE != "none", True)
+                gk, gv = relative_decays(gk, gv, m, m_before, ki, vi, cfg)
             Ek = 2.0**lift
             Bv = tl.zeros([C, BV], tl.float32)
             if KEYED:
@@ -215,13 +219,13 @@ def gradient_kernel(
                 do_step = H * G * V
                 do = load_tile(do_ptr + start * do_step + i * V, t, valid, do_step, vi, V, 0.0).to(tl.float32)
                 if SAFE_EXP:
-                    q = query_features(q, (qw, kw, eps), valid, K, NORM)
-                    factor = tl.abs(tl.load(lower_ptr + (start + t) * (H * G) + h * G + i, mask=inside, other=0.0))
+                    q = query_features(q, (qw, kw, eps), valid, cfg)
+                    factor = tl.abs(tl.load(factors_ptr + (start + t) * (H * G) + h * G + i, mask=inside, other=0.0))
                     do *= (factor * (scale * 2.0**rest))[:, None]
                 else:
                     q = q.to(tl.float32)
                     do *= scale
-                qd, d = (q * Ek).to(dtype), fade(do, Bv).to(dtype)
+                qd, d = (q * Ek).to(dtype), times_exp2(do, Bv).to(dtype)
                 state = tl.dot(tl.trans(qd), d, state, input_precision=PRECISION)
         head = n * H + h
         at = head.to(tl.int64) * K * V + (ki[:, None] * V + vi[None, :])
@@ -288,7 +292,7 @@ def chain_kernel(
             if MOVING:
                 tl.store(chained_m_ptr + head, m, mask=here & (tl.program_id(2) == 0))
                 higher = maximum(m + step, top)
-                x = fade(x, decay + (m - higher)) + fade(left, top - higher)
+                x = times_exp2(x, decay + (m - higher)) + times_exp2(left, top - higher)
                 m = higher
             else:
-                x = fade(x, decay) + left
+                x = times_exp2(x, decay) + left

@@ -7,20 +7,20 @@ Factors. Inside a chunk the decay over (s, t] is E_t * W_s with B the cumulative
     E_t = 2^(B_t + c)      W_s = 2^(-B_s - c)
 
 so that scores, weighted values and their gradients are plain products of matrices. Both stay inside float32 as long
-as W <= 2^56: with keys held 2^48 above their unit, what W multiplies stays below 2^104 and sums of its products below
-2^120. While B >= -RANGE, c is CENTRE; behind an outlier of e^100, whose followers' features are 2^-96, products then
-keep all their digits. A chunk of bfloat16 without such features may decay further: c is then as large as W wants it
-(`limits`).
+as W <= 2^56: with features held 2^48 above e^(k - m), what W multiplies stays below 2^104 and sums of its products
+below 2^120. While B >= -RANGE, c is CENTRE; behind an outlier of e^100, whose followers' features are 2^-96, products
+then keep all their digits. A chunk of bfloat16 without such features may decay further: c is then as large as W wants
+it (`decay_bounds`).
 
-Tokens from the first one on at which a channel has decayed further are *far*: W is zero there, and what they write
-is read over a tree of halves instead (regla.ops.triton.tree). Its level of halves of h tokens joins every token t of a
-second half to every s of the first half beside it: with `mid` where the second begins, the decay over (s, t] is that
-over (s, mid) times that over [mid, t], neither above 1, summed from its own tokens alone. The last level joins a token
-to itself. Every pair is in one level, nothing overflows or cancels, however fast a gate closes.
+Tokens from the first one on at which a channel has decayed further are *out of range*: W is zero there, and what they
+write is read over a tree of halves instead (regla.ops.triton.tree). Its level of halves of h tokens joins every token
+t of a second half to every s of the first half beside it: with `mid` where the second begins, the decay over (s, t]
+is that over (s, mid) times that over [mid, t], neither above 1, summed from its own tokens alone. The last level
+joins a token to itself. Every pair is in one level, nothing overflows or cancels, however fast a gate closes.
 
-Whether a token is far, no later one has a say in, so later tokens add exact zeros to what an earlier row reads, and c
-is an integer, so that another c changes E and W by powers of two, which their products cancel: causal to the last bit
-(docs/kernels.md says what of the state is not).
+Whether a token is out of range depends on no later one, so later tokens add exact zeros to what an earlier row reads,
+and c is an integer, so that another c changes E and W by powers of two, which their products cancel: causal to the
+last bit (docs/kernels.md says what of the state is not).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROUND = tl.constexpr(768.0)  # less and more this, a number of at most 256 is a 
 LIFT_BITS = tl.constexpr(48.0)  # regla.ops.features.LIFT
 GRADIENT_LIFT = tl.constexpr(16.0)  # bits that the backward kernels keep gradients above their size
 LOWEST = tl.constexpr(-2000.0)  # a log-decay below this is nothing left, in any float32
-_MOST = tl.constexpr(41.0)  # bits: three such factors are within float32
+_CLAMP = tl.constexpr(41.0)  # bits: three such factors are within float32
 NO_KEY = tl.constexpr(-1e30)  # regla.ops.features.NO_KEY
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -99,7 +99,7 @@ def columns(x, SLICES: tl.constexpr):
 
 
 @triton.jit
-def as_read(x, ptr):
+def in_load_layout(x, ptr):
     """x, laid out over the threads as a tile that is read from ptr: a read of nothing, in place of which x is given, in
     a case that never comes, which the compiler finds out only after it has laid everything out.
 
@@ -110,7 +110,7 @@ def as_read(x, ptr):
 
 
 @triton.jit
-def once(x):
+def materialised(x):
     """x, which the compiler then does not compute again for every layout in which it wants it."""
     if INTERPRETED:
         return x
@@ -127,7 +127,7 @@ def exp2(x):
 
 
 @triton.jit
-def product_once(x, y):
+def materialised_product(x, y):
     """once(x * y)."""
     if INTERPRETED:
         return x * y
@@ -135,13 +135,13 @@ def product_once(x, y):
 
 
 @triton.jit
-def finite(x, most):
+def finite(x, cap):
     """x held within +-1e37, a NaN in x as well: what left float32 meets a factor 0 next, of a channel that was reset,
-    and infinity times 0 would be NaN, as infinity less infinity is. `most`: 1e37, or NaN where the inputs of x had a
+    and infinity times 0 would be NaN, as infinity less infinity is. `cap`: 1e37, or NaN where the inputs of x had a
     NaN, and so has the result."""
     if INTERPRETED:  # tl.maximum returns the number where the other is NaN, but for the interpreter's
         x = tl.where(x == x, x, -1e37)
-    return minimum(tl.maximum(x, -1e37), most)
+    return minimum(tl.maximum(x, -1e37), cap)
 
 
 @triton.jit
@@ -221,8 +221,8 @@ def log2_refined(a, c):
     r = reciprocal(tl.where(near_one, 2 * D - u, D))
     s = u * r
     near = s * (-2 * LOG2E + s * s * (-2 / 3 * LOG2E))
-    far = minimum(a, 0.0) * LOG2E + log2(x * r)
-    return tl.where(near_one, near, far)
+    elsewhere = minimum(a, 0.0) * LOG2E + log2(x * r)
+    return tl.where(near_one, near, elsewhere)
 
 
 @triton.jit
@@ -243,8 +243,8 @@ def refined_fractions(a, c):
     F = x / ((1 + p)^2 (1 + z))    dlog F / da = 2 p (z + p) / ((1 + p) x)    dlog F / dc = 2 p z / ((1 + z) x)
     """
     s = a * -LOG2E
-    p = exp2(minimum(s, _MOST))
-    z = exp2(minimum(c * -LOG2E, _MOST))
+    p = exp2(minimum(s, _CLAMP))
+    z = exp2(minimum(c * -LOG2E, _CLAMP))
     Z = 1 + z
     return s, p, z, 1 + p, Z, 2 * p + Z
 
@@ -255,7 +255,7 @@ def log2_refined_to_21_bits(a, c):
     `log2_refined`, and less than what rounding a to bfloat16 does to gates that keep half for up to 2^16 tokens. Where
     a is below -28, F falls as e^a, as it does unless c is, too."""
     s, _p, _z, P, Z, x = refined_fractions(a, c)
-    beyond = minimum(_MOST - s, 0.0)
+    beyond = minimum(_CLAMP - s, 0.0)
     return log2(x * reciprocal(P * P * Z)) + beyond
 
 
@@ -265,7 +265,7 @@ def refined_gradient_to_21_bits(a, c, d):
     from."""
     _s, p, z, P, Z, x = refined_fractions(a, c)
     common = 2 * p * reciprocal(P * Z * x)
-    return product_once(common * Z, z + p) * d, product_once(common * P, z) * d
+    return materialised_product(common * Z, z + p) * d, materialised_product(common * P, z) * d
 
 
 @triton.jit
@@ -344,8 +344,8 @@ def stabiliser_scan(top, step):
 
 
 @triton.jit
-def faint(k, v, valid, K: tl.constexpr, VALUED: tl.constexpr):
-    """[C]: tokens of whose features k [C, BK] one lies 2^60 and more below the unit's 2^48, as behind an outlier, or,
+def too_small(k, v, valid, K: tl.constexpr, VALUED: tl.constexpr):
+    """[C]: tokens of whose features k [C, BK] one lies 2^60 and more below 2^48, as behind an outlier, or,
     where the value axis decays, all of whose values v [C, BV] are below 2^-20: with the smallest factors W they would
     leave float32."""
     real = (tl.arange(0, k.shape[1]) < K)[None, :]
@@ -368,30 +368,30 @@ def _smaller(a, b):
 
 @triton.jit
 def growth(m, m_before, INITIAL: tl.constexpr):
-    """[C]: how many bits the unit of the features has grown by within the chunk, from any token to a later one, up to
+    """[C]: how many bits the stabiliser has grown by within the chunk, from any token to a later one, up to
     each."""
     step = m - m_before
     if not INITIAL:  # as in regla.ops.triton.inputs.relative_decays
         step = tl.where(m_before > 0.5 * NO_KEY, step, 0.0)
-    unit = tl.cumsum(step, 0)
-    lowest = tl.minimum(tl.associative_scan(unit, 0, _smaller), 0.0)
-    return tl.associative_scan(unit - lowest, 0, _larger)
+    change = tl.cumsum(step, 0)
+    lowest = tl.minimum(tl.associative_scan(change, 0, _smaller), 0.0)
+    return tl.associative_scan(change - lowest, 0, _larger)
 
 
 @triton.jit
-def limits(weak, m, m_before, REACH: tl.constexpr, BOTH: tl.constexpr, INITIAL: tl.constexpr):
-    """([C], [C]): how far down B of the key and of the value axis may go before a token is far, up to each token. Of no
-    token after it.
+def decay_bounds(weak, m, m_before, MAX_DECAY: tl.constexpr, BOTH: tl.constexpr, INITIAL: tl.constexpr):
+    """([C], [C]): how far down B of the key and of the value axis may go before a token is out of range, up to each
+    token, whatever comes after it.
 
-    Where the unit of the features grows, at an outlier, that is with BOTH axes a decay of the value axis alone. The
-    key axis' limit is then as many bits nearer: E ends 2^126 below its start, and what that leaves of the outlier may
+    Where the stabiliser grows, at an outlier, that is with BOTH axes a decay of the value axis alone. The
+    key axis' bound is then as many bits nearer: E ends 2^126 below its start, and what that leaves of the outlier may
     be more than all that follows it.
     """
-    limit_v = tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -REACH)
-    limit_k = limit_v
+    bound_v = tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -MAX_DECAY)
+    bound_k = bound_v
     if BOTH:
-        limit_k += growth(m, m_before, INITIAL)
-    return limit_k, limit_v
+        bound_k += growth(m, m_before, INITIAL)
+    return bound_k, bound_v
 
 
 @triton.jit
@@ -401,33 +401,33 @@ def lowest_decay(gk, gv):
 
 
 @triton.jit
-def may_reach(lowest, limit):
-    """Whether a token of a channel that decays by `lowest` may be far: B is summed in another order."""
-    return lowest < 1 - limit
+def may_leave_range(lowest, bits):
+    """Whether a token of a channel that decays by `lowest` may be out of range: B is summed in another order."""
+    return lowest < 1 - bits
 
 
 @triton.jit
-def counted_sums(counted, x, unit: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums of x [C, D] over the tokens that `counted` [C, C] says, times unit, a power of two: a product, of float32
+def counted_sums(counted, x, weight: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of x [C, D] over the tokens that `counted` [C, C] says, times weight, a power of two: a product, of float32
     where PRECISION is "tf32x3", else of the two upper halves of x' digits, to 2^-16 of each term."""
     if PRECISION == "tf32x3":
-        return tl.dot(tl.where(counted, unit, 0.0), x, input_precision=PRECISION)
-    units = tl.where(counted, unit, 0.0).to(tl.bfloat16)
+        return tl.dot(tl.where(counted, weight, 0.0), x, input_precision=PRECISION)
+    weights = tl.where(counted, weight, 0.0).to(tl.bfloat16)
     # The upper half of the bits: without rounding, which costs an instruction of a slow unit.
     high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     low = (x - high).to(tl.bfloat16)
-    return tl.dot(units, low, tl.dot(units, high.to(tl.bfloat16)))
+    return tl.dot(weights, low, tl.dot(weights, high.to(tl.bfloat16)))
 
 
 @triton.jit
-def sums(x, unit: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of x [C, D] over the tokens up to each (REVERSE: from each on), times unit, a power of two: in float32, or,
-    unless EXACT, as a product with the upper digits of x."""
+def sums(x, weight: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """Sums of x [C, D] over the tokens up to each (REVERSE: from each on), times weight, a power of two: in float32,
+    or, unless EXACT, as a product with the upper digits of x."""
     if EXACT:
-        return tl.cumsum(x, 0, reverse=REVERSE) * unit
+        return tl.cumsum(x, 0, reverse=REVERSE) * weight
     rows = tl.arange(0, x.shape[0])
     counted = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-    return counted_sums(counted, x, unit, "tf32")
+    return counted_sums(counted, x, weight, "tf32")
 
 
 @triton.jit
@@ -444,24 +444,24 @@ def floored(g):
 
 
 @triton.jit
-def cumulative(g, EXACT: tl.constexpr, FAR: tl.constexpr):
+def cumulative(g, EXACT: tl.constexpr, TREE: tl.constexpr):
     """(B, decay of the whole chunk [D])."""
     total = tl.sum(g, 0)
-    if EXACT or FAR:  # else no channel decays beyond its limit
+    if EXACT or TREE:  # else no channel decays beyond its bound
         g = floored(g)
     return sums(g, 1.0, False, EXACT), total
 
 
 @triton.jit
-def factors(B, total, limit, EXACT: tl.constexpr, FAR: tl.constexpr):
-    """(E, W, c), W zero for far tokens; without FAR there are none.
+def factors(B, total, bound, EXACT: tl.constexpr, TREE: tl.constexpr):
+    """(E, W, c), W zero for tokens out of range; without TREE there are none.
 
     c [D] is an integer, and B + c exact, so that all products have the same digits whatever c is: of another c, because
     of a later token, no earlier row sees a bit.
     """
     lowest = total
-    if FAR:
-        near = limit[:, None] <= B
+    if TREE:
+        near = bound[:, None] <= B
         lowest = tl.min(tl.where(near, B, 0.0), 0)
     if EXACT:
         c = tl.zeros_like(total) + CENTRE
@@ -470,7 +470,7 @@ def factors(B, total, limit, EXACT: tl.constexpr, FAR: tl.constexpr):
         c = tl.maximum(tl.ceil(CENTRE - RANGE - lowest), CENTRE)
         E = exp2((B - ROUND) + (c + ROUND)[None, :])
     W = reciprocal(E)
-    if FAR:
+    if TREE:
         W = tl.where(near, W, 0.0)
     return E, W, c
 

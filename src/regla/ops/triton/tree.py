@@ -54,7 +54,7 @@ def read_and_write(level, X, joined, count, short):
     four tokens, if no channel decays by more than 2^-56 over one, of all pairs of a block of eight, and then no level
     is left. A token of a first half reads, and one of a second half is written, with 1 / X.
 
-    For backward passes alone: of rounding, later tokens have a say in what a first half reads.
+    For backward passes alone: how a first half's reads are rounded depends on later tokens.
     """
     XR = X
     XW = X
@@ -106,10 +106,10 @@ def scores_over_tree(q, k, gk, count, short, dtype: tl.constexpr, PRECISION: tl.
 
 @triton.jit
 def chunk_scores(
-    q, qd, k, kd, gk, short, KEYED: tl.constexpr, VALUED: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr
+    q, qd, k, kd, gk, short, KEYED: tl.constexpr, VALUED: tl.constexpr, PRECISION: tl.constexpr, TREE: tl.constexpr
 ):
     """The scores of a chunk [C, C] as an operand, over the tree where FAR."""
-    if KEYED and FAR:
+    if KEYED and TREE:
         P = scores_over_tree(q, k, gk, levels(k.shape[0]), short, kd.dtype, PRECISION, not VALUED)
     else:
         P = scores(qd, kd, PRECISION)
@@ -125,7 +125,7 @@ def first_of(count):
 
 @triton.jit
 def level_of_reading(
-    level, count, Pd, do, v, gv, dv, dBv, dP, short, most, PRECISION: tl.constexpr, SHORT: tl.constexpr
+    level, count, Pd, do, v, gv, dv, dBv, dP, short, cap, PRECISION: tl.constexpr, SHORT: tl.constexpr
 ):
     """(dv, dBv, dP and what this level adds to them, levels)"""
     dtype = Pd.dtype
@@ -137,33 +137,31 @@ def level_of_reading(
     x2 = rounded(v * XW, dtype)
     d2 = rounded(do * XR, dtype)
     dP += tl.where(joined, tl.dot(d2.to(dtype), tl.trans(x2.to(dtype)), input_precision=PRECISION), 0.0)
-    dx2 = finite(tl.dot(tl.trans(P2), d2.to(dtype), input_precision=PRECISION), most)
+    dx2 = finite(tl.dot(tl.trans(P2), d2.to(dtype), input_precision=PRECISION), cap)
     dv += dx2 * XW
     dBv += tl.dot(P2, x2.to(dtype), input_precision=PRECISION) * d2 - x2 * dx2
     return dv, dBv, dP, count
 
 
 @triton.jit
-def read_over_tree(Pd, do, v, gv, dv, dBv, short, most, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+def read_over_tree(Pd, do, v, gv, dv, dBv, short, cap, PRECISION: tl.constexpr, SHORT: tl.constexpr):
     """dv and dBv, with what the values v [C, V] and their decays get of d_o under the scores Pd [C, C]; and what the
-    scores get. SHORT, short: see `scores_over_tree`; most: `finite`."""
+    scores get. SHORT, short: see `scores_over_tree`; cap: `finite`."""
     dP = tl.zeros(Pd.shape, tl.float32)
     if SHORT:
         level, count = first_of(levels(Pd.shape[0]))
         while level < count:
-            dv, dBv, dP, count = level_of_reading(
-                level, count, Pd, do, v, gv, dv, dBv, dP, short, most, PRECISION, True
-            )
+            dv, dBv, dP, count = level_of_reading(level, count, Pd, do, v, gv, dv, dBv, dP, short, cap, PRECISION, True)
             level += 1
     else:
         for level in range(levels(Pd.shape[0])):
-            dv, dBv, dP, _count = level_of_reading(level, 0, Pd, do, v, gv, dv, dBv, dP, short, most, PRECISION, False)
+            dv, dBv, dP, _count = level_of_reading(level, 0, Pd, do, v, gv, dv, dBv, dP, short, cap, PRECISION, False)
     return dv, dBv, dP
 
 
 @triton.jit
 def level_of_scoring(
-    level, count, dPd, q, k, gk, dq, dk, dBk, short, most, PRECISION: tl.constexpr, SHORT: tl.constexpr
+    level, count, dPd, q, k, gk, dq, dk, dBk, short, cap, PRECISION: tl.constexpr, SHORT: tl.constexpr
 ):
     """(dq, dk, dBk and what this level adds to them, levels)"""
     dtype = dPd.dtype
@@ -174,7 +172,7 @@ def level_of_scoring(
     dP2 = tl.where(joined, dPd, 0.0).to(dtype)
     q2 = rounded(q * XR, dtype)
     k2 = rounded(k * XW, dtype)
-    dq2 = finite(tl.dot(dP2, k2.to(dtype), input_precision=PRECISION), most)
+    dq2 = finite(tl.dot(dP2, k2.to(dtype), input_precision=PRECISION), cap)
     dk2 = tl.dot(tl.trans(dP2), q2.to(dtype), input_precision=PRECISION)
     dq += dq2 * XR
     dk += dk2 * XW
@@ -183,17 +181,15 @@ def level_of_scoring(
 
 
 @triton.jit
-def score_over_tree(dPd, q, k, gk, dq, dk, dBk, short, most, PRECISION: tl.constexpr, SHORT: tl.constexpr):
+def score_over_tree(dPd, q, k, gk, dq, dk, dBk, short, cap, PRECISION: tl.constexpr, SHORT: tl.constexpr):
     """dq, dk and dBk, with what the queries q, the keys k [C, K] and their decays get of the scores' gradient. SHORT,
-    short: see `scores_over_tree`; most: `finite`."""
+    short: see `scores_over_tree`; cap: `finite`."""
     if SHORT:
         level, count = first_of(levels(dPd.shape[0]))
         while level < count:
-            dq, dk, dBk, count = level_of_scoring(
-                level, count, dPd, q, k, gk, dq, dk, dBk, short, most, PRECISION, True
-            )
+            dq, dk, dBk, count = level_of_scoring(level, count, dPd, q, k, gk, dq, dk, dBk, short, cap, PRECISION, True)
             level += 1
     else:
         for level in range(levels(dPd.shape[0])):
-            dq, dk, dBk, _count = level_of_scoring(level, 0, dPd, q, k, gk, dq, dk, dBk, short, most, PRECISION, False)
+            dq, dk, dBk, _count = level_of_scoring(level, 0, dPd, q, k, gk, dq, dk, dBk, short, cap, PRECISION, False)
     return dq, dk, dBk
