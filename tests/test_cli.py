@@ -1,5 +1,6 @@
 """The command line: what it says, how it ends, and that its help costs nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,7 +133,10 @@ BAD = {
     "long context": ("train --out o --data corpus.txt --vocab-size 300 --eval-context 10000000", "fewer than --eval-c"),
     "full folder": ("train --out full --data corpus.txt", "full is not empty; give --out a new folder"),
     "file for folder": ("train --out short.txt --data corpus.txt", "short.txt is a file"),
-    "tokenizer": ("train --out o --data corpus.txt --tokenizer none", "There is no tokenizer folder none"),
+    "tokenizer": (
+        "train --out o --data corpus.txt --tokenizer none",
+        "There is no tokenizer folder none, and the hub has no such tokenizer",
+    ),
     "large vocabulary": ("tokenize --vocab-size 70000 --out o short.txt", "does not fit token files of uint16"),
     "no model": ("eval full", "full is no model folder"),
     "broken model": ("generate broken --prompt a", "broken holds no readable model"),
@@ -144,6 +148,25 @@ BAD = {
     "empty stream": ("eval full --stream 0", "--stream is 0, expected a number above 0."),
     "quickstart elsewhere": ("quickstart --out full", "full holds something else than a quickstart"),
     "window": ("eval full --seq-len 0", "--seq-len is 0, expected a number above 0."),
+    "bytes that are no text": ("generate broken --prompt a\udcff", "is no valid Unicode text (a lone surrogate"),
+    "large seed": (f"generate broken --prompt a --seed {2**70}", "--seed is 1180591620717411303424, expected at most"),
+    "negative seed": ("generate broken --prompt a --seed -1", "--seed is -1, expected 0 or more"),
+    "no temperature": ("generate broken --prompt a --temperature nan", "--temperature is nan, expected 0 or more"),
+    "half a character": ("train --out o --data h.jsonl", "Field 'text' in line 2 of h.jsonl is no valid Unicode text"),
+    "half a character to tokenize": ("tokenize --out o --vocab-size 300 h.jsonl", "in line 2 of h.jsonl is no valid"),
+    "half a character to score": ("eval full --data h.jsonl", "in line 2 of h.jsonl is no valid Unicode text"),
+    "half a character in a study": ("study h.yaml --dry-run", "Line 1 is no valid Unicode text"),
+    "deep records": ("train --out o --data deep.jsonl", "Line 1 of deep.jsonl is nested too deeply"),
+    "deep configuration": ("train --out o --data corpus.txt --config deep.json", "deep.json is nested too deeply"),
+    "deep study": ("study deep.yaml --dry-run", "The study deep is nested too deeply"),
+    "date that there is not": ("study date.yaml --dry-run", "The study date is no valid YAML"),
+    "unknown activation": (
+        "train --out o --data corpus.txt --vocab-size 300 --config act.json",
+        "The configuration does not fit",
+    ),
+    "folder for figures": ("eval broken --json full", "full is a folder; give the name of a file in it"),
+    "rows that are none": ("study demo --report --rows deep.jsonl", "Line 1 of deep.jsonl is no row of a study"),
+    "two kinds of tokenizer": ("tokenize --out o short.txt", "Give either --tokenizer or --vocab-size"),
 }
 
 
@@ -157,6 +180,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     Path("short.txt").write_text("Too short.")
     Path("c.json").write_text('{"qk_nrom": true}')
     Path("r.jsonl").write_text('{"body": "A text."}\n{"body": "Ano\n')
+    Path("h.jsonl").write_text('{"text": "A text."}\n{"text": "half \\ud83d emoji"}\n')
+    Path("h.yaml").write_text('title: "half \\ud83d"\nlr: [1e-3]\n')
+    Path("date.yaml").write_text("title: 2020-13-45\nlr: [1e-3]\n")
+    Path("act.json").write_text('{"hidden_act": "nope"}')
+    for suffix in ("jsonl", "json", "yaml"):
+        Path(f"deep.{suffix}").write_text("[" * 100_000 if suffix != "yaml" else "[" * 5_000)
     for name, content in (("full", "notes.md"), ("broken", "config.json")):
         Path(name).mkdir()
         Path(name, content).write_text("{}")
@@ -213,6 +242,28 @@ sys.exit(", ".join({"torch", "numpy", "transformers", "tokenizers"} & set(sys.mo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("line", "code"), [("doctor", 141), ("train --help", 0)])
+def test_a_reader_who_leaves_is_no_error(line: str, code: int) -> None:
+    """`regla doctor | head`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "regla", *line.split()]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_full_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from regla.eval import perplexity
+
+    def ask_for_too_much(*args: object, **options: object) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(perplexity, "evaluate", ask_for_too_much)
+    assert main(["eval", "m"]) == 1
+    assert capsys.readouterr().err.startswith("regla: error: The memory is full; ask for less")
 
 
 def test_python_m_regla() -> None:

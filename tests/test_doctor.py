@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from regla import doctor
 from regla.cli import main
 from regla.ops import attention, backends
+from regla.runtime.install import EXTRAS, PACKAGES, install_regla, require
 
 
 def test_versions_and_devices() -> None:
@@ -48,14 +50,60 @@ def test_the_kernels_absence_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_absent_packages_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor._OPTIONAL, "no-such-package-here", "nothing")
-    monkeypatch.setitem(doctor._OPTIONAL, "numpy", "arrays")
+    monkeypatch.setitem(doctor.PACKAGES, "no-such-package-here", "nothing")
+    monkeypatch.setitem(doctor.PACKAGES, "numpy", "arrays")
     found = doctor.examine()
     assert found["optional"]["no-such-package-here"]["version"] is None
     text = doctor.describe(found)
     (absent,) = (line for line in text.splitlines() if "no-such-package-here" in line)
     (present,) = (line for line in text.splitlines() if line.endswith("arrays"))
-    assert "absent" in absent and importlib.metadata.version("numpy") in present
+    assert (
+        "absent" in absent
+        and absent.endswith('nothing; `pip install "no-such-package-here"`')
+        and importlib.metadata.version("numpy") in present
+    )
+
+
+def test_extras_are_what_pyproject_says_and_each_package_has_a_use() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    for extra, needs in EXTRAS.items():
+        line = f"{extra} = [{', '.join(f'{chr(34)}{need}{chr(34)}' for need in needs)}]"
+        assert line in text
+        assert all(need.partition(">")[0] in PACKAGES for need in needs)
+
+
+def test_a_line_that_installs_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ValueError) as caught:
+        require("gguf", "model.gguf needs", "accelerate")
+    assert str(caught.value) == (
+        "model.gguf needs the packages gguf and accelerate, which are not installed; "
+        'run `pip install "gguf>=0.10" "accelerate>=1.10"`.'
+    )
+    require("torch", "This needs")
+
+
+def test_the_line_that_installs_regla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A git address only where others can reach it."""
+
+    class Installed:
+        def __init__(self, origin: str | None) -> None:
+            self.origin = origin
+
+        def read_text(self, name: str) -> str | None:
+            return self.origin
+
+    git = '{"url": "%s", "vcs_info": {"vcs": "git", "commit_id": "abc"}}'
+    checkout = "pip install .  # in a checkout of regla"
+    for origin, line in (
+        (git % "https://example.com/regla.git", 'pip install "regla @ git+https://example.com/regla.git@abc"'),
+        (git % "file:///home/me/regla", checkout),
+        ('{"url": "file:///home/me/regla", "dir_info": {"editable": true}}', checkout),
+        (None, checkout),
+    ):
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda name, origin=origin: Installed(origin))
+        assert install_regla() == line
 
 
 def test_nothing_optional_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -11,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from regla import help_texts
-from regla.runtime.errors import told_in_flags
+from regla.runtime.errors import is_out_of_memory, told_in_flags
+from regla.runtime.reading import check_text
 from regla.train.config import (
     DEFAULT_PAIRS,
     DEFAULT_STEPS,
@@ -28,6 +30,9 @@ from regla.train.config import (
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 
+_BROKEN_PIPE = 141  # as a shell says of a process that SIGPIPE ended
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, without the usage."""
 
@@ -37,18 +42,48 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 failed on the way (a loss that is no number, a full memory), 2 bad input
-    or a disk that is full or refuses, 130 interrupted, 143 terminated."""
-    args = _parser().parse_args(argv)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', which tell nothing about small models
+    or a disk that is full or refuses, 130 interrupted, 141 nobody reads the output, 143 terminated."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a command
     try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `regla ... | head`: nobody reads on
+        return _BROKEN_PIPE
+    finally:
+        _flush()
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        for argument in argv:
+            check_text(argument, f"The argument {argument!a}")
+        args = _parser().parse_args(argv)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they tell nothing about small models
         args.command(args)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt as error:
         print("regla: interrupted", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         print(f"regla: error: {told_in_flags(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | OSError) else 1
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print("regla: error: The memory is full; ask for less: a smaller batch, window or model.", file=sys.stderr)
+        return 1
     return 0
+
+
+def _flush() -> None:
+    """Write what is buffered, or drop it where nobody reads it, so that the interpreter does not try and complain."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -12,18 +10,10 @@ from typing import Any
 import torch
 
 from regla.ops.backends import choose_backend, why_not_native, why_not_triton
+from regla.runtime.install import PACKAGES, install_line, installed
 from regla.runtime.versions import package_version, versions
 
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "matplotlib")
-_OPTIONAL = {
-    "gguf": "reads GGUF files for `regla linearize`",
-    "datasets": "reads data sets of the Hugging Face hub for `regla train`",
-    "pyarrow": "reads .parquet files for `regla train`",
-    "tensorboard": "writes logs that TensorBoard shows",
-    "peft": "fine-tunes with adapters (LoRA)",
-    "accelerate": "runs transformers' Trainer",
-    "triton": "lets torch.compile make GPU kernels",
-}
 _MODULES = {"huggingface-hub": "huggingface_hub"}
 
 
@@ -45,7 +35,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "default_device": "cuda" if torch.cuda.is_available() else "cpu",
         "backends": _backends(),
-        "optional": {name: {"version": _version(name), "for": use} for name, use in _OPTIONAL.items()},
+        "optional": {name: {"version": _version(name), "for": use} for name, use in PACKAGES.items()},
     }
 
 
@@ -68,13 +58,14 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"  {row['use']:<27} {row['backend']:<10} {row['why']}")
     lines += ["", "Optional packages"]
     for name, row in found["optional"].items():
-        lines.append(f"  {name:<12} {row['version'] or 'absent':<12} {row['for']}")
+        absent = "" if row["version"] else f"; `{install_line(name)}`"
+        lines.append(f"  {name:<12} {row['version'] or 'absent':<12} {row['for']}{absent}")
     return "\n".join(lines)
 
 
 def _version(package: str) -> str | None:
     """Of an installed package that can be imported; None for want of one. Nothing is imported."""
-    if importlib.util.find_spec(_MODULES.get(package, package)) is None:
+    if not installed(_MODULES.get(package, package)):
         return None
     return package_version(package)
 

@@ -47,7 +47,7 @@ A finished run goes on with more --steps: from its last checkpoint, with the lea
 EVAL = """\
 Score causal language models (ReGLA or any other): folders, .gguf files or names on the hub.
 
-With --tasks: EleutherAI's lm-eval, its tasks, prompts and scores (pip install 'regla[eval]'), for several models side
+With --tasks: EleutherAI's lm-eval, its tasks, prompts and scores (pip install ".[eval]" in a checkout), for several models side
 by side, with standard errors and numbers of items. --data-dir reads boolq, piqa, hellaswag, winogrande, truthfulqa_mc1,
 truthfulqa_mc2, lambada_openai, arc_easy, arc_challenge, openbookqa, sciq and copa from the files that their authors
 published, without a network. A context that answers or items share runs once. After an interruption the same command

@@ -137,7 +137,7 @@ def test_parquet(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"body": DOCUMENTS, "id": [1, 2, 3]}), file, row_group_size=2)
     assert read_source(file, "body") == Text(str(file), DOCUMENTS)
-    with pytest.raises(ValueError, match=r"a.parquet has no field 'text' \(it has body, id\); .* with --text-field"):
+    with pytest.raises(ValueError, match=r"a.parquet has no field 'text' \(it has body, id\); .* with text_field"):
         read_source(file)
     with pytest.raises(ValueError, match=r"Field 'id' in row 1 of .*a.parquet is of type int, expected text"):
         read_source(file, "id")

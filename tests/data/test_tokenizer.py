@@ -67,7 +67,7 @@ def test_bad_input(tmp_path: Path) -> None:
         tokenize_files([text], out, vocab_size=2**16 + 1)
     with pytest.raises(ValueError, match="vocabulary of 256 is too small: it needs at least 257"):
         tokenize_files([text], out, vocab_size=256)
-    with pytest.raises(ValueError, match="either --tokenizer DIR or --vocab-size N"):
+    with pytest.raises(ValueError, match="Give either tokenizer or vocab_size"):
         tokenize_files([text], out)
     with pytest.raises(ValueError, match="There is no tokenizer folder"):
         tokenize_files([text], out, tokenizer=tmp_path / "none")

@@ -71,9 +71,9 @@ def test_an_empty_prompt_starts_a_text(folder: Path, capsys) -> None:
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--max-new-tokens is 0"):
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
         generate(folder, "some", max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"--temperature -1.0 and --top-k 50 must be 0 or more"):
+    with pytest.raises(ValueError, match=r"temperature is -1.0, expected 0 or more"):
         generate(folder, "some", temperature=-1.0)
     with pytest.raises(ValueError, match="is no model folder"):
         generate(tmp_path, "some")
@@ -110,5 +110,5 @@ def test_bad_prompts(folder: Path, tmp_path: Path) -> None:
     for name, message in (("none", "cannot be read"), ("empty", "holds no prompt"), ("latin", "is not UTF-8 text")):
         with pytest.raises(ValueError, match=message):
             generate_batch(folder, tmp_path / f"{name}.txt")
-    with pytest.raises(ValueError, match="--batch-size is 0"):
+    with pytest.raises(ValueError, match="batch_size is 0"):
         generate_batch(folder, tmp_path / "empty.txt", batch_size=0)

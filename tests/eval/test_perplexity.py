@@ -154,7 +154,7 @@ def test_by_default_the_held_out_part_of_the_embedded_text_is_scored(folder: Pat
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--seq-len is 0"):
+    with pytest.raises(ValueError, match="seq_len is 0"):
         evaluate(folder, seq_len=0)
     with pytest.raises(ValueError, match="is no model folder"):
         evaluate(tmp_path)
@@ -308,7 +308,7 @@ def test_perplexity_of_words(folder: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_bad_stream(folder: Path) -> None:
-    with pytest.raises(ValueError, match="--stream is 0, expected a number above 0"):
+    with pytest.raises(ValueError, match="stream is 0, expected a number above 0"):
         evaluate(folder, stream=0)
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -136,3 +137,16 @@ print(type(config).__module__, type(AutoModelForCausalLM.from_config(config)).__
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["regla.models.configuration", "ReGLAForCausalLM"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("hidden_act", "siluu", "hidden_act is 'siluu'; expected an activation of transformers such as 'silu'"),
+        ("initializer_range", float("nan"), "initializer_range is nan; expected a number from 0 on"),
+        ("initializer_range", -1.0, "initializer_range is -1.0; expected a number from 0 on"),
+    ],
+)
+def test_values_that_no_model_can_be_built_from(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ReGLAConfig(**{name: value})

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from regla.models import ReGLAConfig, ReGLAForCausalLM, ReGLAModel
 from regla.models.configuration import FORMAT_VERSION
+from regla.models.hub import write_hub_module
+from regla.runtime.install import install_regla
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
@@ -208,3 +211,16 @@ def test_a_program_that_never_imported_regla(build, tmp_path):
     assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
     for name in ("config.json", "modeling_regla_hub.py"):
         assert (copy / name).read_text() == (folder / name).read_text()
+
+
+def test_a_folder_says_how_to_install_regla(tmp_path: Path) -> None:
+    """transformers would advise `pip install regla`, which is on no index."""
+    from transformers.dynamic_module_utils import get_imports
+
+    file = write_hub_module(tmp_path)
+    assert get_imports(file) == []
+    code = f"import sys; sys.modules['regla'] = None; exec(open({str(file)!r}).read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: This model needs the package regla, which is not installed; run `{install_regla()}`."
+    )

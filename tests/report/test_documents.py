@@ -70,3 +70,12 @@ def test_bad_input(copy: Path, capsys: pytest.CaptureFixture) -> None:
     (copy / "README.md").unlink()
     assert main(["readme", "--root", str(copy)]) == 2
     assert "run this in a checkout" in capsys.readouterr().err
+
+
+def test_rows_of_an_installed_package_have_no_commit() -> None:
+    """Their version is named."""
+    row = {"device": "CPU", "torch": "2.13.0", "regla": "0.1.0", "commit": None, "date": "2026-01-02"}
+    assert ran_on([row]) == "Measured on CPU, torch 2.13.0, regla 0.1.0, 2026-01-02."
+    assert (
+        ran_on([row, row | {"commit": "abc"}]) == "Measured on CPU, torch 2.13.0, commit abc, regla 0.1.0, 2026-01-02."
+    )

@@ -6,6 +6,7 @@ It needs no download, so it is the default for training and evaluation. How much
 from __future__ import annotations
 
 from regla.data.text import Text
+from regla.runtime.errors import OptionError
 
 NAME = "pydoc_data.topics"
 _SHORTEST = 60  # characters; shorter paragraphs are headings and signatures
@@ -21,8 +22,8 @@ def embedded_text() -> Text:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise ValueError(
-            "This Python comes without pydoc_data.topics, the default text; give text with --data."
+        raise OptionError(
+            "This Python comes without pydoc_data.topics, the default text; give text with {data}."
         ) from error
     seen: set[str] = set()
     documents = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regla.data.text import Text, trimmed
+from regla.runtime.errors import OptionError
 from regla.runtime.install import require
 from regla.runtime.reading import check_text, parse_json
 
@@ -14,7 +15,7 @@ TEXT_FIELD = "text"
 """Name of the text in a record of a .jsonl or .parquet file or a data set."""
 
 
-class UnusableRecordError(ValueError):
+class UnusableRecordError(OptionError):
     """A record without the text that was asked for."""
 
 
@@ -46,14 +47,17 @@ def read_parquet(path: Path, text_field: str) -> Text:
                     yield where, {text_field: value.as_py()}
                 except UnicodeDecodeError as error:
                     raise UnusableRecordError(
-                        f"Field {text_field!r} in {where} is not UTF-8 text (byte {error.start}); convert it to UTF-8."
+                        "Field {field!r} in {where} is not UTF-8 text (byte {byte}); convert it to UTF-8.",
+                        field=text_field,
+                        where=where,
+                        byte=error.start,
                     ) from error
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             if text_field not in names:
-                raise UnusableRecordError(_no_field(str(path), names, text_field))
+                raise _no_field(str(path), names, text_field)
             return _text_of_records(str(path), records(table), text_field)
     except UnusableRecordError:
         raise
@@ -98,23 +102,31 @@ def _text_of_records(name: str, records: Iterable[tuple[str, Any]], text_field: 
         for where, record in records:
             if not isinstance(record, dict) or text_field not in record:
                 names = list(record) if isinstance(record, dict) else []
-                raise UnusableRecordError(_no_field(where[0].upper() + where[1:], names, text_field))
+                raise _no_field(where[0].upper() + where[1:], names, text_field)
             text = record[text_field]
             if not isinstance(text, str):
                 raise UnusableRecordError(
-                    f"Field {text_field!r} in {where} is of type {type(text).__name__}, expected text."
+                    "Field {field!r} in {where} is of type {kind}, expected text; name another with {text_field}.",
+                    field=text_field,
+                    where=where,
+                    kind=type(text).__name__,
                 )
             try:
                 yield check_text(text, f"Field {text_field!r} in {where}")
             except ValueError as error:
-                raise UnusableRecordError(str(error)) from error
+                raise UnusableRecordError("{found}", found=error) from error
 
     documents = trimmed(texts())
     if not documents:
-        raise UnusableRecordError(f"{name} holds no text; give one with text in it.")
+        raise UnusableRecordError("{name} holds no text; give one with text in it.", name=name)
     return Text(name, documents)
 
 
-def _no_field(where: str, names: Sequence[str], text_field: str) -> str:
+def _no_field(where: str, names: Sequence[str], text_field: str) -> UnusableRecordError:
     known = f"it has {', '.join(names)}" if names else "it has no fields"
-    return f"{where} has no field {text_field!r} ({known}); name the field of the text with --text-field."
+    return UnusableRecordError(
+        "{where} has no field {field!r} ({known}); name the field of the text with {text_field}.",
+        where=where,
+        field=text_field,
+        known=known,
+    )

@@ -17,6 +17,7 @@ from regla.data.records import TEXT_FIELD, read_jsonl, read_parquet
 from regla.data.text import read_text
 from regla.data.tokenizer import end_of_text_id
 from regla.data.tokens import SUFFIX, read_tokens
+from regla.runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,8 +67,8 @@ def encode_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> Encoded
     """Raises ValueError where the source is empty."""
     ids_N = source.tokens(tokenizer)
     if not len(ids_N):
-        raise ValueError(
-            f"{source.name} is too short to hold out a part of it; give more text, or --valid another file."
+        raise OptionError(
+            "{name} is too short to hold out a part of it; give more text, or {valid} another file.", name=source.name
         )
     if source.bytes is None:
         return Encoded(source.name, ids_N, *text_size(ids_N, tokenizer))

@@ -10,6 +10,7 @@ from regla.data.sources import read_source
 from regla.data.text import Text
 from regla.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from regla.data.tokens import SUFFIX, check_fits, write_tokens
+from regla.runtime.errors import OptionError, check_count
 from regla.runtime.files import check_new, new_folder_alone
 from regla.runtime.processes import check_one_process
 
@@ -28,7 +29,8 @@ def tokenize_files(
     """
     check_one_process("tokenize")
     if (tokenizer is None) == (vocab_size is None):
-        raise ValueError("Give either --tokenizer DIR or --vocab-size N: a tokenizer, or the size of one to train.")
+        raise OptionError("Give either {tokenizer} or {vocab_size}: a tokenizer, or the size of one to train.")
+    check_count("vocab_size", vocab_size)
     check_fits(vocab_size or 0)
     check_new(out)
     targets: dict[Path, Text] = {}
@@ -46,11 +48,11 @@ def tokenize_files(
         assert vocab_size is not None
         codec = train_tokenizer((document for text in targets.values() for document in text.documents), vocab_size)
     check_fits(vocabulary_size(codec))
+    tokens = {target: text.tokens(codec) for target, text in targets.items()}
     counts = {}
     with new_folder_alone(out):
         codec.save_pretrained(str(out))
-        for target, text in targets.items():
-            ids_N = text.tokens(codec)
+        for target, ids_N in tokens.items():
             write_tokens(target, ids_N)
             counts[target] = len(ids_N)
             print(f"{target}: {len(ids_N):,} tokens")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from regla.data.pretrained import load_pretrained
-from regla.runtime.reading import check_text
+from regla.runtime.files import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +24,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = load_pretrained(AutoTokenizer, name, "tokenizer")
-    for part in (*tokenizer.all_special_tokens, str(tokenizer.chat_template or "")):
-        check_text(part, f"A special token or the chat template of the tokenizer {name}")
+    with TemporaryDirectory() as folder:  # what cannot be used or saved is found before anything else is done
+        try:
+            tokenizer("a b", add_special_tokens=False)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            raise ValueError(f"{name} holds no usable tokenizer ({brief(error)}); give another.") from error
     return tokenizer
 
 

@@ -11,10 +11,13 @@ import torch
 from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer
 from regla.models.folders import check_ids, load_model
 from regla.runtime.device import float32_products, pick_device
+from regla.runtime.errors import check_count, check_number, check_seed
 from regla.runtime.reading import check_text, read_utf8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_COLDEST = 1e-6  # below it sampling is the likeliest token
 
 
 @float32_products()
@@ -33,8 +36,8 @@ def generate(
     It ends after `max_new_tokens` tokens, or before if the model ends the text. `temperature` 0 takes the likeliest
     token every time; otherwise one of the `top_k` likeliest (0: of all) is drawn, repeatably for a seed.
     """
-    sampling = _sampling(max_new_tokens, temperature, top_k)
-    check_text(prompt, "--prompt")
+    sampling = _sampling(max_new_tokens, temperature, top_k, seed)
+    check_text(prompt, "The prompt")
     where = pick_device(device)
     loaded, tokenizer = load_model(model, where), load_tokenizer(model)
     from transformers import TextStreamer
@@ -67,9 +70,8 @@ def generate_batch(
     `prompts_file`: UTF-8, one prompt a line, empty lines are passed over. `batch_size` prompts run at a time, padded on
     the left, which changes no logit. `as_json`: one object {"prompt", "continuation"} a line. The rest is `generate`'s.
     """
-    sampling = _sampling(max_new_tokens, temperature, top_k)
-    if batch_size <= 0:
-        raise ValueError(f"--batch-size is {batch_size}, expected a number above 0.")
+    sampling = _sampling(max_new_tokens, temperature, top_k, seed)
+    check_count("batch_size", batch_size)
     prompts = read_prompts(prompts_file)
     where = pick_device(device)
     loaded, tokenizer = load_model(model, where), load_tokenizer(model)
@@ -108,12 +110,12 @@ def _ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
     return ids
 
 
-def _sampling(max_new_tokens: int, temperature: float, top_k: int) -> dict[str, Any]:
-    """Arguments of transformers' `generate`."""
-    if max_new_tokens <= 0:
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}, expected a number above 0.")
-    if temperature < 0 or top_k < 0:
-        raise ValueError(f"--temperature {temperature} and --top-k {top_k} must be 0 or more.")
-    if not temperature:
+def _sampling(max_new_tokens: int, temperature: float, top_k: int, seed: int) -> dict[str, Any]:
+    """Arguments of transformers' `generate`, checked."""
+    check_count("max_new_tokens", max_new_tokens)
+    check_number("temperature", temperature, zero=True)
+    check_count("top_k", top_k, least=0)
+    check_seed(seed)
+    if temperature < _COLDEST:  # logits over it would overflow
         return {"max_new_tokens": max_new_tokens, "do_sample": False}
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_k": top_k}

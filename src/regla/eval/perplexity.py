@@ -32,6 +32,7 @@ from regla.eval.streaming import stream as stream_chunks
 from regla.models.folders import check_ids, load_model
 from regla.report.tables import plain
 from regla.runtime.device import pick_device, precision
+from regla.runtime.errors import check_count
 from regla.runtime.files import check_writable, write_json
 
 if TYPE_CHECKING:
@@ -305,13 +306,12 @@ def measure(
     Raises:
         ValueError: whatever can be wrong with the input, before anything is scored.
     """
-    for name, value in (("--seq-len", seq_len), ("--batch-size", batch_size), ("--stream", stream)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}, expected a number above 0.")
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("stream", stream)):
+        check_count(name, value)
     where = pick_device(device)
     sources = read_sources(data, text_field) if data else split_validation(read_sources([]))[1]
     loaded, tokenizer = load_model(model, where), load_tokenizer(model)
-    length = seq_len or min(getattr(loaded.config, "max_position_embeddings", _LONGEST_DEFAULT), _LONGEST_DEFAULT)
+    length = seq_len or _window(loaded)
     first = first_id(tokenizer)
     texts = [encode_source(source, tokenizer) for source in sources]
     for text in texts:
@@ -350,6 +350,12 @@ def measure(
         "effective_context": None if found is None else asdict(found),
     }
     return scores, figures
+
+
+def _window(model: PreTrainedModel) -> int:
+    """The model's own length, at most _LONGEST_DEFAULT."""
+    own = getattr(model.config, "max_position_embeddings", None)
+    return min(own, _LONGEST_DEFAULT) if isinstance(own, int) and own > 0 else _LONGEST_DEFAULT
 
 
 def beyond_the_model(model: PreTrainedModel, context: int) -> str | None:

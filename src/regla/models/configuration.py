@@ -1,10 +1,12 @@
 """ReGLAConfig: Llama's argument names, the kind of every layer, and ReGLA's own choices."""
 
+import difflib
 import math
 import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from regla.layers.feature_maps import FEATURE_MAPS
@@ -158,6 +160,15 @@ class ReGLAConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected a whole number above 0")
+        if self.hidden_act not in ACT2FN:
+            near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1, cutoff=0)
+            raise ValueError(
+                f"hidden_act is {self.hidden_act!r}; expected an activation of transformers such as {near[0]!r}"
+            )
+        for name in ("initializer_range", "rms_norm_eps"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a number from 0 on")
         assert self.layer_types is not None and self.num_key_value_heads is not None and self.head_dim is not None
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from regla.runtime.install import install_regla
+
 HUB_MODULE = "modeling_regla_hub"
 
 #: The class that each Auto class of transformers makes of a ReGLAConfig.
@@ -20,9 +22,16 @@ _NAMES = {"AutoConfig": "ReGLAConfig"} | AUTO_CLASSES
 
 AUTO_MAP = {auto: f"{HUB_MODULE}.{name}" for auto, name in _NAMES.items()}
 
+_ABSENT = f"This model needs the package regla, which is not installed; run `{install_regla()}`."
+
 HUB_SOURCE = f'''"""Lets `from_pretrained(..., trust_remote_code=True)` find the installed package `regla`."""
 
-from regla.models import {", ".join(_NAMES.values())}
+try:
+    from regla.models import {", ".join(_NAMES.values())}
+except ModuleNotFoundError as error:  # in a `try`, since transformers would advise a name that is on no index
+    if error.name != "regla":
+        raise
+    raise ImportError({_ABSENT!r}) from error
 
 __all__ = {list(_NAMES.values())}
 '''

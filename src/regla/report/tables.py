@@ -132,7 +132,9 @@ def ran_on(rows: Sequence[Row]) -> str:
 
 
 def _commits(rows: Sequence[Row]) -> str:
-    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    """Of an installed package no commit is known; its version is named."""
+    commits = list(dict.fromkeys(row["commit"] for row in rows if row["commit"] is not None))
+    others = list(dict.fromkeys(f"regla {row['regla']}" for row in rows if row["commit"] is None and "regla" in row))
     dates = sorted({row["date"] for row in rows})
-    words = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
-    return f"{words}, {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+    words = [f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"] if commits else []
+    return ", ".join([*words, *others, dates[0]]) + (f" to {dates[-1]}" if len(dates) > 1 else "")

@@ -78,6 +78,11 @@ def told_in_flags(error: BaseException) -> str:
     return error.told(flag) if isinstance(error, NamesOptions) else str(error)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says that the memory of the GPU or of the CPU is full."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def check_count(name: str, value: int | None, *, least: int = 1, most: int = LARGEST_COUNT) -> None:
     """Raise OptionError unless `value` is None or a whole number from `least` to `most`."""
     if value is None:

@@ -17,6 +17,7 @@ from regla.data.sources import READERS, Source, read_source
 from regla.data.text import Text
 from regla.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
 from regla.data.tokens import SUFFIX, Tokens, check_fits, write_tokens
+from regla.runtime.errors import OptionError
 from regla.runtime.files import unfinished_name
 from regla.train.config import DEFAULT_VOCAB_SIZE
 
@@ -54,8 +55,8 @@ def prepare(
     with the same text finds them there. `vocab_size` is that of the tokenizer to train where none is given.
     """
     if tokenizer is not None and vocab_size is not None:
-        raise ValueError(
-            "The study's base has a vocab_size, which is that of a tokenizer to train, and --tokenizer is given, too; "
+        raise OptionError(
+            "The study's base has a vocab_size, which is that of a tokenizer to train, and {tokenizer} is given, too; "
             "leave out one of them (--set vocab_size=null)."
         )
     options = _options(data, valid, tokenizer)
@@ -137,8 +138,8 @@ def _write(
     else:
         for source in (*train, *valid):
             if not isinstance(source, Text):
-                raise ValueError(
-                    f"{source.name} holds tokens; name the folder of their tokenizer with --tokenizer DIR."
+                raise OptionError(
+                    "{name} holds tokens; give {tokenizer} the folder of their tokenizer.", name=source.name
                 )
         texts = (document for source in train if isinstance(source, Text) for document in source.documents)
         codec = train_tokenizer(texts, vocab_size or DEFAULT_VOCAB_SIZE)
@@ -150,7 +151,9 @@ def _write(
         for number, source in enumerate(sources):
             ids_N = source.tokens(codec)
             if not len(ids_N):
-                raise ValueError(f"{source.name} is too short to hold out a part of it; give more text, or --valid.")
+                raise OptionError(
+                    "{name} is too short to hold out a part of it; give more text, or {valid}.", name=source.name
+                )
             folder = unfinished / part / f"{number:03d}"  # keeps the order, and apart what has one name
             folder.mkdir()
             write_tokens(folder / f"{_plain_name(source.name)}{SUFFIX}", ids_N)

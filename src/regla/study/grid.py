@@ -27,6 +27,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from regla.runtime.reading import check_text, read_utf8
 from regla.train.config import TrainConfig
 
 _KEYS = ("title", "base", "vary", "also", "lr", "seeds")
@@ -102,11 +103,7 @@ def read_study(name_or_file: str, sets: Sequence[str] = ()) -> Study:
     """
     if name_or_file.endswith(_SUFFIXES):
         name = Path(name_or_file).stem
-        try:
-            text = Path(name_or_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise ValueError(f"{name_or_file} cannot be read ({reason}); give the YAML file of a study.") from error
+        text = read_utf8(name_or_file, "the YAML file of a study")
     elif name_or_file in shipped():
         name = name_or_file
         text = (importlib.resources.files("regla.study") / "studies" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -276,7 +273,10 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key stands once, and 1e-3 is a number."""
+    """Safe YAML in which a key stands once, 1e-3 is a number, and no word holds what a file cannot hold."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        return check_text(super().construct_scalar(node), f"Line {node.start_mark.line + 1}")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -297,7 +297,9 @@ _Loader.add_implicit_resolver(
 def _load(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply to be read; correct it.") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: a date or a number that there is not
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"line {mark.line + 1}: " if mark is not None else ""
         raise ValueError(f"{where} is no valid YAML ({place}{problem or error}); correct it.") from error

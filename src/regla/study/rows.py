@@ -8,24 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from regla.runtime.files import write_bytes
+from regla.runtime.reading import read_utf8
 
-_KEYS = ("id", "study", "title", "variant", "lr", "seed", "diverged", "config", "data_digest")
+_KINDS = {
+    **dict.fromkeys(("id", "study", "title", "data_digest"), str),
+    **dict.fromkeys(("variant", "config", "model"), dict),
+    "lr": float,
+    "seed": int,
+    "diverged": bool,
+}
 
 
 def read_study_rows(file: str | Path, study: str) -> list[dict[str, Any]]:
     """The rows of `study` in `file`; of several with one id the last. ValueError for a line that is no such row."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ValueError(f"{file} cannot be read ({reason}); give the .jsonl file of a study's rows.") from error
+    lines = read_utf8(file, "the .jsonl file of a study's rows").splitlines()
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not all(key in row for key in _KEYS):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in _KINDS.items()):
             raise ValueError(f"Line {number} of {file} is no row of a study; remove it.")
         if row["study"] == study:
             rows[row["id"]] = row

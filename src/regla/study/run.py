@@ -14,6 +14,7 @@ from typing import Any
 
 from regla.data.tokenizer import load_tokenizer, vocabulary_size
 from regla.report.studies import row_name
+from regla.report.tables import plain
 from regla.runtime.errors import OptionError, check_count, check_number
 from regla.runtime.files import alone_in
 from regla.runtime.processes import check_one_process
@@ -201,12 +202,12 @@ def _print_grid(plan: Study, tokenizer: str | None) -> None:
     vocab_size = vocabulary_size(load_tokenizer(tokenizer)) if tokenizer is not None else None
     sizes, _ = check_variants(plan, plan.variants, vocab_size=vocab_size)
     trials = in_order(plan)
-    width = max(len(variant.name) for variant in plan.variants)
+    body = [
+        [name, *(f"{number:,}" for number in (size.parameters, size.steps, size.tokens))]
+        for name, size in sizes.items()
+    ]
     print(f"{plan.title}\n")
-    print(f"{'variant':<{width}}  {'parameters':>11}  {'steps':>6}  {'tokens of a run':>15}")
-    for variant in plan.variants:
-        size = sizes[variant.name]
-        print(f"{variant.name:<{width}}  {size.parameters:>11,}  {size.steps:>6,}  {size.tokens:>15,}")
+    print(plain(["variant", "parameters", "steps", "tokens of a run"], body))
     tokens = sum(sizes[variant.name].tokens for variant, _, _ in trials)
     rates = ", ".join(f"{lr:g}" for lr in plan.lrs)
     print(

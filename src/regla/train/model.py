@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regla.runtime.files import brief
+from regla.runtime.reading import read_json
 from regla.train.config import DEFAULT_WINDOW, TrainConfig
 
 if TYPE_CHECKING:
@@ -26,12 +27,7 @@ _PARAMETER_TOLERANCE = 0.005
 
 def read_overrides(file: str | Path) -> dict[str, Any]:
     """Arguments of ReGLAConfig in a JSON file, by name."""
-    try:
-        overrides = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}); give --config a JSON file.") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); correct it.") from error
+    overrides = read_json(file, "a JSON file")
     if not isinstance(overrides, dict):
         raise ValueError(
             f'{file} holds a JSON {type(overrides).__name__}, expected an object such as {{"qk_norm": true}}.'
@@ -81,15 +77,20 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
 
 
 def checked_config(**arguments: Any) -> ReGLAConfig:
-    """ReGLAConfig; a value of the wrong type is a ValueError, too."""
+    """ReGLAConfig; a value of the wrong type, or one that no model can be built from, is a ValueError, too."""
     from huggingface_hub.errors import StrictDataclassError
 
     from regla.models.configuration import ReGLAConfig
 
     try:
-        return ReGLAConfig(**arguments)
-    except StrictDataclassError as error:
+        config = ReGLAConfig(**arguments)
+    except (StrictDataclassError, TypeError, AttributeError) as error:
         raise ValueError(f"The configuration does not fit: {' '.join(str(error).split())}.") from error
+    try:
+        count_parameters(config)
+    except Exception as error:  # whatever transformers and PyTorch raise for values that nobody checked before
+        raise ValueError(f"The configuration does not fit, no model can be built from it ({brief(error)}).") from error
+    return config
 
 
 def match_softmax(config: ReGLAConfig) -> tuple[ReGLAConfig, int]:
