@@ -162,7 +162,7 @@ BAD = {
     "date that there is not": ("study date.yaml --dry-run", "The study date is no valid YAML"),
     "unknown activation": (
         "train --out o --data corpus.txt --vocab-size 300 --config act.json",
-        "The configuration does not fit",
+        "hidden_act is 'nope'; expected an activation",
     ),
     "folder for figures": ("eval broken --json full", "full is a folder; give the name of a file in it"),
     "rows that are none": ("study demo --report --rows deep.jsonl", "Line 1 of deep.jsonl is no row of a study"),

@@ -47,11 +47,11 @@ A finished run goes on with more --steps: from its last checkpoint, with the lea
 EVAL = """\
 Score causal language models (ReGLA or any other): folders, .gguf files or names on the hub.
 
-With --tasks: EleutherAI's lm-eval, its tasks, prompts and scores (pip install ".[eval]" in a checkout), for several models side
-by side, with standard errors and numbers of items. --data-dir reads boolq, piqa, hellaswag, winogrande, truthfulqa_mc1,
-truthfulqa_mc2, lambada_openai, arc_easy, arc_challenge, openbookqa, sciq and copa from the files that their authors
-published, without a network. A context that answers or items share runs once. After an interruption the same command
-with --out goes on; nothing is scored twice.
+With --tasks: EleutherAI's lm-eval, its tasks, prompts and scores (in a checkout: pip install ".[eval]"), for several
+models side by side, with standard errors and numbers of items. --data-dir reads boolq, piqa, hellaswag, winogrande,
+truthfulqa_mc1, truthfulqa_mc2, lambada_openai, arc_easy, arc_challenge, openbookqa, sciq and copa from the files that
+their authors published, without a network. A context that answers or items share runs once. After an interruption the
+same command with --out goes on; nothing is scored twice.
 
 Without --tasks and --probes: perplexity, by file and as the mean over files.
 Each file is cut into windows of --seq-len tokens that do not overlap; every token is predicted once, from those before

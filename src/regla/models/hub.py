@@ -29,7 +29,7 @@ HUB_SOURCE = f'''"""Lets `from_pretrained(..., trust_remote_code=True)` find the
 try:
     from regla.models import {", ".join(_NAMES.values())}
 except ModuleNotFoundError as error:  # in a `try`, since transformers would advise a name that is on no index
-    if error.name != "regla":
+    if (error.name or "").split(".")[0] != "regla":
         raise
     raise ImportError({_ABSENT!r}) from error
 

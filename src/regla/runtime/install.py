@@ -9,7 +9,6 @@ import json
 EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("datasets>=4", "pyarrow>=18"),
     "eval": ("accelerate>=1.10", "lm_eval>=0.4.13"),
-    "eval": ("accelerate>=1.10", "lm_eval>=0.4.13"),
     "gguf": ("accelerate>=1.10", "gguf>=0.10"),
     "tensorboard": ("tensorboard>=2.18",),
 }
@@ -20,7 +19,6 @@ PACKAGES = {
     "datasets": "reads data sets of Hugging Face (`regla train --dataset`)",
     "gguf": "reads GGUF files (`regla linearize`, `eval` and `generate` of model.gguf)",
     "lm_eval": "tasks, prompts and scores of `regla eval --tasks`",
-    "lm_eval": "runs benchmark tasks (`regla eval MODEL --tasks`)",
     "peft": "fine-tunes with adapters (LoRA)",
     "pyarrow": "reads .parquet files",
     "tensorboard": "writes logs that TensorBoard shows (`regla train --tensorboard`)",
