@@ -4,6 +4,7 @@ attempts."""
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from regla.cli import main
 from regla.data.embedded import embedded_text
-from regla.data.tokenizer import train_tokenizer
+from regla.data.tokenizer import load_tokenizer, train_tokenizer
 from regla.eval import harness
 from regla.eval.answers import Answers
 from regla.eval.harness import PrefixLM, Remembering, evaluate_tasks
 from regla.eval.local_tasks import LOCAL_TASKS
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.folders import load_model
 from regla.runtime import install
 
 SHAPE = {
@@ -58,6 +60,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         build().save_pretrained(made[kind])
         tokenizer.save_pretrained(made[kind])
     return made
+
+
+def load(folder: str):
+    return load_model(folder, torch.device("cpu")), load_tokenizer(folder)
 
 
 def values(scores) -> dict:
@@ -262,7 +268,7 @@ def test_long_prompts_are_cut_and_counted(folders, data, tmp_path, capsys) -> No
 
 
 def test_an_answer_longer_than_the_context_is_refused(folders) -> None:
-    model, tokenizer = harness._load_model(folders["llama"], torch.device("cpu"))
+    model, tokenizer = load(folders["llama"])
     lm = PrefixLM(model, tokenizer, batch_size=2, dtype="float32")
     lm._max_length = 8
     with pytest.raises(
@@ -274,7 +280,7 @@ def test_an_answer_longer_than_the_context_is_refused(folders) -> None:
 
 
 def test_generated_and_rolling_answers_are_remembered(folders, tmp_path) -> None:
-    model, tokenizer = harness._load_model(folders["pure"], torch.device("cpu"))
+    model, tokenizer = load(folders["pure"])
     rolling = [type("Request", (), {"args": (text,)})() for text in ("It is a long river.", "It rained.")]
     generating = [type("Request", (), {"args": ("It", {"until": ["\n"], "max_gen_toks": 4})})()]
     with Answers(tmp_path / "answers.jsonl") as answers:
@@ -313,6 +319,23 @@ def test_a_model_without_a_tokenizer(tmp_path, data) -> None:
     KINDS["pure"]().save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"bare holds no readable tokenizer"):
         evaluate_tasks([str(tmp_path / "bare")], ["boolq"], data_dir=data, device="cpu")
+
+
+def test_what_is_wrong_with_a_later_model_is_found_first(folders, data, tmp_path, capsys) -> None:
+    with pytest.raises(ValueError, match=r"There is no tokenizer folder .*absent"):
+        evaluate_tasks([folders["pure"], str(tmp_path / "absent")], ["copa"], data_dir=data, device="cpu")
+    assert "copa" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"A model is named twice; name each once"):
+        evaluate_tasks([folders["pure"]] * 2, ["copa"], data_dir=data, device="cpu")
+
+
+def test_what_is_done_is_shown_when_a_later_model_fails(folders, data, tmp_path, capsys) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["pure"], broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"broken holds no readable model"):
+        evaluate_tasks([folders["pure"], str(broken)], ["copa"], data_dir=data, device="cpu")
+    assert "| copa | 0 | acc |" in capsys.readouterr().out
 
 
 def test_a_tokenizer_without_a_first_token(tmp_path, data) -> None:

@@ -161,16 +161,26 @@ def evaluate_tasks(
     names = list(dict.fromkeys(name for entry in tasks for name in entry.split(",") if name))
     if not names:
         raise OptionError("{tasks} names no task; give some, as boolq piqa.")
+    if len(set(models)) < len(models):
+        raise OptionError("A model is named twice; name each once.")
     where = pick_device(device)
+    for model in models:
+        _tokenizer(model)  # what is wrong with a later model is found before the first one is scored
     with _quiet():
         loaded = {name: _load_task(name, names, data_dir, num_fewshot) for name in names}
+    scores: list[TaskScore] = []
+    comparisons: list[Comparison] = []
     with float32_products(), contextlib.nullcontext() if out is None else _resumable(out):
-        scores, comparisons = _score_all(models, loaded, where, limit, batch_size, dtype, out, compare_lm_eval)
+        try:
+            for model in models:
+                _score_model(model, loaded, where, limit, batch_size, dtype, out, compare_lm_eval, scores, comparisons)
+        finally:  # what is done is shown, whatever happens to the rest
+            if scores:
+                print(table(scores))
+                for line in [*_cut_lines(scores), *map(str, comparisons)]:
+                    print(line)
         if out is not None:
             plot(scores, out)
-    print(table(scores))
-    for line in [*_cut_lines(scores), *map(str, comparisons)]:
-        print(line)
     return scores
 
 
@@ -184,8 +194,8 @@ def _resumable(out: str | Path) -> Iterator[None]:
         yield
 
 
-def _score_all(
-    models: Sequence[str],
+def _score_model(
+    model: str,
     loaded: dict[str, TaskDict],
     where: torch.device,
     limit: int | None,
@@ -193,34 +203,31 @@ def _score_all(
     dtype: str,
     out: str | Path | None,
     compare_lm_eval: bool,
-) -> tuple[list[TaskScore], list[Comparison]]:
-    scores: list[TaskScore] = []
-    comparisons: list[Comparison] = []
-    for model in models:
-        load = functools.cache(lambda model=model: _load_model(model, where))
-        ours = functools.cache(lambda load=load: PrefixLM(*load(), batch_size=batch_size, dtype=dtype))
-        theirs = functools.cache(lambda load=load: _hflm(load(), batch_size, dtype))
-        with contextlib.ExitStack() as files:
-            answers = [
-                files.enter_context(Answers(None if out is None else answers_file(out, model, dtype, kind)))
-                for kind in ("", "lm-eval")[: 1 + compare_lm_eval]
-            ]
-            for name, task in loaded.items():
-                first = _run(model, Remembering(ours, answers[0]), task, limit)
-                scores.extend(first.scores)
-                if compare_lm_eval:
-                    second = _run(f"{model} (lm-eval)", Remembering(theirs, answers[1]), task, limit)
-                    scores.extend(second.scores)
-                    comparisons.append(_compare(model, name, first, second, answers))
-                if out is not None:
-                    write_scores(scores, out, comparisons)
-        del load, ours, theirs  # the model's memory is the next one's
-    return scores, comparisons
+    scores: list[TaskScore],
+    comparisons: list[Comparison],
+) -> None:
+    """Append the scores of one model on all tasks, and write them task by task."""
+    load = functools.cache(lambda: (load_model(model, where), _tokenizer(model)))
+    ours = functools.cache(lambda: PrefixLM(*load(), batch_size=batch_size, dtype=dtype))
+    theirs = functools.cache(lambda: _hflm(*load(), batch_size, dtype))
+    with contextlib.ExitStack() as files:
+        answers = [
+            files.enter_context(Answers(None if out is None else answers_file(out, model, dtype, kind)))
+            for kind in ("", "lm-eval")[: 1 + compare_lm_eval]
+        ]
+        for name, task in loaded.items():
+            first = _run(model, Remembering(ours, answers[0]), task, limit)
+            scores.extend(first.scores)
+            if compare_lm_eval:
+                second = _run(f"{model} (lm-eval)", Remembering(theirs, answers[1]), task, limit)
+                scores.extend(second.scores)
+                comparisons.append(_compare(model, name, first, second, answers))
+            if out is not None:
+                write_scores(scores, out, comparisons)
 
 
-def _hflm(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], batch_size: int, dtype: str) -> HFLM:
+def _hflm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, dtype: str) -> HFLM:
     """lm-eval's own class on a loaded model."""
-    model, tokenizer = loaded
     mixed = "bfloat16" if dtype == "bfloat16" else None
     return HFLM(model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
 
@@ -380,14 +387,14 @@ def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f" (nearest: {', '.join(near)})" if near else ""
 
 
-def _load_model(name: str, where: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(name)
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(model)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(
-            f"The tokenizer of {name} names neither a beginning- nor an end-of-text token, one of which lm-eval puts "
+            f"The tokenizer of {model} names neither a beginning- nor an end-of-text token, one of which lm-eval puts "
             "before a text without context; set its eos_token."
         )
-    return load_model(name, where), tokenizer
+    return tokenizer
 
 
 def _begin(text: str) -> str:
