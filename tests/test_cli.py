@@ -261,7 +261,7 @@ def test_full_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: py
     def ask_for_too_much(*args: object, **options: object) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(perplexity, "evaluate", ask_for_too_much)
+    monkeypatch.setattr(perplexity, "measure", ask_for_too_much)
     assert main(["eval", "m"]) == 1
     assert capsys.readouterr().err.startswith("regla: error: The memory is full; ask for less")
 
