@@ -281,7 +281,7 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="at a time on each GPU: one compiles while another trains; their tokens/s then say little",
+        help="at a time on each GPU; their tokens/s then say little",
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="start no run that would not be done by then")
     parser.add_argument("--only", metavar="GLOB", help="variants whose name matches, such as 'value/*'")

@@ -147,3 +147,12 @@ def test_memory_is_flat_after_4k_tokens(folder: str) -> None:
     before, after, n = map(int, result.stdout.split())
     assert n == 65536
     assert (after - before) * 1024 < 8 * 2**20  # of a softmax model the keys and values alone would be 16 MiB
+
+
+def test_a_stream_says_what_memory_it_uses(folder: str, tmp_path, capsys) -> None:
+    file, text = tmp_path / "scores.json", tmp_path / "text.txt"
+    text.write_text("\n".join(embedded_text().documents[:4]))
+    assert main(["eval", folder, "--stream", "6000", "--data", str(text), "--json", str(file)]) == 0
+    assert "Memory in use: " in capsys.readouterr().out
+    memory = json.loads(file.read_text())["memory_bytes"]
+    assert list(memory) == ["4096", "6000"] and all(used > 2**26 for used in memory.values())

@@ -13,7 +13,7 @@ Shape legend: N tokens of a source, T predicted tokens of a window, B windows, V
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,14 +34,19 @@ from regla.report.tables import plain
 from regla.runtime.device import pick_device, precision
 from regla.runtime.errors import check_count
 from regla.runtime.files import check_writable, write_json
+from regla.runtime.memory import memory_used
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LONGEST_DEFAULT = 1024
+_SETTLED = 4096  # tokens of a stream, behind which the memory of linear layers does not grow
 _FIRST_BIN = 64  # positions; every further bin ends at twice the one before
 _LOGITS = 2**28  # at a time, unless one window has more
 _LOGITS_OF_A_SLICE = 2**26  # as float32 and as what cross-entropy makes of them
+
+
+Watch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,10 @@ def score_stream(
     chunk: int,
     dtype: str,
     by_position: bool = False,
+    watch: Watch | None = None,
 ) -> Score:
     """Score one source as one sequence, in chunks through the cache."""
-    nats_N = stream_nats(model, text.ids, first=first, chunk=chunk, dtype=dtype)
+    nats_N = stream_nats(model, text.ids, first=first, chunk=chunk, dtype=dtype, watch=watch)
     positions = position_scores(nats_N, len(nats_N)) if by_position else ()
     return _score(text, nats_N, positions)
 
@@ -213,8 +219,13 @@ def token_nats(
 
 
 @torch.no_grad()
-def stream_nats(model: PreTrainedModel, ids_N: np.ndarray, *, first: int, chunk: int, dtype: str) -> Tensor:
-    """`token_nats` of all tokens as one window, fed in chunks of `chunk` tokens through the cache."""
+def stream_nats(
+    model: PreTrainedModel, ids_N: np.ndarray, *, first: int, chunk: int, dtype: str, watch: Watch | None = None
+) -> Tensor:
+    """`token_nats` of all tokens as one window, fed in chunks of `chunk` tokens through the cache.
+
+    `watch(tokens)` is called behind every chunk with the number of tokens read.
+    """
     inputs_N, targets_N = _inputs_and_targets(ids_N, first)
     nats_N = torch.empty(len(targets_N))
     start = 0
@@ -222,6 +233,8 @@ def stream_nats(model: PreTrainedModel, ids_N: np.ndarray, *, first: int, chunk:
         end = start + logits_1CV.shape[1]
         nats_N[start:end] = _nats(logits_1CV, targets_N[None, start:end].to(model.device))
         start = end
+        if watch is not None:
+            watch(end)
     return nats_N
 
 
@@ -316,6 +329,12 @@ def measure(
     texts = [encode_source(source, tokenizer) for source in sources]
     for text in texts:
         check_ids(loaded, [first, int(text.ids.max())], f"The tokens of {text.name}")
+    memory: dict[int, int] = {}
+
+    def watch(tokens: int) -> None:
+        if tokens >= _SETTLED and (used := memory_used(loaded.device)) is not None:
+            memory[tokens] = used
+
     scores = []
     for text in texts:
         if stream is None:
@@ -323,11 +342,20 @@ def measure(
             scored = score(loaded, text, first=first, dtype=dtype, by_position=by_position, **options)
         else:
             part = text.start(stream, tokenizer)
-            scored = score_stream(loaded, part, first=first, chunk=length, dtype=dtype, by_position=by_position)
+            scored = score_stream(
+                loaded, part, first=first, chunk=length, dtype=dtype, by_position=by_position, watch=watch
+            )
         scores.append(scored)
     print(table(scores))
     if by_position:
         print("\n" + position_table(scores))
+    if memory:
+        first_tokens, last_tokens = min(memory), max(memory)
+        print(
+            f"\nMemory in use: {memory[first_tokens] / 2**20:,.0f} MiB after {first_tokens:,} tokens, "
+            f"{max(memory.values()) / 2**20:,.0f} MiB at most, {memory[last_tokens] / 2**20:,.0f} MiB after "
+            f"{last_tokens:,}."
+        )
     found = None
     if effective_context:
         from regla.eval.context import context_table
@@ -347,6 +375,7 @@ def measure(
         "dtype": dtype,
         "sources": [asdict(score) for score in scores],
         "mean": asdict(mean_score(scores)),
+        "memory_bytes": {tokens: memory[tokens] for tokens in (min(memory), max(memory))} if memory else None,
         "effective_context": None if found is None else asdict(found),
     }
     return scores, figures

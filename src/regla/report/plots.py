@@ -87,11 +87,13 @@ def plot_shares(
     *,
     title: str,
     unit: str = "share of right answers",
-    lines: Mapping[str, float] | None = None,
+    lines: Mapping[str, Mapping[str, float]] | None = None,
+    legend_beside: bool = False,
 ) -> None:
     """Panels side by side, by title: shares from 0 to 1 with their standard errors, a curve by its name.
 
-    panels: (x, share, standard error). lines: vertical lines in every panel, by their name.
+    panels: (x, share, standard error). lines: vertical lines by their name, by the panel's title. legend_beside: one
+    legend for all panels, at the right.
     """
     from matplotlib.figure import Figure
 
@@ -106,12 +108,16 @@ def plot_shares(
                 "linestyle": "-" if index < len(_COLOURS) else "--",
             }
             axes.errorbar(xs, shares, yerr=errors, markersize=5, linewidth=1.6, capsize=2, label=label, **style)
-        for label, x in (lines or {}).items():
+        for label, x in (lines or {}).get(name, {}).items():
             axes.axvline(x, color="black", linewidth=0.8, linestyle=":")
             axes.annotate(label, (x, 1.02), fontsize=8, ha="center")
         axes.set(xlabel=name.rpartition("by ")[2], ylabel=unit, ylim=(-0.03, 1.08))
         axes.set_title(name, pad=12)
         _finish(axes)
+        if legend_beside:
+            axes.get_legend().remove()
+    if legend_beside:
+        figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right center")
     figure.savefig(file)
 
 

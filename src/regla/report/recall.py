@@ -86,7 +86,8 @@ def plot_recall(rows: Sequence[Row], file: str | Path) -> None:
         title: {name: [(x, mean, se) for x, (mean, se) in sorted(shares(of).items())] for name, of in found.items()}
         for title, shares in (("by pairs", by_pairs), ("by gap", by_gap), ("by distance", by_distance))
     }
-    plot_shares(panels, file, title=rows[0]["title"], lines={f"window {window}": window for window in sorted(windows)})
+    lines = {f"window {window}": window for window in sorted(windows)}
+    plot_shares(panels, file, title=rows[0]["title"], lines={"by gap": lines, "by distance": lines}, legend_beside=True)
 
 
 def _by(axis: str, cells_of_seeds: Sequence[Sequence[dict[str, Any]]]) -> Shares:
