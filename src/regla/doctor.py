@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from regla.ops.backends import choose_backend, why_not_native, why_not_triton
+from regla.ops.dispatch import choose_backend, why_not_native, why_not_triton
 from regla.runtime.install import PACKAGES, install_line, installed
 from regla.runtime.versions import package_version, versions
 

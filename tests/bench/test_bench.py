@@ -13,7 +13,7 @@ from regla.bench.measure import Case, Row, floor_columns, quantiles, time_call
 from regla.bench.models import build, configs
 from regla.bench.train import IdentityMixer, _model
 from regla.cli import main
-from regla.ops.backends import why_not_native
+from regla.ops.dispatch import why_not_native
 from regla.report.benches import benches_table
 
 CPU = torch.device("cpu")

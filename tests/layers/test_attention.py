@@ -9,7 +9,7 @@ from regla.layers import FEATURE_MAPS, GATES, NORMS, ReGLAAttention, init_linear
 from regla.layers.norms import HeadLayerNorm, HeadRMSNorm, prescale
 from regla.layers.positions import apply_rotary
 from regla.ops import regla_attention
-from regla.ops.backends import why_not_triton
+from regla.ops.dispatch import why_not_triton
 
 HIDDEN = 48
 COMBINATIONS = [
@@ -23,7 +23,7 @@ COMBINATIONS = [
 
 STEPS = [
     {"norm": "layernorm", "conv_size": 3, "output_gate": "silu"},
-    {"gate_axis": "key", "qk_temperature": True},
+    {"gate_axis": "key", "qk_calibration": True},
     {"gate_axis": "both", "norm": "none"},
     {"gate": "scalar", "norm": "sum"},
     {"gate": "fast_decay", "key_max": "running"},
@@ -32,7 +32,8 @@ STEPS = [
 
 
 def mixer(**options) -> ReGLAAttention:
-    layer = ReGLAAttention(HIDDEN, 6, **({"num_kv_heads": 2, "value_head_dim": 12} | options))
+    plain = {"num_kv_heads": 2, "value_head_dim": 12, "qk_norm": False, "output_gate": None}
+    layer = ReGLAAttention(HIDDEN, 6, **(plain | options))
     init_linear_attention(layer, std=0.4)
     return layer
 
@@ -51,7 +52,7 @@ def test_every_combination_streams_and_ignores_padding(feature_map, gate, axis, 
         norm=norm,
         conv_size=3,
         qk_norm=True,
-        qk_temperature=True,
+        qk_calibration=True,
         output_gate="silu",
     ).double()
     x = torch.randn(2, 37, HIDDEN, dtype=torch.float64)  # some combinations let sums cancel: digits to spare
@@ -158,10 +159,10 @@ def test_steps_may_overwrite_the_state(options):
     reason = why_not_triton(x[..., None], x[..., None])
     if reason is not None:
         pytest.skip(reason)
-    layer.feature_map.backend = "chunked"
+    layer.rule.backend = "chunked"
     whole, _ = layer(x)
     _, state = layer(x[:, :2], return_state=True)
-    layer.feature_map.backend = "triton"
+    layer.rule.backend = "triton"
     S, m, _ = state
     kept = S.clone()
     layer(x[:, 2:3], state=state, return_state=True)
@@ -182,7 +183,7 @@ def test_a_state_that_gradients_need_is_not_overwritten():
         pytest.skip(reason)
     _, state = layer(x[:, :2], return_state=True)
     kept = state.S.detach().clone()
-    layer.feature_map.backend = "triton"
+    layer.rule.backend = "triton"
     with torch.no_grad():
         layer(x[:, 2:], state=state, return_state=True, overwrite_state=True)
     y, after = layer(x[:, 2:], state=state, return_state=True, overwrite_state=True)

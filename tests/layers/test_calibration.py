@@ -1,10 +1,9 @@
-"""Calibration and temperature of queries and keys: the identity at first, then what their equations say."""
+"""Calibration of queries and keys: the identity at first, then what its equation says."""
 
-import pytest
 import torch
 
 from regla.layers import ReGLAAttention, init_linear_attention
-from regla.layers.calibration import QKCalibration, QKTemperature
+from regla.layers.calibration import QKCalibration
 
 
 def test_equation():
@@ -22,40 +21,9 @@ def test_equation():
         torch.testing.assert_close(k_new[:, :, head], expected)
 
 
-def test_temperature():
-    temperature = QKTemperature(4, 2)
-    with torch.no_grad():
-        for parameter in temperature.parameters():
-            parameter.normal_(std=5)
-    q, k = torch.randn(2, 5, 4, 3), torch.randn(2, 5, 2, 3)
-    q_new, k_new = temperature(q, k)
-    for old, new, logarithm in ((q, q_new, temperature.q_log_scale), (k, k_new, temperature.k_log_scale)):
-        ratio = new / old  # one factor a head, positive whatever was learnt
-        torch.testing.assert_close(ratio, logarithm.exp()[:, None].expand_as(ratio))
-        assert (ratio > 0).all()
-
-
-def test_temperature_comes_last_before_the_feature_map():
-    """Behind RoPE and normalisation: scaling by hand what the feature map takes gives the same."""
-    layer = ReGLAAttention(32, 4, num_kv_heads=2, qk_norm=True, qk_temperature=True)
-    init_linear_attention(layer, std=0.4)
-    angles = torch.randn(1, 9, 4).repeat(1, 1, 2)
-    x, rotary = torch.randn(2, 9, 32), (angles.cos(), angles.sin())
-    with torch.no_grad():
-        for parameter in layer.qk_temperature.parameters():
-            parameter.normal_()
-        actual = layer(x, rotary=rotary)[0]
-        temperature, layer.qk_temperature, inner = layer.qk_temperature, None, layer.feature_map.forward
-        untouched = layer(x, rotary=rotary)[0]
-        layer.feature_map.forward = lambda q, k, *rest, **named: inner(*temperature(q, k), *rest, **named)
-        torch.testing.assert_close(actual, layer(x, rotary=rotary)[0])
-    assert (actual - untouched).abs().max() > 0.01 * untouched.abs().max()
-
-
-@pytest.mark.parametrize("part", ["qk_calibration", "qk_temperature"])
-def test_it_starts_as_the_identity(part):
+def test_it_starts_as_the_identity():
     plain = ReGLAAttention(32, 4, num_kv_heads=2)
-    calibrated = ReGLAAttention(32, 4, num_kv_heads=2, **{part: True})
+    calibrated = ReGLAAttention(32, 4, num_kv_heads=2, qk_calibration=True)
     for parameter in calibrated.parameters():
         torch.nn.init.constant_(parameter, torch.nan)
     init_linear_attention(plain, std=0.4)
@@ -67,7 +35,7 @@ def test_it_starts_as_the_identity(part):
 
 def test_means_undo_a_constant_in_the_keys():
     """What the layer is there for: the same large number in every key, as pretrained keys carry it, has no effect."""
-    layer = ReGLAAttention(32, 2, qk_calibration=True, bias=True)
+    layer = ReGLAAttention(32, 2, qk_norm=False, qk_calibration=True, bias=True)
     init_linear_attention(layer, std=0.4)
     x = torch.randn(1, 9, 32)
     with torch.no_grad():

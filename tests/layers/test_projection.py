@@ -6,8 +6,10 @@ from torch import nn
 
 from regla.layers import ReGLAAttention, init_linear_attention
 from regla.layers.projection import project
-from regla.ops import safe_exp_attention
-from regla.ops.backends import why_not_triton
+from regla.ops.additive import attend
+from regla.ops.call import Call, Gates, Packed
+from regla.ops.dispatch import why_not_triton
+from regla.ops.fused import _in_buffers
 
 
 def maps(*biases: bool) -> list[nn.Linear]:
@@ -39,7 +41,7 @@ class Adapted(nn.Linear):
         return super().forward(x) + 1
 
 
-class Packed(torch.Tensor):
+class Quantised(torch.Tensor):
     """As quantised weights are: a tensor of its own kind."""
 
 
@@ -50,7 +52,7 @@ def test_maps_that_are_more_than_linear_run_by_themselves():
     seen = []
     hooked.register_forward_hook(lambda *_: seen.append(1))
     frozen.weight.requires_grad_(False)
-    quantised.weight = nn.Parameter(quantised.weight.detach().as_subclass(Packed))
+    quantised.weight = nn.Parameter(quantised.weight.detach().as_subclass(Quantised))
     wrapped = nn.Linear(6, 2)
     wrapped.forward = lambda x: x[..., :2] * 3  # as accelerate does to move weights
     with under_autocast():
@@ -97,22 +99,30 @@ def test_a_mixer_trains_the_same_in_one_product(options, backend, monkeypatch):
         ({}, (True, True)),
         ({"conv_size": 4}, (True, True)),
         ({"qk_norm": True}, (True, True)),
-        ({"qk_norm": True, "qk_temperature": True}, (False, True)),
+        ({"qk_norm": True, "qk_calibration": True}, (False, True)),
         ({"norm": "sum"}, (False, True)),
         ({"norm": "sum", "gate_axis": "both"}, (False, False)),
     ],
 )
 def test_what_a_mixer_hands_on_in_one_tensor(options, given, monkeypatch):
     """q, k and v unless something changed them in between, and the gates."""
-    layer = ReGLAAttention(24, 4, **options)
+    x = torch.randn(1, 2, 3, 16)
+    if why_not_triton(x, x) is not None:
+        pytest.skip(why_not_triton(x, x))
+    layer = ReGLAAttention(24, 4, **({"qk_norm": False} | options), backend="triton")
     seen = []
 
-    def attention(*args, qkv, gates, **kwargs):
-        seen.append((qkv is not None, gates is not None))
-        return safe_exp_attention(*args, qkv=qkv, gates=gates, **kwargs)
+    def attention(call, engine):
+        buffers, _ = _in_buffers(call)
+        wholes = [
+            packed is not None and any(x is packed.whole for x in buffers) for packed in (call.qkv, call.gates.packed)
+        ]
+        seen.append(tuple(wholes))
+        raise InterruptedError
 
-    monkeypatch.setattr("regla.layers.feature_maps.safe_exp_attention", attention)
-    with under_autocast():
+    monkeypatch.setattr("regla.ops.additive.fused_attention", attention)
+    monkeypatch.setattr("regla.ops.dispatch._INTERPRETED", (torch.float32, torch.bfloat16))
+    with under_autocast(), pytest.raises(InterruptedError):
         layer(torch.randn(2, 5, 24))
     assert seen == [given]
 
@@ -123,46 +133,69 @@ def test_what_a_mixer_hands_on_in_one_tensor(options, given, monkeypatch):
 def test_parts_of_one_tensor(axis, B, T, backend):
     """Gradients of a tensor whose parts go in, and what comes out, are those of the parts by themselves."""
     sizes = [(4, 6), (2, 6), (2, 8)]  # heads and channels of q, k, v: two queries share a state
-    gates = {"value": {"gv": 8}, "key": {"gk": 6}, "both": {"gk": 6, "gv": 8}}[axis]
-    gates |= {name.replace("g", "refine_"): width for name, width in gates.items()}
-    wholes = [torch.randn(B, T, sum(h * d for h, d in sizes)), torch.randn(B, T, 2 * sum(gates.values()))]
+    names = {"value": ("gv", "rv"), "key": ("gk", "rk"), "both": ("gk", "gv", "rk", "rv")}[axis]
+    gate_sizes = [(2, 8 if name.endswith("v") else 6) for name in names]
+    wholes = [torch.randn(B, T, sum(h * d for h, d in x)) for x in (sizes, gate_sizes)]
     results = []
     for together in (True, False):
-        qkv, gate = (whole.clone().requires_grad_() for whole in wholes)
-        q, k, v = (x.unflatten(-1, s) for x, s in zip(qkv.split([h * d for h, d in sizes], -1), sizes, strict=True))
-        parts = gate.split([2 * width for width in gates.values()], -1)
-        named = {name: x.unflatten(-1, (2, -1)) for name, x in zip(gates, parts, strict=True)}
-        whole = {"qkv": qkv, "gates": gate} if together else {}
-        if not together:
-            q, k, v, *others = (x.contiguous() for x in (q, k, v, *named.values()))
-            named = dict(zip(named, others, strict=True))
-        h, _ = safe_exp_attention(q, k, v, **named, **whole, backend=backend)
-        results.append([h, *torch.autograd.grad((h * torch.arange(8.0)).sum(), [qkv, gate])])
+        leaves = [whole.clone().requires_grad_() for whole in wholes]
+        qkv, packed = Packed(leaves[0], sizes), Packed(leaves[1], gate_sizes)
+        if together:
+            gates = Gates(**dict(zip(names, packed.parts, strict=True)), packed=packed)
+            call = Call(*qkv.parts, gates, 1.0, "decay", qkv=qkv)
+        else:
+            gates = Gates(**{name: x.contiguous() for name, x in zip(names, packed.parts, strict=True)})
+            call = Call(*(x.contiguous() for x in qkv.parts), gates, 1.0, "decay")
+        h = attend(call, backend).h
+        results.append([h, *torch.autograd.grad((h * torch.arange(8.0)).sum(), leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
-def test_a_tensor_of_which_they_are_no_part_is_refused():
-    q, k, v, gate, refine = torch.randn(5, 2, 10, 2, 4).unbind(0)
-    whole = torch.cat([q, k, v], 2).flatten(2)
-    shaped = "qkv has shape .*; expected a contiguous .*the channels of q, k, v side by side"
-    for wrong, sentence in (
-        (whole[..., 1:], shaped),
-        (torch.cat([whole, whole], -1), shaped),
-        (torch.cat([whole, whole], 1), shaped),
-        (whole.view(1, 20, 24), shaped),
-        (whole.mT.contiguous().mT, shaped),
-        (whole.double(), "qkv is torch.float64 on .*, but q is torch.float32"),
-        (whole.clone().requires_grad_(), "requires_grad True.*, but q is .*requires_grad False"),
-    ):
-        for backend in ("auto", "chunked"):
-            with pytest.raises(ValueError, match=sentence):
-                safe_exp_attention(q, k, v, gate, None, refine_k=refine, qkv=wrong, backend=backend)
-    with pytest.raises(ValueError, match="gates has shape"):
-        safe_exp_attention(q, k, v, gate, None, refine_k=refine, gates=torch.cat([gate, refine], -1).flatten(2)[:1])
+@pytest.mark.parametrize("backend", ["auto", "chunked", "triton"])
+def test_what_is_no_part_is_computed_from(backend):
+    """A packed tensor says where its parts lie, and nothing about tensors that are not among them."""
+    x = torch.ones(1, 1, 1, 16)
+    if backend == "triton" and why_not_triton(x, x) is not None:
+        pytest.skip(why_not_triton(x, x))
+    sizes = [(2, 6), (2, 6), (2, 8)]
+    qkv, packed = Packed(torch.randn(2, 10, 40), sizes), Packed(torch.randn(2, 10, 24), [(2, 6), (2, 6)])
+    q, k, v = qkv.parts
+    gk, rk = packed.parts
+    for changed in (Call(q, k + 1, v, Gates(gk, rk), 1.0, "decay"), Call(q, k, v, Gates(gk - 3, rk), 1.0, "decay")):
+        gates = changed.gates._replace(packed=packed)
+        with_packed = attend(changed._replace(qkv=qkv, gates=gates), backend).h
+        torch.testing.assert_close(with_packed, attend(changed, backend).h, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"conv_size": 4}, {"qk_temperature": True}, {"feature_map": "relu"}])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_hook_on_the_gate_has_its_way(train):
+    """What it returns decays the state, in training under autocast as in inference; gradient hooks are called, too."""
+    layer = ReGLAAttention(24, 4)
+    init_linear_attention(layer, std=0.3)
+    x = torch.randn(2, 20, 24)
+
+    def run():
+        with under_autocast(), torch.set_grad_enabled(train):
+            return layer(x)[0]
+
+    before = run()
+    with layer.gate.register_forward_hook(lambda module, args, gates: gates._replace(gk=gates.gk - 5)):
+        hooked = run()
+    bias = layer.gate.proj.bias
+    with torch.no_grad():
+        bias -= 5
+    expected = run()
+    assert (hooked - before).abs().max() > 0.05
+    torch.testing.assert_close(hooked, expected, rtol=0.05, atol=0.02)
+    if train:
+        seen = []
+        with layer.gate.register_forward_hook(lambda module, args, gates: gates.gk.register_hook(seen.append) and None):
+            run().sum().backward()
+        assert len(seen) == 1 and seen[0].shape == (2, 20, 4, 6)
+
+
+@pytest.mark.parametrize("options", [{}, {"conv_size": 4}, {"qk_calibration": True}, {"feature_map": "relu"}])
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_a_norm_inside_of_the_operation_is_the_module(options, backend):
     """What follows a norm of q and k may take it along; a hook says that nothing may."""
@@ -192,8 +225,6 @@ def test_norms_of_different_eps_are_called():
     layer = ReGLAAttention(24, 4, qk_norm=True)
     layer.k_norm.eps = 0.1
     seen = []
-    layer.feature_map.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["qk_norm"]), with_kwargs=True
-    )
+    layer.rule.register_forward_pre_hook(lambda _, args: seen.append(args[1].qk_norm))
     layer(torch.randn(2, 5, 24))
     assert seen == [None]

@@ -15,7 +15,7 @@ from regla.models.cache import (
     adopt_cache,
     fork_cache,
 )
-from regla.ops.backends import why_not_triton
+from regla.ops.dispatch import why_not_triton
 
 
 def skip_without_triton():

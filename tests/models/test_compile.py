@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 
-from regla.ops.backends import why_not_triton
+from regla.ops.dispatch import why_not_triton
 
 
 @pytest.fixture(autouse=True)

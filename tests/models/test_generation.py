@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline, set_seed
 
-from regla.ops.backends import why_not_triton
+from regla.ops.dispatch import why_not_triton
 
 NEW = 9
 

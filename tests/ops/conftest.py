@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from regla.ops import backends
+from regla.ops import dispatch
 
 
 @pytest.fixture
 def operation():
     """The launches of the kernels, where Triton runs them: on a GPU, or through its interpreter."""
     x = torch.ones(1, 1, 1, 16)
-    reason = backends.why_not_triton(x, x)
+    reason = dispatch.why_not_triton(x, x)
     if reason is not None:
         pytest.skip(reason)
     from regla.ops.triton import operation
@@ -55,4 +55,4 @@ def _interpret_as_a_gpu_computes(monkeypatch):
         monkeypatch.setattr(interpreter.InterpreterBuilder, name, method)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
-    monkeypatch.setattr(backends, "_INTERPRETED", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(dispatch, "_INTERPRETED", (torch.float32, torch.bfloat16))

@@ -7,7 +7,7 @@ from torch import library
 from regla.layers.norms import HeadLayerNorm, HeadRMSNorm
 from regla.ops import gate_decays, regla_attention, safe_exp_attention
 from regla.ops.attention import safe_exp_step_
-from regla.ops.backends import step_engine, why_not_native, why_not_triton
+from regla.ops.dispatch import step_engine, why_not_native, why_not_triton
 from regla.ops.features import variance_reduction
 from regla.ops.fused import _step_operation
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regla.ops import gated_linear_attention, log_refined_gate, regla_attention, safe_exp_attention
-from regla.ops.backends import why_not_native, why_not_triton
+from regla.ops.dispatch import why_not_native, why_not_triton
 
 from . import definition
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regla.layers.norms import HeadRMSNorm
 from regla.ops import gate_decays, gated_linear_attention, regla_attention, safe_exp_attention
-from regla.ops.backends import why_not_native
+from regla.ops.dispatch import why_not_native
 from regla.ops.features import LIFT
 
 from . import definition

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regla.layers import ReGLAAttention
-from regla.ops.backends import output_norm_kernel_runs
+from regla.ops.dispatch import output_norm_kernel_runs
 from regla.ops.output_norm import output_norm
 
 EPS = 1e-3
@@ -199,7 +199,7 @@ def test_in_a_mixer(norm, gate, monkeypatch):
         layer.norm.weight.normal_()
     found = []
     for backend in ("chunked", "triton"):
-        layer.feature_map.backend = backend
+        layer.rule.backend = backend
         y, _ = layer(x)
         torch.manual_seed(1)
         found.append([y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), [*layer.parameters()])])

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import rms_norm
 
 from regla.ops import QKNorm, safe_exp_attention
-from regla.ops.backends import why_not_native, why_not_triton
+from regla.ops.dispatch import why_not_native, why_not_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 AXES = ["value", "key", "both"]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from regla.ops.call import Call, Gates
 from regla.ops.fused import fused_attention
 from regla.ops.triton.chip import HOPPER
 
@@ -190,8 +191,7 @@ def test_in_groups(axis, operation, monkeypatch):
 def test_no_stabiliser_without_the_safe_exponential(cut):
     cut(1)
     x = torch.randn(1, 70, 1, 16)
-    empty = dict.fromkeys(("gk", "rk", "gv", "rv", "mask", "cu_seqlens", "initial_state", "before"))
-    _o, _S, m = fused_attention(x, x, x, **empty, scale=1.0, safe_exp=False, engine="triton")
+    _o, _S, m = fused_attention(Call(x, x, x, Gates(), 1.0), "triton")
     assert (m == 0).all()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regla.ops import regla_attention, safe_exp_attention
-from regla.ops.backends import why_not_triton
+from regla.ops.dispatch import why_not_triton
 from regla.ops.fused import Inputs
 
 from . import definition

@@ -20,7 +20,7 @@ import torch
 
 from regla.bench.measure import Case, Row
 from regla.ops import gated_linear_attention, regla_attention
-from regla.ops.backends import why_not_native
+from regla.ops.dispatch import why_not_native
 
 
 def cases() -> list[Case]:

@@ -44,7 +44,7 @@ from regla.bench.measure import (
 )
 from regla.ops import gated_linear_attention, safe_exp_attention
 from regla.ops.attention import safe_exp_step_
-from regla.ops.backends import why_not_native, why_not_triton
+from regla.ops.dispatch import why_not_native, why_not_triton
 from regla.ops.features import safe_exp_query
 from regla.ops.gates import log_refined_gate
 from regla.ops.output_norm import output_norm

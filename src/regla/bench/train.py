@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from regla.bench.measure import Case, Row, Timing, dtype_name, give_memory_back, quantiles
 from regla.bench.models import build, configs
+from regla.layers.norms import norm_and_gate
 from regla.runtime.device import autocast
 from regla.train.loop import make_optimizer, next_token_loss
 from regla.train.regions import compiled_blocks
 
 if TYPE_CHECKING:
-    from regla.layers.gates import Decays
+    from regla.layers.recurrence import Output, Past, Tokens
     from regla.models import ReGLAForCausalLM
 
 BENCHMARK = "bench train"
@@ -41,16 +42,15 @@ class IdentityMixer(nn.Module):
 
 
 class ValuesForOutputs(nn.Module):
-    """Stands where a mixer's recurrence stood: o [B, T, HQ, V] = v + 0 (q + k + gates), v [B, T, H, V] repeated for the
-    query heads of a group, so that every projection is still at work."""
+    """Stands where a mixer's update rule stood: h [B, T, HQ, V] = v + 0 (q + k + gates), v [B, T, H, V] repeated for
+    the query heads of a group, so that every projection, the norm and the output gate are still at work."""
 
-    backend = "auto"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, decays: Decays, *_: Any) -> tuple[Tensor, None]:
-        gates = decays.gk, decays.gv, decays.refine_k, decays.refine_v
-        others = torch.stack([x.flatten(2).sum(-1) for x in (q, k, *gates) if x is not None]).sum(0)
-        o = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
-        return o + 0.0 * others[..., None, None].to(o.dtype), None
+    def forward(self, feature_map: nn.Module, x: Tokens, past: Past, output: Output) -> tuple[Tensor, None]:
+        q, k, v, gates = x[:4]
+        others = torch.stack([y.flatten(2).sum(-1) for y in (q, k, *gates[:5]) if y is not None]).sum(0)
+        h = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
+        h = h + 0.0 * others[..., None, None].to(h.dtype)
+        return norm_and_gate(output.norm, h, output.gate, output.activation, "auto"), None
 
 
 def cases(
@@ -139,7 +139,7 @@ def _model(
         if name == "identity":
             layer.self_attn = IdentityMixer()
         elif name == "values":
-            layer.self_attn.feature_map = ValuesForOutputs()
+            layer.self_attn.rule = ValuesForOutputs()
     return model
 
 

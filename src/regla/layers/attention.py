@@ -8,15 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regla.layers.calibration import QKCalibration, QKTemperature
-from regla.layers.feature_maps import FEATURE_MAPS, SafeExp
-from regla.layers.gates import GATE_AXES, GATES, Decays
-from regla.layers.norms import NORMS, HeadNorm
+from regla.layers.calibration import QKCalibration
+from regla.layers.defaults import DEFAULTS
+from regla.layers.feature_maps import FEATURE_MAPS
+from regla.layers.gates import GATE_AXES, GATES
+from regla.layers.norms import NORMS, normalised
+from regla.layers.plain import is_plain
 from regla.layers.positions import ShortConvolution, apply_rotary
-from regla.layers.projection import is_plain, project
-from regla.ops import QKNorm
-from regla.ops.attention import safe_exp_step_
-from regla.ops.backends import step_engine
+from regla.layers.projection import project
+from regla.layers.recurrence import AdditiveRule, Output, Past, Tokens
+from regla.ops.call import Packed, QKNorm
 from regla.ops.features import KEY_MAX
 from regla.ops.output_norm import ACTIVATIONS
 
@@ -30,9 +31,9 @@ class ReGLAState(NamedTuple):
 
 
 class ReGLAAttention(nn.Module):
-    """Gated linear attention in the paper's form: project -> (short convolution) -> (q/k normalisation) -> (RoPE) ->
-    (q/k calibration) -> (q/k temperature) -> feature map and gated recurrence -> norm -> (output gate) -> out; parts
-    in brackets are optional.
+    """Gated linear attention in the paper's form (figure 1): project -> (short convolution) -> (q/k normalisation) ->
+    (RoPE) -> (q/k calibration) -> gate -> recurrence of a feature map and an update rule -> norm -> (output gate) ->
+    out; parts in brackets are optional. Defaults are those of `regla.layers.defaults`, as of models.
 
     Args:
         hidden_size: channels of the input and the output.
@@ -49,7 +50,6 @@ class ReGLAAttention(nn.Module):
         conv_size: tokens the short convolution of q, k and v sees; 0 for none.
         qk_norm: RMS-normalise q and k per head with a learnt gain.
         qk_calibration: shift and scale q and k before the feature map (`QKCalibration`), for pretrained projections.
-        qk_temperature: scale q and k by a learnt positive factor per head before the feature map (`QKTemperature`).
         output_gate: None, "silu" or "sigmoid".
         bias, out_bias: biases of the q, k, v projections, and of the output's.
         gate_low_rank_dim: rank of the "gla" gate.
@@ -73,21 +73,20 @@ class ReGLAAttention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         value_head_dim: int | None = None,
-        feature_map: str = "safe_exp",
-        gate: str = "refined",
-        gate_axis: str = "key",
-        key_max: str = "decay",
-        norm: str = "rmsnorm",
-        norm_eps: float = 1e-6,
-        conv_size: int = 0,
-        qk_norm: bool = False,
-        qk_calibration: bool = False,
-        qk_temperature: bool = False,
-        output_gate: str | None = None,
-        bias: bool = False,
+        feature_map: str = DEFAULTS.feature_map,
+        gate: str = DEFAULTS.gate,
+        gate_axis: str = DEFAULTS.gate_axis,
+        key_max: str = DEFAULTS.key_max,
+        norm: str = DEFAULTS.norm,
+        norm_eps: float = DEFAULTS.norm_eps,
+        conv_size: int = DEFAULTS.conv_size,
+        qk_norm: bool = DEFAULTS.qk_norm,
+        qk_calibration: bool = DEFAULTS.qk_calibration,
+        output_gate: str | None = DEFAULTS.output_gate,
+        bias: bool = DEFAULTS.bias,
         out_bias: bool = False,
-        gate_low_rank_dim: int = 16,
-        backend: str = "auto",
+        gate_low_rank_dim: int = DEFAULTS.gate_low_rank_dim,
+        backend: str = DEFAULTS.backend,
     ):
         super().__init__()
         _one_of("feature_map", feature_map, FEATURE_MAPS)
@@ -116,9 +115,9 @@ class ReGLAAttention(nn.Module):
         self.q_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.qk_calibration = QKCalibration(num_heads, num_kv_heads, K) if qk_calibration else None
-        self.qk_temperature = QKTemperature(num_heads, num_kv_heads) if qk_temperature else None
         self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, gate_low_rank_dim)
-        self.feature_map = FEATURE_MAPS[feature_map](key_max, backend)
+        self.feature_map = FEATURE_MAPS[feature_map](key_max)
+        self.rule = AdditiveRule(self.feature_map, K, backend)
         self.norm = NORMS[norm](num_heads, V, norm_eps)
         self.output_gate = nn.Linear(hidden_size, num_heads * V, bias=False) if output_gate else None
         self.output_activation = output_gate
@@ -152,106 +151,63 @@ class ReGLAAttention(nn.Module):
             raise ValueError("cu_seqlens is given with a state; packed sequences start empty: pass one or the other")
         if mask is not None:
             x = torch.where(mask[..., None], x, 0.0)  # by choice: padding may hold nan, and gradients meet it too
-        (q, k, v), qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
-        conv_state = None
-        if self.conv is not None:
-            widths = [part.shape[-1] for part in (q, k, v)]
-            qkv = torch.cat([q, k, v], -1) if qkv is None else qkv
-            qkv, conv_state = self.conv(qkv, mask, cu_seqlens, None if state is None else state.conv)
-            q, k, v = qkv.split(widths, -1)
-        q, k = q.unflatten(-1, (-1, self.head_dim)), k.unflatten(-1, (-1, self.head_dim))
-        v = v.unflatten(-1, (-1, self.value_head_dim))
-        parts = q, k, v
-        if v.dtype == torch.float16:  # too narrow for outputs that are not normalised yet
+        q, k, v, qkv, conv = self._project_and_convolve(x, mask, cu_seqlens, state)
+        q, k, qk_norm = self._normalise_rotate_and_calibrate(q, k, rotary)
+        dtype = v.dtype
+        if dtype == torch.float16:  # too narrow for outputs that are not normalised yet
             v = v.float()
-        qk_norm = None if rotary is not None or overwrite_state else self._norm_before_features(x.device)
-        if qk_norm is None and self.q_norm is not None and self.k_norm is not None:
-            q, k = (norm(x.to(norm.weight.dtype)).to(x.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        v, gates = self.norm.prepare(v, self.gate(x))
+        tokens = Tokens(q, k, v, gates, qk_norm, qkv, mask, cu_seqlens)
+        past = Past(None if state is None else (state.S, state.m), return_state, overwrite_state)
+        output_gate = None if self.output_gate is None else self.output_gate(x)
+        output = Output(self.norm, output_gate, self.output_activation)
+        o, after = self.rule(self.feature_map, tokens, past, output)
+        o = o.flatten(2)
+        y = self.o_proj(o.to(dtype) if dtype == torch.float16 else o)
+        return y, None if after is None else ReGLAState(after[0], after[1], conv)
+
+    def _project_and_convolve(
+        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, state: ReGLAState | None
+    ) -> tuple[Tensor, Tensor, Tensor, Packed | None, Tensor | None]:
+        """q, k, v, the tensor of which they are parts if there is one, and the new state of the convolution."""
+        parts, whole = project(x, self.q_proj, self.k_proj, self.v_proj)
+        K, V, conv = self.head_dim, self.value_head_dim, None
+        heads = [(self.num_heads, K), (self.num_kv_heads, K), (self.num_kv_heads, V)]
+        if self.conv is not None:
+            whole = torch.cat(parts, -1) if whole is None else whole
+            whole, conv = self.conv(whole, mask, cu_seqlens, None if state is None else state.conv)
+        if whole is None:
+            q, k, v = (part.unflatten(-1, size) for part, size in zip(parts, heads, strict=True))
+            return q, k, v, None, conv
+        qkv = Packed(whole, heads)
+        return *qkv.parts, qkv, conv  # type: ignore[return-value]
+
+    def _normalise_rotate_and_calibrate(
+        self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, QKNorm | None]:
+        """q, k, and their norm where nothing comes between it and the recurrence, which then does it."""
+        qk_norm = self._norm_before_recurrence(q.device) if rotary is None else None
+        if qk_norm is None:
+            q, k = normalised(self.q_norm, q), normalised(self.k_norm, k)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if self.qk_calibration is not None:
             q, k = self.qk_calibration(q, k)
-        if self.qk_temperature is not None:
-            q, k = self.qk_temperature(q, k)
-        decays = self.gate(x)
-        v, decays = self.norm.prepare(v, decays)
-        if decays.write is not None:  # of what the norm added, too: the sum of the keys is gated as the values are
-            v = v * decays.write.to(v.dtype)
-        after = None if state is None else (state.S, state.m)
-        o = self._step_(q, k, v, decays, mask, state) if overwrite_state and cu_seqlens is None else None
-        is_normalised = o is not None
-        if o is None:
-            inputs = q, k, v, decays, mask, cu_seqlens, after, return_state
-            if isinstance(self.feature_map, SafeExp):
-                together = qkv if q is parts[0] and k is parts[1] and v is parts[2] else None
-                o, after = self.feature_map(*inputs, together=together, qk_norm=qk_norm)
-            else:
-                o, after = self.feature_map(*inputs)
-        gate = None if self.output_gate is None else self.output_gate(x)
-        if not is_normalised and isinstance(self.norm, HeadNorm):
-            o, gate = self.norm(o, gate, self.output_activation, self.feature_map.backend), None
-        elif not is_normalised:
-            o = self.norm(o)
-        o = o.flatten(2)
-        if gate is not None and self.output_activation is not None:
-            o = o * ACTIVATIONS[self.output_activation](gate)
-        if parts[2].dtype == torch.float16:
-            o = o.to(parts[2].dtype)
-        y = self.o_proj(o)
-        return y, ReGLAState(after[0], after[1], conv_state) if return_state and after is not None else None
+        return q, k, qk_norm
 
-    def _norm_before_features(self, device: torch.device) -> QKNorm | None:
-        """The norms of q and k where nothing but the safe exponential follows, which takes them along; None where they
-        are to be called: there are none, something else follows, or a norm is more than its weight."""
+    def _norm_before_recurrence(self, device: torch.device) -> QKNorm | None:
+        """The norms of q and k by their weights; None where there are none, where something else follows or where a
+        norm is more than its weight: then they are called."""
         q_norm, k_norm = self.q_norm, self.k_norm
-        if q_norm is None or k_norm is None or self.qk_calibration is not None or self.qk_temperature is not None:
+        if q_norm is None or k_norm is None or self.qk_calibration is not None or self.feature_map.key_max is None:
             return None
         expected = (self.head_dim,), q_norm.eps, device
         for norm in (q_norm, k_norm):
-            if not is_plain(norm) or (norm.normalized_shape, norm.eps, norm.weight.device) != expected:
+            if not is_plain(norm, nn.RMSNorm) or norm.weight is None:
                 return None
-        if q_norm.eps is None or not isinstance(self.feature_map, SafeExp):
-            return None
-        return QKNorm(q_norm.weight, k_norm.weight, q_norm.eps)
-
-    def _step_(
-        self, q: Tensor, k: Tensor, v: Tensor, decays: Decays, mask: Tensor | None, state: ReGLAState | None
-    ) -> Tensor | None:
-        """The normalised output of one token [B, 1, HQ, V], `state` overwritten, by the decode kernel; None, and
-        nothing done, where it cannot run."""
-        if not isinstance(self.feature_map, SafeExp) or state is None:
-            return None
-        gk, gv, refine_k, refine_v = decays.gk, decays.gv, decays.refine_k, decays.refine_v
-        S, m, _ = state
-        key_max, backend = self.feature_map.key_max, self.feature_map.backend
-        dense = S.dtype == m.dtype == torch.float32 and S.is_contiguous() and m.is_contiguous()
-        if not dense or S.requires_grad:
-            return None
-        engine = step_engine(backend, key_max, k, v, q, gk, gv, refine_k, refine_v)
-        if engine is None:
-            return None
-        weight, bias = None, None
-        if isinstance(self.norm, HeadNorm) and self.norm.weight.device == v.device:
-            # Weights that are kept elsewhere come to the device when the norm itself is called.
-            weight, bias = self.norm.weight, self.norm.bias
-        h = safe_exp_step_(
-            q,
-            k,
-            v,
-            S,
-            m,
-            gk,
-            gv,
-            refine_k=refine_k,
-            refine_v=refine_v,
-            mask=mask,
-            key_max=key_max,
-            engine=engine,
-            weight=weight,
-            bias=bias,
-            eps=self.norm.eps,
-        )
-        return self.norm(h) if weight is None else h
+            if (norm.normalized_shape, norm.eps, norm.weight.device) != expected:
+                return None
+        return None if q_norm.eps is None else QKNorm(q_norm.weight, k_norm.weight, q_norm.eps)
 
 
 def _one_of(name: str, value: str | None, known: Iterable[str | None]) -> None:

@@ -29,20 +29,3 @@ class QKCalibration(nn.Module):
         q_calibrated = (q.to(self.q_mean.dtype) - self.q_mean) * self.q_scale[:, None]
         k_calibrated = (k.to(self.k_mean.dtype) - self.k_mean) * self.k_scale[:, None]
         return q_calibrated, k_calibrated
-
-
-class QKTemperature(nn.Module):
-    """q' = exp(q_log_scale) * q, k' = exp(k_log_scale) * k: one factor (1 / temperature) per head, positive as it is
-    learnt by its logarithm, which starts at 0.
-
-    q: [B, T, num_heads, head_dim], k: [B, T, num_kv_heads, head_dim]. Both come out in the dtype of the parameters.
-    """
-
-    def __init__(self, num_heads: int, num_kv_heads: int):
-        super().__init__()
-        self.q_log_scale = nn.Parameter(torch.zeros(num_heads))
-        self.k_log_scale = nn.Parameter(torch.zeros(num_kv_heads))
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = self.q_log_scale.dtype
-        return q.to(dtype) * self.q_log_scale.exp()[:, None], k.to(dtype) * self.k_log_scale.exp()[:, None]

@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from regla.layers.projection import project
-from regla.ops import log_refined_gate
+from regla.layers.plain import has_hooks
+from regla.layers.projection import project, split_heads
+from regla.ops.call import Gates, Packed
 
 HalfLife = float | Sequence[float]  # tokens until half is forgotten: of all channels, or (shortest, longest)
 
 
-class Decays(NamedTuple):
-    """Log-decays of the key axis [B, T, H, K or 1] and the value axis [B, T, H, V or 1], and a factor on the values
-    written [B, T, H, 1]; None stands for no decay, and for 1. Of an axis with refine logits, the gate's logits.
-
-    together: a tensor [B, T, channels] whose channels are those of gk, gv, refine_k and refine_v, where there is one.
-    """
-
-    gk: Tensor | None = None
-    gv: Tensor | None = None
-    write: Tensor | None = None
-    refine_k: Tensor | None = None
-    refine_v: Tensor | None = None
-    together: Tensor | None = None
-
-    def logarithms(self) -> tuple[Tensor | None, Tensor | None]:
-        """The log-decays of both axes, those of refined gates computed from their logits."""
-        gk, gv = self.gk, self.gv
-        if gk is not None and self.refine_k is not None:
-            gk = log_refined_gate(gk, self.refine_k)
-        if gv is not None and self.refine_v is not None:
-            gv = log_refined_gate(gv, self.refine_v)
-        return gk, gv
-
-
 class Gate(nn.Module):
-    """x [B, T, hidden] -> Decays, logarithms in float32."""
+    """x [B, T, hidden] -> `Gates` of the state; logarithms in float32."""
 
     root = 1  # what decays is sigmoid(a)^(1/root)
 
@@ -72,13 +48,15 @@ class Gate(nn.Module):
         """[B, T, H*D] -> [B, T, H, D] float32."""
         return _wide(x).unflatten(-1, (self.num_heads, -1))
 
-    def on_axes(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What a linear map gives [B, T, channels] as ([B, T, H, K] for the key axis or None, [B, T, H, V] or None)."""
-        if self.axis != "both":
-            x = x.unflatten(-1, (self.num_heads, -1))
-            return (x, None) if self.axis == "key" else (None, x)
-        gk, gv = x.split([self.num_heads * self.K, self.num_heads * self.V], -1)
-        return gk.unflatten(-1, (self.num_heads, self.K)), gv.unflatten(-1, (self.num_heads, self.V))
+    def heads_of_axes(self) -> list[tuple[int, int]]:
+        """(heads, channels of each) for every axis that the gate decays."""
+        return [(self.num_heads, D) for D in self.axes("proj")]
+
+    def on_axes(self, parts: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """What there is for each axis, in the order of `axes`, as (of the key axis, of the value axis) or None."""
+        if self.axis == "both":
+            return parts[0], parts[1]
+        return (parts[0], None) if self.axis == "key" else (None, parts[0])
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -108,7 +86,6 @@ def check_gate_start(
     gate_bias: float = 0.0,
     refine_bias: float = 0.0,
     gate_half_life: HalfLife | None = None,
-    over_channels: bool = True,
 ) -> None:
     """Raise a ValueError if a gate cannot start with this half-life, or is told to start in two ways."""
     if gate_half_life is None:
@@ -121,7 +98,7 @@ def check_gate_start(
             )
     if issubclass(gate, NoGate):
         raise ValueError(f"gate_half_life is {gate_half_life}, but without a gate nothing is forgotten: leave it out")
-    if issubclass(gate, ScalarGate) and over_channels and shortest < longest:
+    if issubclass(gate, ScalarGate) and shortest < longest:
         raise ValueError(
             f"gate_half_life is {gate_half_life}, but a scalar gate has one channel a head: give one number of tokens"
         )
@@ -130,8 +107,8 @@ def check_gate_start(
 class NoGate(Gate):
     """Nothing is forgotten (paper equations 3-5)."""
 
-    def forward(self, x: Tensor) -> Decays:
-        return Decays()
+    def forward(self, x: Tensor) -> Gates:
+        return Gates()
 
 
 class ScalarGate(Gate):
@@ -143,9 +120,9 @@ class ScalarGate(Gate):
     def axes(self, projection: str) -> tuple[int, ...]:
         return (1,)
 
-    def forward(self, x: Tensor) -> Decays:
+    def forward(self, x: Tensor) -> Gates:
         a = self.heads(self.proj(x))
-        return Decays(gk=logsigmoid(a), write=torch.sigmoid(-a))
+        return Gates(gk=logsigmoid(a), write=torch.sigmoid(-a))
 
 
 class FastDecayGate(Gate):
@@ -158,8 +135,9 @@ class FastDecayGate(Gate):
     def axes(self, projection: str) -> tuple[int, ...]:
         return (self.K if projection == "key_proj" else self.V,)
 
-    def forward(self, x: Tensor) -> Decays:
-        return Decays(logsigmoid(self.heads(self.key_proj(x))), logsigmoid(self.heads(self.value_proj(x))))
+    def forward(self, x: Tensor) -> Gates:
+        gk, gv = logsigmoid(self.heads(self.key_proj(x))), logsigmoid(self.heads(self.value_proj(x)))
+        return Gates(gk=gk, gv=gv)
 
 
 class GLAGate(Gate):
@@ -174,8 +152,8 @@ class GLAGate(Gate):
     def axes(self, projection: str) -> tuple[int, ...]:
         return (self.K,)
 
-    def forward(self, x: Tensor) -> Decays:
-        return Decays(gk=logsigmoid(self.heads(self.proj(self.down(x)))) / self.root)
+    def forward(self, x: Tensor) -> Gates:
+        return Gates(gk=logsigmoid(self.heads(self.proj(self.down(x)))) / self.root)
 
 
 class SigmoidGate(Gate):
@@ -184,8 +162,9 @@ class SigmoidGate(Gate):
     def build(self, hidden_size: int, low_rank_dim: int) -> None:
         self.proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("proj")))
 
-    def forward(self, x: Tensor) -> Decays:
-        return Decays(*self.on_axes(logsigmoid(_wide(self.proj(x)))))
+    def forward(self, x: Tensor) -> Gates:
+        gk, gv = self.on_axes(split_heads(logsigmoid(_wide(self.proj(x))), self.heads_of_axes()))
+        return Gates(gk=gk, gv=gv)
 
 
 class RefinedGate(Gate):
@@ -195,10 +174,13 @@ class RefinedGate(Gate):
         self.proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("proj")))
         self.refine_proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("refine_proj")))
 
-    def forward(self, x: Tensor) -> Decays:
-        (gate, refine), together = project(x, self.proj, self.refine_proj)
-        (gk, gv), (refine_k, refine_v) = self.on_axes(gate), self.on_axes(refine)
-        return Decays(gk, gv, refine_k=refine_k, refine_v=refine_v, together=together)
+    def forward(self, x: Tensor) -> Gates:
+        (gate, refine), whole = project(x, self.proj, self.refine_proj)
+        heads = self.heads_of_axes()
+        packed = None if whole is None or has_hooks(self) else Packed(whole, heads + heads)
+        parts = packed.parts if packed else [*split_heads(gate, heads), *split_heads(refine, heads)]
+        (gk, gv), (rk, rv) = self.on_axes(parts[: len(heads)]), self.on_axes(parts[len(heads) :])
+        return Gates(gk, rk, gv, rv, packed=packed)
 
 
 GATES: dict[str, type[Gate]] = {

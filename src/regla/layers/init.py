@@ -26,7 +26,6 @@ def init_linear_attention(
         short convolution                           normal(0, std) around its identity path
         gains of the norms                          1
         calibration of q and k                      the identity: means 0, scales 1
-        temperature of q and k                      1, its logarithm 0
         biases of q, k, v, o and of layer norms     0
         bias of the forget gates                    gate_bias   (0: g = 1/2, a memory of about one token)
         bias of the refining gate                   refine_bias (0: r = 1/2, the refined gate equals the plain one)
@@ -45,8 +44,6 @@ def init_linear_attention(
             (init.ones_ if kind == "weight" else init.zeros_)(parameter)
         elif owner == "qk_calibration":
             (init.ones_ if kind.endswith("scale") else init.zeros_)(parameter)
-        elif owner == "qk_temperature":
-            init.zeros_(parameter)
         elif owner == "gate.refine_proj" and kind == "bias":
             init.constant_(parameter, refine_bias)
         elif owner.startswith("gate.") and kind == "bias":

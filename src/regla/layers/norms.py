@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from regla.layers.gates import Decays
-from regla.ops.output_norm import output_norm, prescale
+from regla.layers.plain import is_plain
+from regla.ops import call
+from regla.ops.call import Gates
+from regla.ops.output_norm import ACTIVATIONS, output_norm, prescale
 
 
 class OutputNorm(nn.Module):
@@ -22,8 +24,8 @@ class OutputNorm(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
 
-    def prepare(self, v: Tensor, decays: Decays) -> tuple[Tensor, Decays]:
-        return v, decays
+    def prepare(self, v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
+        return v, gates
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, {self.head_dim}, eps={self.eps}"
@@ -66,11 +68,11 @@ class SumNorm(OutputNorm):
     result is arbitrary, which is the paper's reason for replacing it.
     """
 
-    def prepare(self, v: Tensor, decays: Decays) -> tuple[Tensor, Decays]:
-        if decays.gv is None or decays.gv.shape[-1] == 1:
-            return torch.cat([v, torch.ones_like(v[..., :1])], -1), decays
-        gv, refine_v = (None if x is None else torch.cat([x, x], -1) for x in (decays.gv, decays.refine_v))
-        return torch.cat([v, torch.ones_like(v)], -1), decays._replace(gv=gv, refine_v=refine_v, together=None)
+    def prepare(self, v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
+        if gates.gv is None or gates.gv.shape[-1] == 1:
+            return torch.cat([v, torch.ones_like(v[..., :1])], -1), gates
+        gv, rv = (None if x is None else torch.cat([x, x], -1) for x in (gates.gv, gates.rv))
+        return torch.cat([v, torch.ones_like(v)], -1), gates._replace(gv=gv, rv=rv)
 
     def forward(self, h: Tensor) -> Tensor:
         numerator, denominator = prescale(h).split([self.head_dim, h.shape[-1] - self.head_dim], -1)
@@ -91,3 +93,35 @@ NORMS: dict[str, type[OutputNorm]] = {
     "sum": SumNorm,
     "none": NoNorm,
 }
+
+
+def head_norm(norm: nn.Module, device: torch.device) -> call.HeadNorm | None:
+    """The weights of a `HeadNorm`, for a kernel that normalises; None where the module is to be called, because it is
+    another one or more than that, or because its weights are kept elsewhere and come to the device with the call."""
+    if not is_plain(norm, HeadRMSNorm, HeadLayerNorm):
+        return None
+    assert isinstance(norm, HeadNorm)
+    return call.HeadNorm(norm.weight, norm.bias, norm.eps) if norm.weight.device == device else None
+
+
+def normalised(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """norm(x) of queries or keys in the dtype of its parameters, in the dtype of x; x where there is no norm."""
+    if norm is None:
+        return x
+    dtype = next((parameter.dtype for parameter in norm.parameters()), x.dtype)
+    y: Tensor = norm(x.to(dtype))
+    return y.to(x.dtype)
+
+
+def norm_and_gate(norm: nn.Module, h: Tensor, gate: Tensor | None, activation: str | None, backend: str) -> Tensor:
+    """norm(h) * activation(gate), [B, T, H, V], for outputs h [B, T, H, V] and logits [B, T, H V] of the output gate.
+    A `HeadNorm` does both in one call."""
+    if isinstance(norm, HeadNorm):
+        o: Tensor = norm(h, gate, activation, backend)
+        return o
+    return output_gated(norm(h), gate, activation)
+
+
+def output_gated(o: Tensor, gate: Tensor | None, activation: str | None) -> Tensor:
+    """o * activation(gate); o [B, T, H, V], gate [B, T, H V] or None."""
+    return o if gate is None or activation is None else o * ACTIVATIONS[activation](gate).view_as(o)

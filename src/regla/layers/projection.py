@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from regla.layers.plain import is_plain
 
 
 def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
@@ -31,19 +34,16 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
     return list(together.split([x.shape[0] for x in weights], -1)), together
 
 
+def split_heads(x: Tensor, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """x [B, T, channels] -> [B, T, H, D] for each (H, D) of `heads`, side by side in x; views."""
+    views = x.split([H * D for H, D in heads], -1)
+    return [view.unflatten(-1, size) for view, size in zip(views, heads, strict=True)]
+
+
 def _trains_alone(map_: nn.Linear) -> bool:
     """Whether it is a linear map that trains, and nothing besides."""
-    return is_plain(map_) and all(x.requires_grad for x in _parameters(map_))
+    return is_plain(map_, nn.Linear) and all(x.requires_grad for x in _parameters(map_))
 
 
-def is_plain(module: nn.Linear | nn.RMSNorm) -> bool:
-    """Whether it is just that, and calling it does nothing besides: no hooks, no other `forward`, plain parameters."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) not in (nn.Linear, nn.RMSNorm) or hooks or _has_any_global_hook() or "forward" in module.__dict__:
-        return False
-    return all(type(x) in (nn.Parameter, Tensor) for x in _parameters(module))
-
-
-def _parameters(module: nn.Linear | nn.RMSNorm) -> list[Tensor]:
-    bias = module.bias if isinstance(module, nn.Linear) else None
-    return [module.weight] if bias is None else [module.weight, bias]
+def _parameters(map_: nn.Linear) -> list[Tensor]:
+    return [map_.weight] if map_.bias is None else [map_.weight, map_.bias]

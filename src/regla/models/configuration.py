@@ -9,11 +9,12 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from regla.layers.defaults import DEFAULTS
 from regla.layers.feature_maps import FEATURE_MAPS
 from regla.layers.gates import GATE_AXES, GATES, check_gate_start
 from regla.layers.norms import NORMS
 from regla.models.hub import AUTO_MAP, write_hub_module
-from regla.ops.backends import BACKENDS
+from regla.ops.dispatch import BACKENDS
 from regla.ops.features import KEY_MAX
 from regla.ops.output_norm import ACTIVATIONS
 
@@ -91,33 +92,33 @@ class ReGLAConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = DEFAULTS.norm_eps
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
-    attention_bias: bool = False
+    attention_bias: bool = DEFAULTS.bias
     attention_dropout: int | float = 0.0
     mlp_bias: bool = False
 
     layer_types: list[str] | None = None
     sliding_window: int | None = None
-    feature_map: str = "safe_exp"
-    gate: str = "refined"
-    gate_axis: str = "key"
-    key_max: str = "decay"
-    attention_norm: str = "rmsnorm"
+    feature_map: str = DEFAULTS.feature_map
+    gate: str = DEFAULTS.gate
+    gate_axis: str = DEFAULTS.gate_axis
+    key_max: str = DEFAULTS.key_max
+    attention_norm: str = DEFAULTS.norm
     linear_rope: bool = False
-    linear_conv_kernel_dim: int = 0
-    qk_norm: bool = True
-    qk_calibration: bool = False
+    linear_conv_kernel_dim: int = DEFAULTS.conv_size
+    qk_norm: bool = DEFAULTS.qk_norm
+    qk_calibration: bool = DEFAULTS.qk_calibration
     qk_initializer_range: int | float | None = None
     attention_out_bias: bool | None = None
-    output_gate: str | None = "silu"
+    output_gate: str | None = DEFAULTS.output_gate
     value_head_dim: int | None = None
-    gate_low_rank_dim: int = 16
+    gate_low_rank_dim: int = DEFAULTS.gate_low_rank_dim
     gate_bias: int | float = 0.0
     refine_bias: int | float = 0.0
     gate_half_life: int | float | list[int | float] | None = None
@@ -125,7 +126,7 @@ class ReGLAConfig(PreTrainedConfig):
     softmax_qk_norm: bool = False
     softmax_output_gate: str | None = None
     softmax_output_norm: bool = False
-    backend: str = "auto"
+    backend: str = DEFAULTS.backend
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -10,10 +10,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
-from regla.layers.norms import HeadRMSNorm
+from regla.layers.norms import HeadRMSNorm, norm_and_gate, normalised, output_gated
 from regla.layers.positions import ShortConvolution
 from regla.models.configuration import ReGLAConfig
-from regla.ops.output_norm import ACTIVATIONS
 
 
 class SoftmaxAttention(LlamaAttention):
@@ -79,8 +78,7 @@ class SoftmaxAttention(LlamaAttention):
                 cached.write_conv_state(conv_state)
         # [B, T, H * D] -> [B, H, T, D]
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = (norm(x.to(norm.weight.dtype)).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = normalised(self.q_norm, q), normalised(self.k_norm, k)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -98,8 +96,8 @@ class SoftmaxAttention(LlamaAttention):
         )
         output_gate = None if self.output_gate is None else self.output_gate(hidden_states)
         if self.norm is not None:
-            o, output_gate = self.norm(o, output_gate, self.output_activation, self.config.backend), None
+            o = norm_and_gate(self.norm, o, output_gate, self.output_activation, self.config.backend)
+        else:
+            o = output_gated(o, output_gate, self.output_activation)
         o = o.flatten(2)  # [B, T, H, D] -> [B, T, H * D]
-        if output_gate is not None and self.output_activation is not None:
-            o = o * ACTIVATIONS[self.output_activation](output_gate)
         return self.o_proj(o), weights

@@ -1,8 +1,8 @@
 """Pure tensor functions: gated linear attention and ReGLA, equal in every backend. Needs torch alone."""
 
 from regla.ops.attention import gate_decays, gated_linear_attention, regla_attention, safe_exp_attention
+from regla.ops.call import QKNorm
 from regla.ops.features import safe_exp_key, safe_exp_query, variance_reduction
-from regla.ops.fused import QKNorm
 from regla.ops.gates import log_refined_gate
 
 __all__ = [

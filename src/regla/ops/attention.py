@@ -1,41 +1,14 @@
-"""The public operations: check the input, choose a backend, run it."""
+"""The public operations: check the input, and hand a call of the additive rule on (`regla.ops.additive`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
-from regla.ops.backends import choose_backend, step_engine
-from regla.ops.checks import check_decays, check_gla, check_qk_norm, check_refine, check_regla, check_together
-from regla.ops.chunked import chunked_gated_linear_attention
-from regla.ops.features import (
-    NO_KEY,
-    key_stabiliser,
-    lifted_key_features,
-    lowering,
-    safe_exp_query,
-    variance_reduction,
-)
-from regla.ops.fused import QKNorm, fused_step_
-from regla.ops.gates import log_refined_gate
-from regla.ops.recurrent import recurrent_gated_linear_attention
-from regla.ops.slices import fits, fused, with_kernels
-from regla.ops.units import with_gradient_times
-
-# Outputs are lowered by 2^48 behind these forms, and so are their gradients, of which small ones would vanish: between
-# there and the inputs gradients are so many times as large. More would leave no room for those behind an outlier.
-_GRADIENT_LIFTS = {"recurrent": 2.0**20, "triton": 2.0**16}
-
-_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "recurrent": recurrent_gated_linear_attention,
-    "chunked": chunked_gated_linear_attention,
-    "native": partial(with_kernels, "native"),
-    "triton": partial(with_kernels, "triton"),
-}
+from regla.ops.additive import attend
+from regla.ops.call import Call, Gates, HeadNorm, QKNorm
+from regla.ops.checks import check_call, check_pair
+from regla.ops.features import variance_reduction
+from regla.ops.fused import fused_step_
 
 
 def gated_linear_attention(
@@ -87,12 +60,11 @@ def gated_linear_attention(
     >>> o.shape, state.shape
     (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]))
     """
-    check_gla(q, k, v, gk, gv, initial_state, cu_seqlens, validate)
-    check_decays(gk, gv, validate)
-    backend = choose_backend(backend, k, v, cu_seqlens)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    o, state = _FORMS[backend](q, k, v, gk, gv, scale, initial_state, cu_seqlens)
-    return o, state if output_final_state else None
+    gates = Gates(gk=gk, gv=gv)
+    call = Call(q, k, v, gates, scale, cu_seqlens=cu_seqlens, S=initial_state, keep_state=output_final_state)
+    o, state, _ = attend(call, backend, validate=validate)
+    return o, None if state is None else state[0]
 
 
 def safe_exp_attention(
@@ -113,8 +85,6 @@ def safe_exp_attention(
     backend: str = "auto",
     validate: bool | None = None,
     qk_norm: QKNorm | None = None,
-    qkv: Tensor | None = None,
-    gates: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """`gated_linear_attention` on safe exponential features of raw q, k: any log-decays, or none.
 
@@ -127,115 +97,18 @@ def safe_exp_attention(
     comes back as S goes back in as S, and is of use nowhere else. See `regla_attention` for arguments, shapes, dtypes
     and errors; gk, gv as in `gated_linear_attention`, or, of an axis whose `refine_` is given, the gate's logits: its
     log-decays are then `log_refined_gate(gk, refine_k)`, `log_refined_gate(gv, refine_v)`. With kernels a
-    single token that needs no gradient is one call, `safe_exp_step_` on copies of S and m.
+    single token that needs no gradient is one launch, on copies of S and m.
 
     qk_norm: weights [K] and eps of an RMS norm over the channels of each head of q and k, which goes before everything
-    above; the kernels for GPUs do it inside. Not while a single token is decoded.
-
-    qkv and gates [B, T, channels], both optional: contiguous tensors of which q, k, v and gk, gv, refine_k, refine_v
-    (those that there are) are the channels in this order, the heads of each side by side. With kernels the gradients of
-    these are then one tensor from the start.
+    above; the kernels for GPUs do it inside, but for a single token.
     """
-    check_regla(q, k, v, gk, gv, initial_state, mask, cu_seqlens, key_max, validate)
-    check_refine(gk, gv, refine_k, refine_v)
-    check_qk_norm(qk_norm, k)
-    check_together("qkv", qkv, {"q": q, "k": k, "v": v})
-    check_together("gates", gates, {"gk": gk, "gv": gv, "refine_k": refine_k, "refine_v": refine_v})
-    if refine_k is None and refine_v is None:
-        check_decays(gk, gv, validate, mask)
+    check_pair(initial_state)
     scale = variance_reduction(k.shape[-1]) if scale is None else scale
-    S0 = None if initial_state is None else initial_state[0]
-    weights = () if qk_norm is None else (qk_norm.q, qk_norm.k)
-    others = q, gk, gv, refine_k, refine_v, S0, *weights
-    engine = step_engine(backend, key_max, k, v, *others) if cu_seqlens is None else None
-    if engine is not None:
-        q, k = _normalised(q, k, qk_norm, mask)
-        S, m = _copy_of_state(initial_state, k, v)
-        h = safe_exp_step_(
-            q,
-            k,
-            v,
-            S,
-            m,
-            gk,
-            gv,
-            refine_k=refine_k,
-            refine_v=refine_v,
-            scale=scale,
-            mask=mask,
-            key_max=key_max,
-            engine=engine,
-        )
-        return h, _empty_as_zero(S, m) if output_final_state else None
-    backend = choose_backend(backend, k, v, cu_seqlens, key_max)
-    inside = backend == "native" or (backend == "triton" and fits(q, k, v, gk, gv))
-    state, before = (None, None) if initial_state is None else initial_state
-    if state is not None and before is not None:
-        # Zeros are an empty state, whatever m says.
-        before = torch.where((state.detach() == 0).all(-1).all(-1), NO_KEY, before.detach())
-    if qk_norm is not None and not (inside and backend == "triton"):
-        q, k = _normalised(q, k, qk_norm, mask)
-        qk_norm, qkv = None, None
-    if inside:
-        h, final, after = fused(
-            backend,
-            q,
-            k,
-            v,
-            gk,
-            gv,
-            refine_k,
-            refine_v,
-            mask,
-            cu_seqlens,
-            state,
-            before,
-            scale,
-            safe_exp=True,
-            key_max=key_max,
-            qk_norm=qk_norm,
-            qkv=qkv,
-            gates=gates,
-        )
-        return h, _empty_as_zero(final, after) if output_final_state else None
-    if mask is not None:
-        real = mask[..., None, None]
-        q, k, v = (torch.where(real, x, 0.0) for x in (q, k, v))  # by choice, not by product: 0 * nan is nan
-        gk, gv, refine_k, refine_v = (
-            None if g is None else torch.where(real, g, 0.0) for g in (gk, gv, refine_k, refine_v)
-        )
-    gk = gk if gk is None or refine_k is None else log_refined_gate(gk, refine_k)
-    gv = gv if gv is None or refine_v is None else log_refined_gate(gv, refine_v)
-    if mask is not None:  # a refined gate of logits 0 decays by a half
-        gk, gv = (None if g is None else torch.where(real, g, 0.0) for g in (gk, gv))
-    slowest_k, slowest_v = (None if g is None else g.detach().amax(-1) for g in (gk, gv))
-    slowest = slowest_k if slowest_v is None else slowest_v if slowest_k is None else slowest_k + slowest_v
-    m, unit, after = key_stabiliser(k, slowest, key_max=key_max, initial_max=before, mask=mask, cu_seqlens=cu_seqlens)
-    # The change of unit goes to one axis. With both, the key axis keeps its gates relative to its slowest channel, so
-    # that what each axis decays by stays <= 1 by itself.
-    if gk is None and gv is None:
-        gk = unit[..., None]
-    elif gv is None:
-        gk = gk + unit[..., None]  # type: ignore[operator]
-    elif gk is None:
-        gv = gv + unit[..., None]
-    else:
-        assert slowest_k is not None
-        slowest_k = slowest_k.clamp_min(NO_KEY)[..., None]  # a gate of exactly 0 has -inf, and inf - inf is nan
-        gk = gk - slowest_k
-        gv = gv + (unit[..., None] + slowest_k)
-    phi_q = safe_exp_query(q)
-    if mask is not None:
-        phi_q = torch.where(real, phi_q, 0.0)
-    phi_k = lifted_key_features(k, m, mask)
-    if backend == "chunked":
-        h, final = chunked_gated_linear_attention(phi_q, phi_k, v, gk, gv, scale, state, cu_seqlens, lifted=True)
-    else:
-        up, inputs = _GRADIENT_LIFTS[backend], [phi_q, phi_k, v, gk, gv, state]
-        *inputs, state = (None if x is None else with_gradient_times(1 / up, x) for x in inputs)
-        h, final = _FORMS[backend](*inputs, scale, state, cu_seqlens)
-        h, final = with_gradient_times(up, h * lowering(h)), with_gradient_times(up, final)
-    return h, _empty_as_zero(final, after) if output_final_state else None
+    S, m = (None, None) if initial_state is None else initial_state
+    gates = Gates(gk, refine_k, gv, refine_v)
+    call = Call(q, k, v, gates, scale, key_max, mask, cu_seqlens, S, m, qk_norm, keep_state=output_final_state)
+    h, state, _ = attend(call, backend, validate=validate)
+    return h, state
 
 
 def safe_exp_step_(
@@ -259,7 +132,7 @@ def safe_exp_step_(
 ) -> Tensor:
     """`safe_exp_attention` of one token in one launch: overwrites S and m and returns h, or h normalised.
 
-    Only for inputs that `regla.ops.backends.step_engine` accepts. No gradient flows.
+    Only for inputs that `regla.ops.dispatch.step_engine` accepts. No gradient flows.
 
     Args:
         q, k, v, gk, gv, refine_k, refine_v, scale, mask, key_max: as in `safe_exp_attention`, with T = 1.
@@ -274,10 +147,10 @@ def safe_exp_step_(
     Raises:
         ValueError: shapes that do not fit.
     """
-    check_regla(q, k, v, gk, gv, (S, m), mask, None, key_max, validate=False)
     scale = variance_reduction(k.shape[-1]) if scale is None else scale
-    decaying = key_max == "decay"
-    return fused_step_(q, k, v, gk, refine_k, gv, refine_v, mask, S, m, weight, bias, scale, decaying, eps, engine)
+    call = Call(q, k, v, Gates(gk, refine_k, gv, refine_v), scale, key_max, mask, S=S, m=m)
+    check_call(call, validate=False)
+    return fused_step_(call, S, m, engine, None if weight is None else HeadNorm(weight, bias, eps))
 
 
 def regla_attention(
@@ -358,16 +231,6 @@ def regla_attention(
     )
 
 
-def _normalised(q: Tensor, k: Tensor, norm: QKNorm | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q and k, normalised in the dtype of the weights, in their own."""
-    if norm is None:
-        return q, k
-    if mask is not None:  # what padding holds may be nan, which the weights' gradients would meet
-        q, k = (torch.where(mask[..., None, None], x, 1.0) for x in (q, k))
-    q, k = (rms_norm(x.to(w.dtype), w.shape, w, norm.eps).to(x.dtype) for x, w in ((q, norm.q), (k, norm.k)))
-    return q, k
-
-
 def gate_decays(log_decay: Tensor, gate_axis: str, K: int, V: int) -> tuple[Tensor | None, Tensor | None]:
     """Assign log-decays (or logits) [B, T, H, D] to their axis: (gk, gv), each [B, T, H, ...] or None."""
     width = log_decay.shape[-1]
@@ -384,16 +247,3 @@ def gate_decays(log_decay: Tensor, gate_axis: str, K: int, V: int) -> tuple[Tens
     if gate_axis == "key":
         return log_decay, None
     return log_decay[..., :K], log_decay[..., K:]
-
-
-def _copy_of_state(state: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A state to overwrite: that one's numbers in float32, or an empty one's."""
-    if state is None:
-        B, _, H, K = k.shape
-        return k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32), k.new_zeros(B, H, dtype=torch.float32)
-    S, m = (torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(x) for x in state)
-    return S, m
-
-
-def _empty_as_zero(S: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    return S, torch.where(m < NO_KEY / 2, 0.0, m)  # NaN stays

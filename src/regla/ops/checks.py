@@ -10,8 +10,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from regla.ops.call import Call, QKNorm
 from regla.ops.features import KEY_MAX
-from regla.ops.fused import QKNorm
 
 
 def check_decays(gk: Tensor | None, gv: Tensor | None, validate: bool | None, mask: Tensor | None = None) -> None:
@@ -36,11 +36,11 @@ def check_refine(gk: Tensor | None, gv: Tensor | None, refine_k: Tensor | None, 
             raise ValueError(f"refine_{axis} has shape {list(refine.shape)}; expected {list(g.shape)}, as g{axis} has")
 
 
-def check_qk_norm(norm: QKNorm | None, k: Tensor) -> None:
+def check_qk_norm(norm: QKNorm, k: Tensor) -> None:
     """That the weights fit the channels of a head, and eps is a number."""
-    if norm is not None and not norm.eps >= 0:
+    if not norm.eps >= 0:
         raise ValueError(f"eps of qk_norm is {norm.eps}; expected a number of at least 0")
-    for name, weight in () if norm is None else (("q", norm.q), ("k", norm.k)):
+    for name, weight in (("q", norm.q), ("k", norm.k)):
         if list(weight.shape) != [k.shape[-1]] or weight.device != k.device:
             raise ValueError(
                 f"the weight of {name} in qk_norm has shape {list(weight.shape)} on {weight.device}; expected "
@@ -48,61 +48,37 @@ def check_qk_norm(norm: QKNorm | None, k: Tensor) -> None:
             )
 
 
-def check_together(name: str, whole: Tensor | None, parts: dict[str, Tensor | None]) -> None:
-    """That `parts` [B, T, H, D], those that there are, can be the channels of `whole` [B, T, sum of H * D]."""
-    if whole is None:
-        return
-    named = {part: x for part, x in parts.items() if x is not None}
-    B, T = next(iter(named.values())).shape[:2]
-    expected = [B, T, sum(x.shape[2] * x.shape[3] for x in named.values())]
-    if list(whole.shape) != expected or not whole.is_contiguous():
-        raise ValueError(
-            f"{name} has shape {list(whole.shape)} and strides {list(whole.stride())}; expected a contiguous "
-            f"{expected}, the channels of {', '.join(named)} side by side: leave it out where they are not"
-        )
-    for part, x in named.items():
-        grads = torch.is_grad_enabled() and x.requires_grad != whole.requires_grad
-        if x.dtype != whole.dtype or x.device != whole.device or grads:
-            raise ValueError(
-                f"{name} is {whole.dtype} on {whole.device} (requires_grad {whole.requires_grad}), but {part} is "
-                f"{x.dtype} on {x.device} (requires_grad {x.requires_grad}); expected {part} to be a part of {name}: "
-                "leave it out where it is not"
-            )
-
-
-def check_regla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    gv: Tensor | None,
-    initial_state: tuple[Tensor, Tensor] | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_max: str,
-    validate: bool | None,
-) -> None:
-    if key_max not in KEY_MAX:
-        raise ValueError(f"key_max is {key_max!r}; expected one of {', '.join(map(repr, KEY_MAX))}")
-    if mask is not None and cu_seqlens is not None:
-        raise ValueError("mask and cu_seqlens are both given; packed sequences have no padding: pass one of them")
+def check_pair(initial_state: object) -> None:
     if initial_state is not None and not (isinstance(initial_state, tuple | list) and len(initial_state) == 2):
         raise ValueError(
             f"initial_state is a {type(initial_state).__name__}; expected the pair (S [N, H, K, V], m [N, H]) as "
             "returned with output_final_state=True"
         )
-    S, m = (None, None) if initial_state is None else initial_state
-    check_gla(q, k, v, gk, gv, S, cu_seqlens, validate)
+
+
+def check_call(call: Call, validate: bool | None) -> None:
+    """That everything in a call of the additive rule fits together."""
+    q, k, v, gates, _, key_max, mask, cu_seqlens, S, m, qk_norm, *_ = call
+    if key_max is not None and key_max not in KEY_MAX:
+        raise ValueError(f"key_max is {key_max!r}; expected one of {', '.join(map(repr, KEY_MAX))}")
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError("mask and cu_seqlens are both given; packed sequences have no padding: pass one of them")
+    check_gla(q, k, v, gates.gk, gates.gv, S, cu_seqlens, validate)
     if m is not None and S is not None and m.shape != S.shape[:2]:
         raise ValueError(
             f"m of initial_state has shape {list(m.shape)}; expected [N, H] = {list(S.shape[:2])}, as its S has"
         )
-    check_mask(mask, k)
+    if mask is not None:
+        check_mask(mask, k)
+    if qk_norm is not None:
+        check_qk_norm(qk_norm, k)
+    if gates.rk is not None or gates.rv is not None:
+        check_refine(gates.gk, gates.gv, gates.rk, gates.rv)
+    elif gates.gk is not None or gates.gv is not None:
+        check_decays(gates.gk, gates.gv, validate, mask)
 
 
-def check_mask(mask: Tensor | None, k: Tensor) -> None:
-    if mask is None:
-        return
+def check_mask(mask: Tensor, k: Tensor) -> None:
     if mask.shape != k.shape[:2]:
         raise ValueError(f"mask has shape {list(mask.shape)}; expected [B, T] = {list(k.shape[:2])}")
     if mask.dtype != torch.bool:

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from regla.ops.call import masked
+
 #: Stands for "no key yet": far below any key, and finite, because inf - inf is not a number.
 NO_KEY = -1e30
 
@@ -73,13 +75,14 @@ def safe_exp_key(
     m, unit, final = key_stabiliser(
         k, log_decay, key_max=key_max, initial_max=initial_max, mask=mask, cu_seqlens=cu_seqlens
     )
-    return _masked((k.to(m.dtype) - m[..., None]).exp(), mask), unit, final
+    features = (k.to(m.dtype) - m[..., None]).exp()
+    return features if mask is None else masked(features, mask), unit, final
 
 
 def lifted_key_features(k: Tensor, m: Tensor, mask: Tensor | None) -> Tensor:
     """2^LIFT exp(k_t - m_t), [B, T, H, K]: the same features where the range of float32 is wider, see `LIFT`."""
     half = ((k.to(m.dtype) - m[..., None]) / 2).exp() * 2.0 ** (LIFT // 2)  # exp(k - m) by itself may underflow
-    return _masked(half.square(), mask)
+    return half.square() if mask is None else masked(half.square(), mask)
 
 
 @torch.no_grad()
@@ -90,12 +93,8 @@ def lowering(h: Tensor) -> Tensor:
     and behind a scale-free normalisation its direction is as good as any other's. The factor takes no gradient.
     """
     smallest = 2.0 ** (LIFT - 60)
-    largest = h.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+    largest = h.detach().abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
     return (smallest / largest).clamp_min(1.0) * 2.0**-LIFT
-
-
-def _masked(features: Tensor, mask: Tensor | None) -> Tensor:
-    return features if mask is None else torch.where(mask[..., None, None], features, 0.0)
 
 
 @torch.no_grad()
@@ -110,7 +109,7 @@ def key_stabiliser(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """m [B, T, H], m_{t-1} - m_t [B, T, H] and the last m [N, H] of `safe_exp_key`."""
     B, T, H, _ = k.shape
-    top = k.to(torch.promote_types(k.dtype, torch.float32)).amax(-1)
+    top = k.detach().to(torch.promote_types(k.dtype, torch.float32)).amax(-1)
     step = torch.zeros_like(top) if log_decay is None or key_max != "decay" else log_decay.to(top.dtype)
     if mask is not None:
         top = top.masked_fill(~mask[..., None], NO_KEY)

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
+
+from regla.ops.call import Call, HeadNorm, QKNorm
 
 _INPUTS = (
     "Tensor[] buffers, SymInt[] layout, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_state, Tensor? before, "
@@ -24,17 +27,9 @@ _INPUTS = (
 _OPTIONS = "float scale, bool safe_exp, bool decaying, str engine"
 
 
-class QKNorm(NamedTuple):
-    """The RMS norm of queries and keys over a head's channels: x / sqrt(mean(x^2) + eps) times q or k, [K] each."""
-
-    q: Tensor
-    k: Tensor
-    eps: float
-
-
 class Inputs(NamedTuple):
-    """What an engine gets, in the shapes of `fused_attention`; of one token cu_seqlens, initial_state, before and norm
-    are None."""
+    """What an engine gets: a `Call`, its gates with a number for every channel. `before` is m, `NO_KEY` for no key yet.
+    Of one token cu_seqlens, initial_state, before and norm are None."""
 
     q: Tensor
     k: Tensor
@@ -50,94 +45,64 @@ class Inputs(NamedTuple):
     norm: QKNorm | None = None
 
 
-def fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    before: Tensor | None,
-    *,
-    scale: float,
-    safe_exp: bool,
-    decaying: bool = True,
-    engine: str,
-    norm: QKNorm | None = None,
-    qkv: Tensor | None = None,
-    gates: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gated linear attention, with the safe exponential and the refined gate inside if asked for.
-
-    Args:
-        q: [B, T, HQ, K]; k: [B, T, H, K]; v: [B, T, H, V]. Logits of the features with `safe_exp`.
-        gk, gv: [B, T, H, K], [B, T, H, V]: natural log-decays, or gate logits where rk, rv are given; None: none.
-        rk, rv: logits of the refining gate, as gk, gv.
-        mask: [B, T] bool, only with `safe_exp`; cu_seqlens: [N + 1].
-        initial_state, before: [N, H, K, V] float32 and [N, H] float32 (`NO_KEY`: no key yet), with `safe_exp`.
-        decaying: the stabiliser falls with the slowest channel (key_max "decay"), or never ("running").
-        engine: "triton" or "native".
-        norm: of q and k, before anything else, with `safe_exp` and "triton" alone.
-        qkv, gates: contiguous tensors [B, T, channels] of which q, k, v and gk, gv, rk, rv (those that there are) are
-            the channels, in this order; their gradients then flow to these.
+def fused_attention(call: Call, engine: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A call by the kernels of `engine` ("triton" or "native"). A mask and a `qk_norm` go with `key_max`, the latter
+    with "triton" alone; m [N, H] is `NO_KEY` where there has been no key.
 
     Returns:
-        o [B, T, HQ, V] in the dtype of v; in float32 the final state [N, H, K, V] and m [N, H] (0 without `safe_exp`).
+        o [B, T, HQ, V] in the dtype of v; in float32 the final state [N, H, K, V] and m [N, H] (0 without `key_max`).
+        Gradients of packed tensors flow to the whole of each.
     """
-    inputs = Inputs(q, k, v, gk, rk, gv, rv, mask)
-    buffers, layout = _in_buffers(inputs, qkv, gates)
+    buffers, layout = _in_buffers(call)
+    norm = call.qk_norm
     weights = [] if norm is None else [norm.q.contiguous(), norm.k.contiguous()]
-    needs = [*buffers, *weights] if initial_state is None else [*buffers, *weights, initial_state]
+    S = None if call.S is None else call.S.float().contiguous()
+    needs = [*buffers, *weights] if S is None else [*buffers, *weights, S]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in needs)
     o, final, last, *_ = _forward(
-        buffers, layout, mask, cu_seqlens, initial_state, before, weights, 0.0 if norm is None else norm.eps,
-        scale, safe_exp, decaying, engine, keep,
+        buffers, layout, call.mask, call.cu_seqlens, S, call.m, weights, 0.0 if norm is None else norm.eps,
+        call.scale, call.key_max is not None, call.key_max == "decay", engine, keep,
     )  # fmt: skip
     return o, final, last.detach()
 
 
-def _in_buffers(inputs: Inputs, qkv: Tensor | None, gates: Tensor | None) -> tuple[list[Tensor], list[int]]:
+def _in_buffers(call: Call) -> tuple[list[Tensor], list[int]]:
     """(buffers, layout): HQ, H, K, V, then the buffer and the first channel of each of q .. rv, -1 for none."""
-    names = Inputs._fields[:7]
-    tensors = {name: x for name in names if (x := getattr(inputs, name)) is not None}
+    (B, T, H, K), V = call.k.shape, call.v.shape[-1]
+    tensors = (call.q, call.k, call.v, *call.gates[:4])
     buffers: list[Tensor] = []
-    places: dict[str, tuple[int, int]] = {}
-    for buffer, parts in ((qkv, ("q", "k", "v")), (gates, ("gk", "gv", "rk", "rv"))):
-        if buffer is None:
+    places = [(-1, 0)] * len(tensors)
+    for packed in (call.qkv, call.gates.packed):
+        if packed is None or not packed.whole.is_contiguous():
             continue
-        channels = 0
-        for name in parts:
-            if name in tensors:
-                places[name] = len(buffers), channels
-                channels += tensors[name].shape[2] * tensors[name].shape[3]
-        buffers.append(buffer)
-    for name, x in tensors.items():
-        if name not in places:
-            places[name] = len(buffers), 0
-            buffers.append(rows(x).flatten(2))
-    sizes = [inputs.q.shape[2], *inputs.k.shape[2:], inputs.v.shape[3]]
-    return buffers, sizes + [number for name in names for number in places.get(name, (-1, 0))]
+        found = [[i for i, x in enumerate(tensors) if x is part] for part in packed.parts]
+        if all(found):
+            at = 0
+            for (i, *_), part in zip(found, packed.parts, strict=True):
+                places[i] = len(buffers), at
+                at += part.shape[2] * part.shape[3]
+            buffers.append(packed.whole)
+    for i, (x, D) in enumerate(zip(tensors, (K, K, V, K, K, V, V), strict=True)):
+        if x is not None and places[i][0] < 0:
+            places[i] = len(buffers), 0
+            buffers.append(rows(x.expand(B, T, -1, D)).flatten(2))
+    return buffers, [call.q.shape[2], H, K, V, *itertools.chain(*places)]
 
 
 def _unpack(buffers: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor | None]:
-    """q .. rv, views of the buffers."""
+    """q .. rv, [B, T, heads, channels], views of the buffers."""
     HQ, H, K, V, *places = layout
-    heads, sizes = (HQ, H, H, H, H, H, H), (K, K, V, K, K, V, V)
-    return [
-        None if buffer < 0 else _heads(buffers[buffer], at, h, D)
-        for buffer, at, h, D in zip(places[::2], places[1::2], heads, sizes, strict=True)
-    ]
-
-
-def _heads(x: Tensor, at: int, heads: int, D: int) -> Tensor:
-    """The `heads` heads of D channels that x [B, T, channels] has from channel `at` on."""
-    row, token, channel = x.stride()
-    start = x.storage_offset() + at * channel
-    return x.as_strided((*x.shape[:2], heads, D), (row, token, D * channel, channel), start)
+    tensors: list[Tensor | None] = []
+    sizes = ((HQ, K), (H, K), (H, V), (H, K), (H, K), (H, V), (H, V))
+    for buffer, at, (heads, D) in zip(places[::2], places[1::2], sizes, strict=True):
+        if buffer < 0:
+            tensors.append(None)
+            continue
+        x = buffers[buffer]
+        row, token, channel = x.stride()
+        shape, strides = (*x.shape[:2], heads, D), (row, token, D * channel, channel)
+        tensors.append(x.as_strided(shape, strides, x.storage_offset() + at * channel))
+    return tensors
 
 
 def _inputs(buffers: Sequence[Tensor], layout: Sequence[int], *others: Any) -> Inputs:
@@ -235,43 +200,23 @@ def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) ->
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-def fused_step_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    rk: Tensor | None,
-    gv: Tensor | None,
-    rv: Tensor | None,
-    mask: Tensor | None,
-    S: Tensor,
-    m: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    decaying: bool,
-    eps: float,
-    engine: str,
-) -> Tensor:
-    """`safe_exp_attention` of one token, S and m overwritten, and a norm over the output where a weight is given.
+def fused_step_(call: Call, S: Tensor, m: Tensor, engine: str, norm: HeadNorm | None) -> Tensor:
+    """A call of one token, S and m overwritten, and a norm over the output where there is one.
 
     Args:
-        q: [N, 1, HQ, K] and k: [N, 1, H, K] logits; v: [N, 1, H, V].
-        gk, gv: [N, 1, H, K or 1], [N, 1, H, V or 1]: natural log-decays, or gate logits where rk, rv are given.
-        rk, rv: logits of the refining gate, as gk, gv.
-        mask: [N, 1] bool; where it is False S and m stay as they are and h is 0.
+        call: of logits, T = 1; where its mask is False S and m stay as they are and h is 0.
         S, m: [N, H, K, V] and [N, H], float32, contiguous; S all zeros is an empty state whatever m.
-        weight, bias: [HQ, V], of the RMS norm (bias None) or the layer norm of `regla.layers.norms`; None: no norm.
-        decaying: the stabiliser falls with the slowest channel (key_max "decay"), or never ("running").
-        eps: of the norm.
         engine: "triton" or "native".
+        norm: of the outputs.
 
     Returns:
         [N, 1, HQ, V] in the dtype of v.
     """
     # A custom operation's own work would take longer than the kernel's.
     step = _step_operation if torch.compiler.is_compiling() else _step
-    return step(q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps, engine)
+    q, k, v, (gk, rk, gv, rv, *_), scale, key_max, mask, *_ = call
+    weight, bias, eps = (None, None, 0.0) if norm is None else norm
+    return step(q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, key_max == "decay", eps, engine)
 
 
 def _step(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from regla.ops.backends import output_norm_kernel_runs
+from regla.ops.dispatch import output_norm_kernel_runs
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
 

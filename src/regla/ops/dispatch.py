@@ -1,13 +1,17 @@
-"""Which backend runs: chosen once, visibly. One that is asked for and cannot run is an error that says why."""
+"""How a call runs: one plan, made once and visibly. What is asked for and cannot run is an error that says why."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from regla.ops.call import Call
 from regla.ops.native.build import why_missing
 from regla.ops.triton.chip import why_unsupported
 
@@ -24,13 +28,46 @@ _INTERPRETED = (torch.float32,)  # what Triton's interpreter computes rightly
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def choose_backend(
-    backend: str,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    key_max: str = "decay",
-) -> str:
+class Plan(NamedTuple):
+    """How a call of the additive rule runs."""
+
+    backend: str
+    """"recurrent", "chunked", "native" or "triton"."""
+    is_step: bool = False
+    """One token that needs no gradient: the decode kernel of `backend`, which overwrites a state."""
+    takes_logits: bool = False
+    """The kernels form features and gates themselves, and know masks; else they are given both, formed before."""
+    normalises: bool = False
+    """They normalise q and k, too, as `Call.qk_norm` says."""
+    slices: int = 0
+    """Channels of a key or value that the kernels take at once, of heads wider than that; 0: whole heads."""
+
+
+def plan(call: Call, backend: str) -> Plan:
+    """The plan of a call whose input has been checked.
+
+    Raises:
+        ValueError: an unknown backend, or one that is asked for and cannot run.
+    """
+    q, k, v, gates, _, key_max, _, cu_seqlens, *_ = call
+    if getattr(forward_ad, "_current_level", 0) >= 0 and _has_tangents(call.tensors()):
+        return Plan(_for_forward_mode(backend))
+    if key_max is not None and cu_seqlens is None and k.shape[1] == 1:
+        engine = step_engine(backend, key_max, k, v, q, *gates[:4], call.S, *(call.qk_norm or ())[:2])
+        if engine is not None:
+            return Plan(engine, is_step=True)
+    chosen = choose_backend(backend, k, v, cu_seqlens, key_max)
+    if chosen == "native":
+        return Plan(chosen, takes_logits=key_max is not None)
+    if chosen != "triton":
+        return Plan(chosen)
+    most = widest(q, k, v, gates.gk, gates.gv)
+    if max(k.shape[-1], v.shape[-1]) > most:
+        return Plan(chosen, slices=most)
+    return Plan(chosen, takes_logits=key_max is not None, normalises=key_max is not None)
+
+
+def choose_backend(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, key_max: str | None = "decay") -> str:
     """The backend that `backend` stands for: itself, or for "auto" kernels where they can run, on a GPU or a CPU; else
     the recurrence for one token and the chunked form for more. An empty batch has no chunks: the recurrence takes it.
 
@@ -51,13 +88,13 @@ def choose_backend(
         reason = why_not_native(k, v, key_max) if native else why_not_triton(k, v, key_max)
         if reason is not None:
             raise ValueError(f"backend={backend!r} cannot run: {reason}; use 'auto' or 'chunked'")
-    return "recurrent" if backend == "chunked" and k.shape[0] == 0 else backend
+    return "recurrent" if k.shape[0] == 0 and backend != "native" else backend
 
 
 def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
     """Whose decode kernel takes these inputs of `safe_exp_attention`, one token that needs no gradient: "native",
     "triton" or None."""
-    if k.shape[1] != 1:
+    if k.shape[1] != 1 or k.shape[0] == 0:
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k, v, *others)):
         return None
@@ -69,13 +106,30 @@ def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tenso
     return "triton" if why_not_triton(k, v, key_max) is None else None
 
 
+def _has_tangents(tensors: Iterable[Tensor]) -> bool:
+    """Whether forward-mode differentiation goes through any of them."""
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _for_forward_mode(backend: str) -> str:
+    """The recurrence, whose operations PyTorch differentiates in any mode."""
+    if backend in ("auto", "recurrent"):
+        return "recurrent"
+    if backend not in BACKENDS:
+        choose_backend(backend, torch.empty(0), torch.empty(0), None)
+    raise ValueError(
+        f"backend={backend!r} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use 'auto' "
+        "or 'recurrent', or reverse mode"
+    )
+
+
 def widest(q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None) -> int:
     """Channels of a key or value that the GPU's kernels take at once."""
     crowded = gk is not None and gv is not None and q.shape[2] > k.shape[2] and v.dtype == torch.float32
     return WIDEST_CROWDED if crowded else WIDEST
 
 
-def why_not_native(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
+def why_not_native(k: Tensor, v: Tensor, key_max: str | None = "decay") -> str | None:
     """Why the C kernels cannot run on these tensors; None if they can. Compiles them where nobody has."""
     if key_max == "sequence":
         return NOT_CAUSAL
@@ -86,7 +140,7 @@ def why_not_native(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
     return why_missing()
 
 
-def why_not_triton(k: Tensor, v: Tensor, key_max: str = "decay") -> str | None:
+def why_not_triton(k: Tensor, v: Tensor, key_max: str | None = "decay") -> str | None:
     """Why the GPU's kernels cannot run on these tensors; None if they can."""
     if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
@@ -107,6 +161,10 @@ def output_norm_kernel_runs(backend: str, h: Tensor, weight: Tensor, bias: Tenso
     """Whether a kernel computes `regla.ops.output_norm` of these."""
     kinds = {x.dtype for x in (h, gate) if x is not None}
     if h.ndim != 4 or any(x is not None and x.device != h.device for x in (weight, bias, gate)):
+        return False
+    if getattr(forward_ad, "_current_level", 0) >= 0 and _has_tangents(
+        x for x in (h, weight, bias, gate) if x is not None
+    ):
         return False
     (B, T, H, V), parameters = h.shape, [x for x in (weight, bias) if x is not None]
     if any(x.shape != (H, V) for x in parameters) or (gate is not None and gate.shape != (B, T, H * V)):
