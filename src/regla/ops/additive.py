@@ -73,7 +73,8 @@ def attend(
     if how.is_step:
         S, m = (call.S, call.m) if overwrite and _can_be_overwritten(call) else _copy_of_state(call)
         assert S is not None and m is not None
-        return Attended(fused_step_(call, S, m, how.backend, norm), (S, m), norm is not None)
+        h = fused_step_(call, S, m, how.backend, norm)
+        return Attended(h, (S, m) if call.keep_state else None, norm is not None)
     if call.key_max is None:
         o, S = _from_features(call, how)
         return Attended(o, (S, S.new_zeros(S.shape[:2])) if call.keep_state else None)
