@@ -12,7 +12,7 @@ from regla.layers.calibration import QKCalibration
 from regla.layers.defaults import DEFAULTS
 from regla.layers.feature_maps import FEATURE_MAPS
 from regla.layers.gates import GATE_AXES, GATES
-from regla.layers.norms import NORMS, normalised
+from regla.layers.norms import NORMS, normalised, prepared
 from regla.layers.plain import is_plain
 from regla.layers.positions import ShortConvolution, apply_rotary
 from regla.layers.projection import project
@@ -156,7 +156,7 @@ class ReGLAAttention(nn.Module):
         dtype = v.dtype
         if dtype == torch.float16:  # too narrow for outputs that are not normalised yet
             v = v.float()
-        v, gates = self.norm.prepare(v, self.gate(x))
+        v, gates = prepared(self.norm, v, self.gate(x))
         tokens = Tokens(q, k, v, gates, qk_norm, qkv, mask, cu_seqlens)
         past = Past(None if state is None else (state.S, state.m), return_state, overwrite_state)
         output_gate = None if self.output_gate is None else self.output_gate(x)
@@ -201,11 +201,11 @@ class ReGLAAttention(nn.Module):
         q_norm, k_norm = self.q_norm, self.k_norm
         if q_norm is None or k_norm is None or self.qk_calibration is not None or self.feature_map.key_max is None:
             return None
+        if not (is_plain(q_norm, nn.RMSNorm) and is_plain(k_norm, nn.RMSNorm)):
+            return None
         expected = (self.head_dim,), q_norm.eps, device
         for norm in (q_norm, k_norm):
-            if not is_plain(norm, nn.RMSNorm) or norm.weight is None:
-                return None
-            if (norm.normalized_shape, norm.eps, norm.weight.device) != expected:
+            if norm.weight is None or (norm.normalized_shape, norm.eps, norm.weight.device) != expected:
                 return None
         return None if q_norm.eps is None else QKNorm(q_norm.weight, k_norm.weight, q_norm.eps)
 

@@ -95,6 +95,12 @@ NORMS: dict[str, type[OutputNorm]] = {
 }
 
 
+def prepared(norm: nn.Module, v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
+    """`OutputNorm.prepare`; another module in its place prepares nothing."""
+    prepare = getattr(norm, "prepare", None)
+    return (v, gates) if prepare is None else prepare(v, gates)
+
+
 def head_norm(norm: nn.Module, device: torch.device) -> call.HeadNorm | None:
     """The weights of a `HeadNorm`, for a kernel that normalises; None where the module is to be called, because it is
     another one or more than that, or because its weights are kept elsewhere and come to the device with the call."""
