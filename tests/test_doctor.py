@@ -11,8 +11,8 @@ import torch
 
 from regla import doctor
 from regla.cli import main
-from regla.ops import attention, backends
 from regla.runtime.install import EXTRAS, PACKAGES, install_regla, require
+from regla.ops import additive, attention, dispatch
 
 
 def test_versions_and_devices() -> None:
@@ -30,21 +30,21 @@ def test_the_backend_named_is_the_one_that_runs(
     length: int, plain: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiler:
-        monkeypatch.setattr(backends, "why_missing", lambda: "there is no C compiler")
-    backend = plain if backends.why_missing() else "native"
+        monkeypatch.setattr(dispatch, "why_missing", lambda: "there is no C compiler")
+    backend = plain if dispatch.why_missing() else "native"
     assert doctor.chosen_backend(length) == backend
 
     def broken(*args: object, **options: object) -> None:
         raise RuntimeError("this one ran")
 
-    monkeypatch.setitem(attention._FORMS, backend, broken)
+    monkeypatch.setitem(additive._FORMS, backend, broken)
     x = torch.ones(1, length, 1, 16)
     with pytest.raises(RuntimeError, match="this one ran"):
         attention.gated_linear_attention(x, x, x)
 
 
 def test_the_kernels_absence_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "why_missing", lambda: "there is no C compiler")
+    monkeypatch.setattr(dispatch, "why_missing", lambda: "there is no C compiler")
     (row,) = (row for row in doctor.examine()["backends"] if row["use"] == "backend='native'")
     assert row["backend"] == "none" and row["why"] == "there is no C compiler"
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regla.ops import backends
+from regla.ops import dispatch
 from regla.ops.triton import chip
 
 H200 = {
@@ -37,7 +37,7 @@ def tensor_on(device, dtype=torch.bfloat16):
 
 def test_an_h200(gpu):
     assert chip.why_unsupported(gpu()) is None
-    assert backends.why_not_triton(tensor_on(gpu()), tensor_on(gpu())) is None
+    assert dispatch.why_not_triton(tensor_on(gpu()), tensor_on(gpu())) is None
     assert chip.chip_of(gpu()) == chip.HOPPER
 
 
@@ -65,10 +65,10 @@ UNSUPPORTED = [
 def test_another_gpu(gpu, changed, reason):
     """A sentence if the kernels are asked for, the chunked form with "auto"."""
     x = tensor_on(gpu(**changed))
-    assert backends.why_not_triton(x, x) == reason
-    assert backends.choose_backend("auto", x, x, None) == "chunked"
+    assert dispatch.why_not_triton(x, x) == reason
+    assert dispatch.choose_backend("auto", x, x, None) == "chunked"
     with pytest.raises(ValueError, match="backend='triton' cannot run: the kernels"):
-        backends.choose_backend("triton", x, x, None)
+        dispatch.choose_backend("triton", x, x, None)
 
 
 def test_a_gpu_of_amd(gpu, monkeypatch):

@@ -30,6 +30,13 @@ from regla.ops.recurrent import recurrent_gated_linear_attention
 from regla.ops.slices import in_slices
 from regla.ops.units import with_gradient_times
 
+_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "recurrent": recurrent_gated_linear_attention,
+    "chunked": chunked_gated_linear_attention,
+    "native": partial(in_slices, "native"),
+    "triton": partial(in_slices, "triton"),
+}
+
 # Outputs are lowered by 2^48 behind these forms, and so are their gradients, of which small ones would vanish: between
 # there and the inputs gradients are so many times as large. More would leave no room for those behind an outlier.
 _GRADIENT_LIFTS = {"recurrent": 2.0**20, "triton": 2.0**16}
@@ -116,7 +123,7 @@ def _from_logits(call: Call, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
     phi_q, phi_k = safe_exp_query(q), lifted_key_features(k, m, mask)
     phi_q = phi_q if mask is None else masked(phi_q, mask)
     if how.backend == "chunked":
-        h, final = chunked_gated_linear_attention(phi_q, phi_k, v, gk, gv, scale, S, cu_seqlens, lifted=True)
+        h, final = _form(how)(phi_q, phi_k, v, gk, gv, scale, S, cu_seqlens, lifted=True)
         return h, final, after
     up, inputs = _GRADIENT_LIFTS[how.backend], [phi_q, phi_k, v, gk, gv, S]
     *inputs, S = (None if x is None else with_gradient_times(1 / up, x) for x in inputs)
@@ -125,11 +132,7 @@ def _from_logits(call: Call, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _form(how: Plan) -> Callable[..., tuple[Tensor, Tensor]]:
-    if how.backend == "recurrent":
-        return recurrent_gated_linear_attention
-    if how.backend == "chunked":
-        return chunked_gated_linear_attention
-    return partial(in_slices, how.backend, how.slices)
+    return partial(_FORMS[how.backend], most=how.slices) if how.slices else _FORMS[how.backend]
 
 
 def _log_decays(gates: Gates, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

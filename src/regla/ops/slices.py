@@ -11,7 +11,6 @@ from regla.ops.fused import fused_attention
 
 def in_slices(
     engine: str,
-    most: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -20,6 +19,7 @@ def in_slices(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    most: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(o [B, T, HQ, V], final state [N, H, K, V]) of `regla.ops.gated_linear_attention`, whose arguments' shapes and
     dtypes these are, `most` channels of a head at once (0: all of them). A state's columns have nothing to do with one
@@ -40,7 +40,7 @@ def in_slices(
         else:
             parts = q[..., now], k[..., now], v, _slice(gk, now), gv
             S = None if S is None else S[..., now, :]
-        slices.append(in_slices(engine, most, *parts, scale, S, cu_seqlens))
+        slices.append(in_slices(engine, *parts, scale, S, cu_seqlens, most))
     outputs, states = zip(*slices, strict=True)
     o = torch.cat(outputs, -1) if of_values else torch.stack(outputs).sum(0)
     return o, torch.cat(states, -1 if of_values else -2)
