@@ -130,4 +130,4 @@ def norm_and_gate(norm: nn.Module, h: Tensor, gate: Tensor | None, activation: s
 
 def output_gated(o: Tensor, gate: Tensor | None, activation: str | None) -> Tensor:
     """o * activation(gate); o [B, T, H, V], gate [B, T, H V] or None."""
-    return o if gate is None or activation is None else o * ACTIVATIONS[activation](gate).view_as(o)
+    return o if gate is None or activation is None else o * ACTIVATIONS[activation](gate).reshape(o.shape)

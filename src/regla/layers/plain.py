@@ -12,11 +12,15 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     Not so with hooks, another `forward`, a subclass (FSDP2, parametrizations and adapters make one), a compiled call,
     or parameters of their own kind (sharded, quantised).
     """
-    if type(module) not in classes or has_hooks(module) or "forward" in module.__dict__:
+    own = module.__dict__
+    if type(module) not in classes or has_hooks(module) or "forward" in own:
         return False
-    if getattr(module, "_compiled_call_impl", None) is not None:
+    if own.get("_compiled_call_impl") is not None:
         return False
-    return all(x is None or type(x) in (nn.Parameter, Tensor) for x in module._parameters.values())
+    for x in module._parameters.values():
+        if x is not None and type(x) is not nn.Parameter and type(x) is not Tensor:
+            return False
+    return True
 
 
 def has_hooks(module: nn.Module) -> bool:

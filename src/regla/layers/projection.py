@@ -21,10 +21,12 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
     with hooks).
     """
     kind = x.device.type
+    if not (torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
+        return [map_(x) for map_ in maps], None
     weights = [map_.weight for map_ in maps if isinstance(map_, nn.Linear) and _trains_alone(map_)]
     biases = [map_.bias for map_ in maps if isinstance(map_, nn.Linear) and map_.bias is not None]
     fit = len(weights) == len(maps) and len(biases) in (0, len(maps))
-    if not (fit and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
+    if not fit:
         return [map_(x) for map_ in maps], None
     # Cast first: gradients of the weights then are tensors of their own, not parts of one.
     dtype = torch.get_autocast_dtype(kind)
@@ -36,6 +38,8 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[list[Tensor], Tensor | None]:
 
 def split_heads(x: Tensor, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
     """x [B, T, channels] -> [B, T, H, D] for each (H, D) of `heads`, side by side in x; views."""
+    if len(heads) == 1:
+        return [x.unflatten(-1, heads[0])]
     views = x.split([H * D for H, D in heads], -1)
     return [view.unflatten(-1, size) for view, size in zip(views, heads, strict=True)]
 
