@@ -11,8 +11,8 @@ import torch
 
 from regla import doctor
 from regla.cli import main
-from regla.runtime.install import EXTRAS, PACKAGES, install_regla, require
 from regla.ops import additive, attention, dispatch
+from regla.runtime.install import EXTRAS, PACKAGES, install_regla, require
 
 
 def test_versions_and_devices() -> None:
