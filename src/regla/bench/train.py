@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from regla.bench.measure import Case, Row, Timing, dtype_name, give_memory_back, quantiles
 from regla.bench.models import build, configs
@@ -46,7 +47,9 @@ class ValuesForOutputs(nn.Module):
     the query heads of a group, so that every projection, the norm and the output gate are still at work."""
 
     def forward(self, feature_map: nn.Module, x: Tokens, past: Past, output: Output) -> tuple[Tensor, None]:
-        q, k, v, gates = x[:4]
+        q, k, v, gates, qk_norm, *_ = x
+        if qk_norm is not None:
+            q, k = (rms_norm(y, w.shape, w.to(y.dtype), qk_norm.eps) for y, w in ((q, qk_norm.q), (k, qk_norm.k)))
         others = torch.stack([y.flatten(2).sum(-1) for y in (q, k, *gates[:5]) if y is not None]).sum(0)
         h = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
         h = h + 0.0 * others[..., None, None].to(h.dtype)
