@@ -164,6 +164,10 @@ BAD = {
         "train --out o --data corpus.txt --vocab-size 300 --config act.json",
         "hidden_act is 'nope'; expected an activation",
     ),
+    "unknown rotation": (
+        "train --out o --data corpus.txt --vocab-size 300 --config rope.json",
+        "no model can be built from it (KeyError: 'nope')",
+    ),
     "folder for figures": ("eval broken --json full", "full is a folder; give the name of a file in it"),
     "rows that are none": ("study demo --report --rows deep.jsonl", "Line 1 of deep.jsonl is no row of a study"),
     "two kinds of tokenizer": ("tokenize --out o short.txt", "Give either --tokenizer or --vocab-size"),
@@ -184,6 +188,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     Path("h.yaml").write_text('title: "half \\ud83d"\nlr: [1e-3]\n')
     Path("date.yaml").write_text("title: 2020-13-45\nlr: [1e-3]\n")
     Path("act.json").write_text('{"hidden_act": "nope"}')
+    Path("rope.json").write_text('{"rope_parameters": {"rope_type": "nope"}}')
     for suffix in ("jsonl", "json", "yaml"):
         Path(f"deep.{suffix}").write_text("[" * 100_000 if suffix != "yaml" else "[" * 5_000)
     for name, content in (("full", "notes.md"), ("broken", "config.json")):

@@ -311,7 +311,7 @@ def test_tokens_are_used_where_they_are(files: Path, tmp_path: Path) -> None:
     again = prepare(tmp_path, data=written.data, valid=written.valid, tokenizer=written.tokenizer)
     assert (again.digest, again.tokens, again.data) == (written.digest, written.tokens, written.data)
     assert list(tmp_path.iterdir()) == [folder]
-    with pytest.raises(ValueError, match="holds tokens; name the folder of their tokenizer with --tokenizer DIR"):
+    with pytest.raises(ValueError, match="holds tokens; give tokenizer the folder of their tokenizer"):
         prepare(tmp_path, data=written.data)
     with pytest.raises(ValueError, match=r"leave out one of them \(--set vocab_size=null\)"):
         prepare(tmp_path, data=written.data, tokenizer=written.tokenizer, vocab_size=300)

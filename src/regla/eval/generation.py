@@ -117,5 +117,6 @@ def _sampling(max_new_tokens: int, temperature: float, top_k: int, seed: int) ->
     check_count("top_k", top_k, least=0)
     check_seed(seed)
     if temperature < _COLDEST:  # logits over it would overflow
-        return {"max_new_tokens": max_new_tokens, "do_sample": False}
-    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_k": top_k}
+        return {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False}
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    return {"max_new_tokens": max_new_tokens, "num_beams": 1, **drawn}

@@ -86,10 +86,7 @@ def checked_config(**arguments: Any) -> ReGLAConfig:
         config = ReGLAConfig(**arguments)
     except (StrictDataclassError, TypeError, AttributeError) as error:
         raise ValueError(f"The configuration does not fit: {' '.join(str(error).split())}.") from error
-    try:
-        count_parameters(config)
-    except Exception as error:  # whatever transformers and PyTorch raise for values that nobody checked before
-        raise ValueError(f"The configuration does not fit, no model can be built from it ({brief(error)}).") from error
+    count_parameters(config)
     return config
 
 
@@ -104,13 +101,21 @@ def match_softmax(config: ReGLAConfig) -> tuple[ReGLAConfig, int]:
 
 
 def count_parameters(config: ReGLAConfig) -> int:
-    """Parameters of a model of `config`, tied ones once; builds it without memory for its weights."""
+    """Parameters of a model of `config`, tied ones once; builds it without memory for its weights.
+
+    Raises:
+        ValueError: no model can be built from `config`.
+    """
     import torch
 
     from regla.models.modeling import ReGLAForCausalLM
 
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in ReGLAForCausalLM(config).parameters())
+    try:
+        with torch.device("meta"):
+            model = ReGLAForCausalLM(config)
+    except Exception as error:  # whatever transformers and PyTorch raise for values that nobody checked before
+        raise ValueError(f"The configuration does not fit, no model can be built from it ({brief(error)}).") from error
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def equal_parameters(config: ReGLAConfig, target: int) -> ReGLAConfig:
