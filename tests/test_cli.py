@@ -156,6 +156,7 @@ BAD = {
     "half a character to tokenize": ("tokenize --out o --vocab-size 300 h.jsonl", "in line 2 of h.jsonl is no valid"),
     "half a character to score": ("eval full --data h.jsonl", "in line 2 of h.jsonl is no valid Unicode text"),
     "half a character in a study": ("study h.yaml --dry-run", "Line 1 is no valid Unicode text"),
+    "no such field in a study": ("study demo --out so --data r.jsonl --text-field none", "has no field 'none'"),
     "deep records": ("train --out o --data deep.jsonl", "Line 1 of deep.jsonl is nested too deeply"),
     "deep configuration": ("train --out o --data corpus.txt --config deep.json", "deep.json is nested too deeply"),
     "deep study": ("study deep.yaml --dry-run", "The study deep is nested too deeply"),

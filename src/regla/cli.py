@@ -268,6 +268,7 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
     )
+    _text_field_argument(parser)
     parser.add_argument(
         "--valid", nargs="+", default=[], metavar="PATH", help="default: the last tenth of each data file"
     )
@@ -351,6 +352,7 @@ def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
     )
+    _text_field_argument(text)
     text.add_argument(
         "--valid", nargs="+", default=[], metavar="PATH", help="default: the last tenth of each data file"
     )

@@ -335,12 +335,17 @@ def test_bad_models(make, message, tmp_path, capsys):
         (["--seed", str(2**70)], f"--seed is {2**70}, expected at most"),
         (["--batch-size", str(10**15)], "--batch-size is 1000000000000000, expected at most"),
         (["--data", "missing.txt"], "There is no file missing.txt"),
+        (
+            ["--data", "r.jsonl", "--text-field", "none"],
+            "has no field 'none' (it has body); name the field of the text with --text-field",
+        ),
         (["--data", "short.txt"], "expected more than one sequence of 512; give more text"),
     ],
 )
 def test_bad_arguments(folder, more, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("the cat sat on a mat. " * 20)
+    (tmp_path / "r.jsonl").write_text('{"body": "a"}')
     for dry in ([], ["--dry-run"]):
         assert main(command(folder, tmp_path / "out", *more, *dry)) == 2
         error = capsys.readouterr().err

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.models.cache import expected_cache_bytes
+from regla.report.tables import plain
 
 #: Lengths at which caches are compared.
 LENGTHS = (1024, 8 * 1024, 64 * 1024, 512 * 1024)
@@ -43,12 +44,16 @@ def budget(original: PreTrainedConfig, converted: ReGLAConfig, *, steps: int, ba
         f"training memory   {_size(training)} and the activations (weights, gradients, Adam, the original, logits)",
         f"training compute  {flops / 1e15:.3g} PFLOP",
         "",
-        f"{'cache of one sequence, bfloat16 keys and values':<47}  {'original':>10}  {'converted':>10}",
+        "cache of one sequence, bfloat16 keys and values:",
     ]
-    for length in LENGTHS:
-        sizes = [_size(expected_cache_bytes(config, length)) for config in (all_softmax, converted)]
-        lines.append(f"{f'{length // 1024}k tokens':>47}  {sizes[0]:>10}  {sizes[1]:>10}")
-    return "\n".join(lines)
+    caches = [
+        [
+            f"{length // 1024}k tokens",
+            *(_size(expected_cache_bytes(config, length)) for config in (all_softmax, converted)),
+        ]
+        for length in LENGTHS
+    ]
+    return "\n".join(lines) + "\n" + plain(["", "original", "converted"], caches)
 
 
 def seconds_per_sequence(config: ReGLAConfig, *, batch_size: int, seq_len: int, device: torch.device) -> float:

@@ -26,6 +26,7 @@ from regla.layers.positions import apply_rotary
 from regla.linearize.observe import Attention, observed_attention
 from regla.linearize.transfer import linear_layers
 from regla.models import ReGLAForCausalLM
+from regla.report.tables import plain
 from regla.runtime.device import float32_products
 
 #: What scales are chosen from.
@@ -103,16 +104,17 @@ def calibrate(
 
 def calibration_table(rows: Sequence[LayerCalibration]) -> str:
     """One line per layer; the last column says where the contract fails."""
-    lines = [
-        f"{'':>5}  {'effective features':^19}  {'KL to softmax attention':^31}",
-        f"{'layer':>5}  {'before':>9} {'after':>9}  {'before':>9} {'after':>9} {'uniform':>11}",
+    header = ["layer", "features before", "after", "KL before", "after", "uniform", ""]
+    body = [
+        [
+            str(row.layer),
+            *(f"{value:.1f}" for value in (row.features_before, row.features_after)),
+            *(f"{value:.2f}" for value in (row.kl_before, row.kl_after, row.kl_uniform)),
+            "" if row.holds else "FAILS",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            f"{row.layer:>5}  {row.features_before:>9.1f} {row.features_after:>9.1f}  {row.kl_before:>9.2f} "
-            f"{row.kl_after:>9.2f} {row.kl_uniform:>11.2f}{'' if row.holds else '  FAILS'}"
-        )
-    return "\n".join(lines)
+    return "Effective features, and KL divergence from softmax attention:\n" + plain(header, body, numbers_from=0)
 
 
 def _calibrate_layer(number: int, mixer: ReGLAAttention, attention: Attention) -> LayerCalibration:

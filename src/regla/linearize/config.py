@@ -37,6 +37,8 @@ class LinearizeConfig:
     """Where the biases of the new forget gates start."""
     data: tuple[str, ...] = without_effect(())
     """Text or token files to calibrate and train on; none: the embedded text."""
+    text_field: str = without_effect("text")
+    """Name of the text in a record."""
     valid: tuple[str, ...] = without_effect(())
     """Files to validate on; none: the last tenth of every data file, which is then not trained on."""
     valid_tokens: int = without_effect(100_000)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regla.eval.perplexity import Score, mean_score
 from regla.linearize.card import model_card
 from regla.linearize.config import LinearizeConfig
+from regla.report.tables import plain
 from regla.runtime.files import write_json, write_text
 from regla.runtime.versions import device_name, versions
 
@@ -76,9 +77,8 @@ def score_table(scores: dict[str, list[dict[str, Any]]]) -> str:
     found = {state: [Score(**row | {"positions": ()}) for row in rows] for state, rows in scores.items()}
     if len(next(iter(found.values()))) > 1:
         found = {state: [*rows, mean_score(rows)] for state, rows in found.items()}
-    names = [row.name for row in next(iter(found.values()))]
-    width = max(map(len, ["perplexity", *names]))
-    lines = [f"{'perplexity':<{width}}" + "".join(f"  {state:>10}" for state in found)]
-    for index, name in enumerate(names):
-        lines.append(f"{name:<{width}}" + "".join(f"  {rows[index].perplexity:>10.2f}" for rows in found.values()))
-    return "\n".join(lines)
+    body = [
+        [of_source[0].name, *(f"{row.perplexity:.2f}" for row in of_source)]
+        for of_source in zip(*found.values(), strict=True)
+    ]
+    return plain(["perplexity", *found], body)

@@ -62,7 +62,7 @@ def read_texts(config: LinearizeConfig) -> tuple[list[Source], list[Source]]:
     Raises:
         ValueError: a file that is not there or not readable.
     """
-    return split_validation(read_sources(config.data), config.valid)
+    return split_validation(read_sources(config.data, config.text_field), config.valid, config.text_field)
 
 
 def encode_texts(

@@ -20,6 +20,7 @@ from regla.eval.generation import generate
 from regla.models.folders import load_model
 from regla.quickstart.decoding import DecodingCost, decoding_costs, streaming_difference
 from regla.report.plots import Curve, plot_decoding, plot_losses
+from regla.report.tables import plain
 from regla.runtime.errors import OptionError, check_count
 from regla.runtime.files import alone_in, content_of, new_folder, write_json
 from regla.runtime.processes import check_one_process
@@ -109,26 +110,28 @@ def read_losses(run: Path) -> Curve:
 
 def comparison(models: dict[str, dict[str, Any]]) -> str:
     """One line per model, of what `train` returned."""
-    lines = [
-        f"{'model':<8}  {'parameters':>10}  {'tokens':>9}  {'validation perplexity':>21}  {'tokens/s':>8}  {'s':>5}"
+    body = [
+        [
+            _NAMES[mixer],
+            f"{run['parameters']:,}",
+            f"{run['tokens']:,}",
+            f"{run['validation_perplexity']:.1f}",
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['seconds']:.0f}",
+        ]
+        for mixer, run in models.items()
     ]
-    for mixer, run in models.items():
-        lines.append(
-            f"{_NAMES[mixer]:<8}  {run['parameters']:>10,}  {run['tokens']:>9,}  "
-            f"{run['validation_perplexity']:>21.1f}  {run['tokens_per_second']:>8,.0f}  {run['seconds']:>5.0f}"
-        )
-    return "\n".join(lines)
+    return plain(["model", "parameters", "tokens", "validation perplexity", "tokens/s", "s"], body)
 
 
 def decoding_table(costs: dict[str, list[DecodingCost]]) -> str:
     """One line per context length: milliseconds and KiB of each model."""
-    names = list(costs)
-    head = "  ".join(f"{_NAMES[name] + ' ms':>10}  {_NAMES[name] + ' KiB':>11}" for name in names)
-    lines = [f"{'context':>8}  {head}"]
+    header = [f"{_NAMES[name]} {quantity}" for name in costs for quantity in ("ms", "KiB")]
+    body = []
     for row in zip(*costs.values(), strict=True):
-        cells = "  ".join(f"{cost.milliseconds:>10.2f}  {cost.cache_bytes / 1024:>11,.0f}" for cost in row)
-        lines.append(f"{row[0].context:>8,}  {cells}")
-    return "\n".join(lines)
+        cells = (cell for cost in row for cell in (f"{cost.milliseconds:.2f}", f"{cost.cache_bytes / 1024:,.0f}"))
+        body.append([f"{row[0].context:,}", *cells])
+    return plain(["context", *header], body, numbers_from=0)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from regla.data.records import TEXT_FIELD
 from regla.data.selection import read_sources, split_validation
 from regla.data.sources import READERS, Source, read_source
 from regla.data.text import Text
@@ -45,6 +46,7 @@ def prepare(
     *,
     data: Sequence[str] = (),
     valid: Sequence[str] = (),
+    text_field: str = TEXT_FIELD,
     tokenizer: str | None = None,
     vocab_size: int | None = None,
 ) -> StudyData:
@@ -60,9 +62,11 @@ def prepare(
             "leave out one of them (--set vocab_size=null)."
         )
     options = _options(data, valid, tokenizer)
+    if text_field != TEXT_FIELD:
+        options += ("--text-field", text_field)
     if tokenizer is not None and data and valid and all(Path(file).suffix == SUFFIX for file in (*data, *valid)):
         return _describe(data, valid, tokenizer, options)
-    train_sources, valid_sources = split_validation(read_sources(data), valid)
+    train_sources, valid_sources = split_validation(read_sources(data, text_field), valid, text_field)
     target = Path(folder) / _digest_of_sources(train_sources, valid_sources, tokenizer, vocab_size)
     if not target.is_dir():
         _write(target, train_sources, valid_sources, tokenizer, vocab_size)

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from regla.data.records import TEXT_FIELD
 from regla.data.tokenizer import load_tokenizer, vocabulary_size
 from regla.report.studies import row_name
 from regla.report.tables import plain
@@ -36,6 +37,7 @@ def study(
     out: str | Path | None = None,
     data: Sequence[str] = (),
     valid: Sequence[str] = (),
+    text_field: str = TEXT_FIELD,
     tokenizer: str | None = None,
     device: str = "auto",
     devices: int = 1,
@@ -94,7 +96,14 @@ def study(
             plan,
             make_trials(
                 plan,
-                prepare(out / "data", data=data, valid=valid, tokenizer=tokenizer, vocab_size=plan.vocab_size)
+                prepare(
+                    out / "data",
+                    data=data,
+                    valid=valid,
+                    text_field=text_field,
+                    tokenizer=tokenizer,
+                    vocab_size=plan.vocab_size,
+                )
                 if task is None
                 else of_task(task, plan.vocab_size),
                 out=out,
