@@ -34,7 +34,6 @@ from regla.layers.attention import ReGLAAttention
 from regla.layers.feature_maps import SafeExp
 from regla.models.cache import ReGLACacheLayer
 from regla.models.folders import check_ids, load_model
-from regla.ops import log_refined_gate
 from regla.report.inspection import inspection_page, plot_inspection
 from regla.runtime.device import pick_device
 from regla.runtime.errors import check_count
@@ -199,11 +198,7 @@ def _observed(mixer: ReGLAAttention, sums: _Sums) -> Iterator[None]:
     """Hooks that fill `sums` while the layer runs."""
 
     def gate(module: Any, args: Any, output: Any) -> None:
-        found = {}
-        for axis, g, refine in (("key", output.gk, output.refine_k), ("value", output.gv, output.refine_v)):
-            if g is not None:
-                found[axis] = g if refine is None else log_refined_gate(g, refine)
-        sums.gates(found)
+        sums.gates({axis: g for axis, g in zip(("key", "value"), output.logarithms(), strict=True) if g is not None})
 
     def keys(module: Any, args: Any, output: Any) -> None:
         k = output[1] if isinstance(output, tuple) else output
