@@ -204,8 +204,9 @@ class ReGLAModel(ReGLAPreTrainedModel):
 
         Raises:
             ValueError: a mask that does not fit; packing with a cache or a mask; a foreign cache; a cache in training
-                with activation checkpointing.
+                with activation checkpointing; an exporter other than torch.export.
         """
+        _check_exporter()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; pass exactly one of them")
         if inputs_embeds is None:
@@ -338,6 +339,20 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported, see `NO_CONTINUOUS_BATCHING`."""
         raise ValueError(NO_CONTINUOUS_BATCHING)
+
+
+def _check_exporter() -> None:
+    """Raise a ValueError, in place of the exporter's own message, where linear layers cannot be exported."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace cannot record the operations of linear layers, which take lists of tensors; use "
+            "torch.export.export"
+        )
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "ONNX has no form of the operations of linear layers; use torch.export.export, and AOTInductor to compile "
+            "what it gives"
+        )
 
 
 def _linear_mixer(config: ReGLAConfig, layer_idx: int) -> ReGLAAttention:

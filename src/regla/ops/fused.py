@@ -22,7 +22,7 @@ from regla.ops.call import Call, HeadNorm, QKNorm
 
 _INPUTS = (
     "Tensor[] buffers, SymInt[] layout, Tensor? mask, Tensor? cu_seqlens, Tensor? initial_state, Tensor? before, "
-    "Tensor[] weights, float eps, "
+    "Tensor[]? weights, float eps, "  # None, not an empty list, which AOTInductor's runtime cannot pass
 )
 _OPTIONS = "float scale, bool safe_exp, bool decaying, str engine"
 
@@ -55,9 +55,9 @@ def fused_attention(call: Call, engine: str) -> tuple[Tensor, Tensor, Tensor]:
     """
     buffers, layout = _in_buffers(call)
     norm = call.qk_norm
-    weights = [] if norm is None else [norm.q.contiguous(), norm.k.contiguous()]
+    weights = None if norm is None else [norm.q.contiguous(), norm.k.contiguous()]
     S = None if call.S is None else call.S.float().contiguous()
-    needs = [*buffers, *weights] if S is None else [*buffers, *weights, S]
+    needs = [*buffers, *(weights or ())] + ([] if S is None else [S])
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in needs)
     o, final, last, *_ = _forward(
         buffers, layout, call.mask, call.cu_seqlens, S, call.m, weights, 0.0 if norm is None else norm.eps,
@@ -167,32 +167,34 @@ def _(d_o, d_final, buffers, layout, mask, cu_seqlens, initial_state, before, we
 
 
 def _gradients_like(
-    buffers: Sequence[Tensor], layout: Sequence[int], cu_seqlens: Tensor | None, weights: Sequence[Tensor]
+    buffers: Sequence[Tensor], layout: Sequence[int], cu_seqlens: Tensor | None, weights: Sequence[Tensor] | None
 ) -> list[Tensor]:
     _HQ, H, K, V, *_ = layout
     N = buffers[0].shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     like = [x.new_empty(x.shape) for x in buffers]
-    shapes = [(N, H, K, V), (len(weights), K)][: 2 if weights else 1]
+    shapes = [(N, H, K, V), (2, K)][: 2 if weights else 1]
     return like + [buffers[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     buffers, layout, *tensors, weights, eps, scale, safe_exp, decaying, engine, _ = inputs
     ctx.layout, ctx.buffers, ctx.eps, ctx.options = layout, len(buffers), eps, (scale, safe_exp, decaying, engine)
-    ctx.save_for_backward(*buffers, *weights, *tensors, *output[3:])
+    ctx.save_for_backward(*buffers, *(weights or ()), *tensors, *output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Any, ...]:
     *of_lists, mask, cu_seqlens, initial_state, before, m, factors, states = ctx.saved_tensors
-    buffers, weights = of_lists[: ctx.buffers], of_lists[ctx.buffers :]
+    buffers, weights = of_lists[: ctx.buffers], of_lists[ctx.buffers :] or None
     if d_o is None:
         HQ, _H, _K, V, *_ = ctx.layout
         d_o = buffers[0].new_zeros(*buffers[0].shape[:2], HQ, V)
     inputs = buffers, ctx.layout, mask, cu_seqlens, initial_state, before, weights, ctx.eps
     grads = _backward(d_o, d_final, *inputs, m, factors, states, *ctx.options)
     d_buffers, (d_initial, *of_weights) = grads[: ctx.buffers], grads[ctx.buffers :]
-    d_weights = [d.to(x.dtype) for of_both in of_weights for d, x in zip(of_both, weights, strict=True)]
+    d_weights = None
+    if weights is not None:
+        d_weights = [d.to(x.dtype) for of_both in of_weights for d, x in zip(of_both, weights, strict=True)]
     d_initial = None if initial_state is None else d_initial
     return d_buffers, None, None, None, d_initial, None, d_weights, *(None,) * 6
 

@@ -136,9 +136,9 @@ def outputs(
         v.new_empty(B, T, HQ, V),
         new(N, H, K, V),
         new(N, H),
-        new(chunks if keep else 0, H),
+        new(chunks + 1 if keep else 0, H),
         new(B, T if keep else 0, HQ),
-        new(chunks if keep else 0, H, K, (V + widest - 1) // widest * widest),
+        new(chunks + 1 if keep else 0, H, K, (V + widest - 1) // widest * widest),
     )
 
 
