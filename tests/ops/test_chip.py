@@ -17,7 +17,7 @@ H200 = {
 @pytest.fixture
 def gpu(monkeypatch):
     """Makes torch see one."""
-    for function in (chip.why_unsupported, chip.chip_of):
+    for function in (chip._why_unsupported, chip.chip_of):
         function.cache_clear()
 
     def see(**changed):
@@ -26,7 +26,7 @@ def gpu(monkeypatch):
         return torch.device("cuda", 0)
 
     yield see
-    for function in (chip.why_unsupported, chip.chip_of):
+    for function in (chip._why_unsupported, chip.chip_of):
         function.cache_clear()
 
 

@@ -25,6 +25,7 @@ from regla.ops.features import (
     lowering,
     safe_exp_query,
 )
+from regla.ops.forward_mode import has_tangents
 from regla.ops.fused import fused_attention, fused_step_
 from regla.ops.recurrent import recurrent_gated_linear_attention
 from regla.ops.slices import in_slices
@@ -125,7 +126,12 @@ def _from_logits(call: Call, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
     if how.backend == "chunked":
         h, final = _form(how)(phi_q, phi_k, v, gk, gv, scale, S, cu_seqlens, lifted=True)
         return h, final, after
-    up, inputs = _GRADIENT_LIFTS[how.backend], [phi_q, phi_k, v, gk, gv, S]
+    inputs = [phi_q, phi_k, v, gk, gv, S]
+    if has_tangents(call.tensors()):  # forward mode, in which gradients are not lowered, and need no lift
+        *inputs, S = inputs
+        h, final = _form(how)(*inputs, scale, S, cu_seqlens)
+        return h * lowering(h), final, after
+    up = _GRADIENT_LIFTS[how.backend]
     *inputs, S = (None if x is None else with_gradient_times(1 / up, x) for x in inputs)
     h, final = _form(how)(*inputs, scale, S, cu_seqlens)
     return with_gradient_times(up, h * lowering(h)), with_gradient_times(up, final), after

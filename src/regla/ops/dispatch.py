@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from regla.ops.call import Call
+from regla.ops.forward_mode import has_tangents
 from regla.ops.native.build import why_missing
 from regla.ops.triton.chip import why_unsupported
 
@@ -50,7 +49,7 @@ def plan(call: Call, backend: str) -> Plan:
         ValueError: an unknown backend, or one that is asked for and cannot run.
     """
     q, k, v, gates, _, key_max, _, cu_seqlens, *_ = call
-    if getattr(forward_ad, "_current_level", 0) >= 0 and _has_tangents(call.tensors()):
+    if has_tangents(call.tensors()):
         return Plan(_for_forward_mode(backend))
     if key_max is not None and cu_seqlens is None and k.shape[1] == 1:
         engine = step_engine(backend, key_max, k, v, q, *gates[:4], call.S, *(call.qk_norm or ())[:2])
@@ -106,11 +105,6 @@ def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tenso
     return "triton" if why_not_triton(k, v, key_max) is None else None
 
 
-def _has_tangents(tensors: Iterable[Tensor]) -> bool:
-    """Whether forward-mode differentiation goes through any of them."""
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-
-
 def _for_forward_mode(backend: str) -> str:
     """The recurrence, whose operations PyTorch differentiates in any mode."""
     if backend in ("auto", "recurrent"):
@@ -162,9 +156,7 @@ def output_norm_kernel_runs(backend: str, h: Tensor, weight: Tensor, bias: Tenso
     kinds = {x.dtype for x in (h, gate) if x is not None}
     if h.ndim != 4 or any(x is not None and x.device != h.device for x in (weight, bias, gate)):
         return False
-    if getattr(forward_ad, "_current_level", 0) >= 0 and _has_tangents(
-        x for x in (h, weight, bias, gate) if x is not None
-    ):
+    if has_tangents(x for x in (h, weight, bias, gate) if x is not None):
         return False
     (B, T, H, V), parameters = h.shape, [x for x in (weight, bias) if x is not None]
     if any(x.shape != (H, V) for x in parameters) or (gate is not None and gate.shape != (B, T, H * V)):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from regla.ops.forward_mode import has_tangents
+
 _CLOSED = -1e30  # stands for a logit of -inf: finite, because inf - inf is not a number
 
 
@@ -33,8 +35,10 @@ def log_refined_gate(a: Tensor, c: Tensor) -> Tensor:
     tensor([0.5000])
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, c.dtype), torch.float32)
-    a, c = (x.to(dtype).clamp_min(_CLOSED) for x in (a, c))
-    return _LogRefinedGate.apply(*torch.broadcast_tensors(a, c))
+    a, c = torch.broadcast_tensors(*(x.to(dtype).clamp_min(_CLOSED) for x in (a, c)))
+    if has_tangents((a, c)):
+        return _LogRefinedGate.forward(a, c)  # a `jvp` of the function would keep torch.compile from tracing it
+    return _LogRefinedGate.apply(a, c)
 
 
 class _LogRefinedGate(torch.autograd.Function):
@@ -56,18 +60,11 @@ class _LogRefinedGate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         slope_a, slope_c = _slopes(*ctx.saved_tensors)
         return d * slope_a, d * slope_c
-
-    @staticmethod
-    def jvp(ctx: Any, t_a: Tensor | None, t_c: Tensor | None) -> Tensor:  # type: ignore[override]
-        slope_a, slope_c = _slopes(*ctx.saved_tensors)
-        of_a, of_c = (0.0 if t is None else t * slope for t, slope in ((t_a, slope_a), (t_c, slope_c)))
-        return of_a + of_c  # type: ignore[return-value]
 
 
 def _slopes(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

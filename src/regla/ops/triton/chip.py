@@ -46,9 +46,14 @@ CHIPS = {chip.capability: chip for chip in (HOPPER,)}
 _SUPPORTED = ", ".join(f"{chip.capability[0]}.{chip.capability[1]} ({chip.name})" for chip in CHIPS.values())
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def why_unsupported(device: torch.device) -> str | None:
-    """Why the kernels do not run on this CUDA device; None if they do."""
+    """Why the kernels do not run on this CUDA device; None if they do. A constant to torch.compile."""
+    return _why_unsupported(device)
+
+
+@functools.cache
+def _why_unsupported(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the GPU is one of AMD, and the kernels are written for NVIDIA's"
     properties = torch.cuda.get_device_properties(device)
