@@ -143,7 +143,7 @@ def key_side(
             dkd = tl.dot(tl.trans(dPd), qd, dkd, input_precision=cfg.PRECISION)
         if TREE:
             dq = finite(dq, cap)
-        read = qd.to(tl.float32) * dq  # without FAR the gradient of q's logits, too: neither q nor E is kept for it
+        read = qd.to(tl.float32) * dq  # without TREE also the gradient of q's logits: neither q nor E is kept for it
         if cfg.KEYED:
             dBk += read
             dq *= Ek

@@ -1,10 +1,18 @@
-"""The forward kernel: one CTA for each chunk of tokens of each head, all in one launch.
+"""The forward kernel: one CTA for each chunk of tokens of each head, all in one launch (docs/kernels.md has a diagram).
 
-What a chunk computes by itself, from its gates to what it adds to the state, it computes at once; then it waits for the
-state from the chunk before, passes the state after it on, and reads its outputs. States pass through two places in turn
-for each sequence and head: a chunk writes the place that the chunk before it read from, and it does so after that one
-has passed its own on. Which chunk of its head a CTA takes a ticket says, a counter of the head: so the chunk before is
-another CTA's that has started, in whatever order they start, and the CTA of a head's first chunk waits for none.
+A CTA first computes what needs no other chunk: gates, features, and what the chunk adds to the state. Then it waits for
+the state from the chunk before, passes on the state after its own chunk, and computes its outputs. The stabiliser m, on
+which features and decays depend, passes in the same way and earlier.
+
+States pass through two places for each segment and head, in turn (regla.ops.triton.passing). A chunk writes the place
+that the chunk before it has read; that one had read it before it passed on the state that this one has received.
+
+The grid gives a CTA its segment and head, and a counter of the head, the ticket, its chunk. So the chunk before is held
+by a CTA that has started, in whatever order CTAs start, and the CTA of a head's first chunk waits for none.
+
+Shape legend: C tokens of a chunk, K and V channels, BK and BV the same padded to powers of two, BS = BV / SLICES
+columns of a slice of the state, H heads of k and v, G query heads to each. Indices: n segment, h head, i chunk of the
+segment, t token of the chunk, j query head of the group, s slice.
 """
 
 from __future__ import annotations
@@ -44,9 +52,10 @@ from regla.ops.triton.tree import levels, scores_over_tree, tree_level
 
 @triton.jit
 def ticket(passed_ptr, n, h, segments, H, BK: tl.constexpr, BV: tl.constexpr):
-    """How many CTAs have taken a chunk of head h of segment n before this one; 0 for n < 0, which is none.
+    """How many CTAs have taken a chunk of head h of segment n before this one; 0 for n < 0, which is no segment.
 
-    The counters are behind the places of all heads' states (`operation._passed`). Nothing else is read by their order.
+    The counters lie behind the places of all heads' states (`operation._passed`). A ticket publishes no data, so the
+    atomic is relaxed.
     """
     counters = passed_ptr + segments.to(tl.int64) * H * (2 * BK * BV) + n * H + h
     counters = counters.to(tl.pointer_type(tl.int32))
@@ -58,12 +67,21 @@ def assign_chunk(
     passed_ptr, cu_ptr, slot_ptr, T, chunks, part, parts, segments, H, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Which chunk of what this CTA takes: (segment n or -1 for none, head, chunk i of the segment, chunks of it,
-    first token, length, chunks of the sequence before the segment, slot of its states).
+    """The chunk that this CTA takes.
 
-    A segment is a sequence or, with SPLIT, one of its `parts`, of `part` chunks, the last perhaps of fewer. Without
-    packing, CTAs along the first axis are the heads of a group of segments, along the second as many as a segment has
-    chunks, along the third groups.
+    A segment is a sequence or, with SPLIT, one of the `parts` segments of a sequence, each of `part` chunks, the last
+    perhaps of fewer. Without packing the grid is (heads of a group of segments, chunks of a segment, groups); with
+    packing (VARLEN) it is (slots times heads, 1, 1), and a slot is a place for one chunk's state (`slot_ptr`:
+    `operation._sequence_of_slot`). The second index of the grid is not read: the ticket stands for it.
+
+    Args:
+        T, chunks: tokens and chunks of a sequence; with packing, `chunks` is the number of slots.
+        segments: of all sequences.
+        REVERSE: the first ticket takes the last chunk, for the backward pass.
+
+    Returns: segment n, -1 if there is no chunk for this CTA; head h; chunk i of the segment; chunks of the segment;
+        the segment's first token, counted over all sequences; its tokens; chunks of the sequence before the segment;
+        slot of the chunk's state.
     """
     if VARLEN:
         slot = tl.program_id(0) // H
@@ -99,26 +117,31 @@ def assign_chunk(
 
 @triton.jit
 def levels_needed(out_of_range):
-    """`levels`, or none where no token of any channel is out of range."""
+    """`levels`, or 0 if no number of out_of_range [C, D] is true."""
     return tl.max(tl.max(out_of_range.to(tl.int32), 1), 0) * levels(out_of_range.shape[0])
 
 
 @triton.jit
 def scores_of(q, k, gk, Bk, bound, Ek, kd, norm, valid, TREE: tl.constexpr, cfg: tl.constexpr):
-    """(q E, scores), from q as it is in memory."""
+    """(q E [C, BK], scores [C, C]), both as operands, of one query head. q [C, BK] as it is in memory; k: features; kd:
+    k W; gk: log2-decays; Bk: their cumulative sums. Pairs of tokens with W = 0 are added over the tree."""
     dtype = kd.dtype
     q = query_features(q, norm, valid, cfg) if cfg.SAFE_EXP else q.to(tl.float32)
     qd = (q * Ek).to(dtype) if cfg.KEYED else q.to(dtype)
     P = scores(qd, kd, cfg.PRECISION)
     if cfg.KEYED and TREE:
-        out = bound[:, None] > Bk  # [C, BK]: tokens and channels out of range
-        P += scores_over_tree(q, tl.where(out, k, 0.0), gk, levels_needed(out), False, dtype, cfg.PRECISION, False)
+        out_of_range = bound[:, None] > Bk  # [C, BK]
+        alone = tl.where(out_of_range, k, 0.0)  # kd has the others
+        P += scores_over_tree(q, alone, gk, levels_needed(out_of_range), False, dtype, cfg.PRECISION, False)
     return qd, P.to(dtype)
 
 
 @triton.jit
 def read_columns(qd, Pd, x, v, gv, Bv, bound, Ev, S, TREE: tl.constexpr, cfg: tl.constexpr):
-    """What a head reads [C, D] of columns, v of the values and S of the state before the chunk."""
+    """Outputs [C, D] of one query head, before their factor, for D columns of the state: P v + (q E) S.
+
+    qd: q E [C, BK]; Pd: scores [C, C]; x: v W [C, D]; v [C, D]; S: the state before the chunk [BK, D], times 2^-c.
+    """
     out = tl.dot(Pd, x, input_precision=cfg.PRECISION)
     out = tl.dot(qd, S, out, input_precision=cfg.PRECISION)
     if cfg.VALUED:
@@ -137,10 +160,15 @@ def write_outputs(
     o_ptr, factors_ptr, t, inside, valid, outs, above, begin, h, j, scale, H, BS: tl.constexpr, STORE: tl.constexpr,
     TREE: tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
-    """Write the outputs of the j-th head of the group, from what it has read: slices [C, BS]."""
+    """Write the outputs of the j-th query head of the group: slices `outs`, [C, BS] each, times scale and a factor.
+
+    The factor [C] takes the lift of the features out again. With STORE it is kept for the backward pass, negative where
+    that is to go over the tree: where it is beyond `above`.
+    """
     factor = scale
     if cfg.SAFE_EXP:
-        # 2^-48, or more where a head's output would vanish: see regla.ops.attention
+        # 2^-48, or more where the largest output of a token and head would fall below 2^-60 (regla.ops.features
+        # .lowering); 2^-100 is the least size that is enlarged
         size = tl.full([t.shape[0]], 7.888609052210118e-31, tl.float32)
         for s in tl.static_range(cfg.SLICES):
             size = maximum(largest(tl.abs(outs[s]), 1) * tl.abs(scale), size)
@@ -149,7 +177,7 @@ def write_outputs(
         if STORE:  # and with it, in its sign, whether the backward pass is to go over the tree
             over_tree = factor > above
             if not TREE:
-                over_tree &= valid  # what a masked token gives is not read
+                over_tree &= valid  # a masked token's output is not read, and its size says nothing
             at = factors_ptr + (begin + t) * (H * cfg.G) + h * cfg.G + j
             kept = tl.where(over_tree, -factor, factor)
             tl.store(at, tl.where(size == size, kept, float("nan")), mask=inside)
@@ -160,7 +188,8 @@ def write_outputs(
 
 @triton.jit
 def stabiliser(k, gk, gv, valid, ki, vi, DECAYING: tl.constexpr, cfg: tl.constexpr):
-    """`stabiliser_scan` of a chunk."""
+    """`stabiliser_scan` of a chunk, from the logits k [C, BK] and the log2-decays: m falls with the slowest channel
+    (DECAYING) and is at least the largest key."""
     to_log2: tl.constexpr = 1.0 if cfg.NORM else LOG2E
     step = tl.zeros([k.shape[0]], tl.float32)
     if DECAYING:
@@ -178,14 +207,23 @@ def compute_chunk(
     above, t, inside, valid, begin, head, h, i, count, at, scale, H, q_step, STORE: tl.constexpr, TREE: tl.constexpr,
     cfg: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunk to the state, pass that on, and write its outputs. bound_k, bound_v: `decay_bounds` of each axis.
-    above: factors of outputs beyond which the backward pass is to go over the tree. SLICES: of the state's columns,
-    taken one after the other."""
+    """Add the chunk to the state, pass that on, and write the chunk's outputs.
+
+    Args:
+        q: of the first query head, as it is in memory [C, BK]; the others are loaded here.
+        k, v: features [C, BK] and values [C, BV], float32.
+        gk, gv: log2-decays relative to the stabiliser, [C, BK] and [C, BV].
+        bound_k, bound_v: `decay_bounds` of each axis [C].
+        above: factors of outputs beyond which the backward pass is to go over the tree.
+        head, i, count: n H + h; this chunk; chunks of the segment. `at`: where this chunk's state is kept.
+        TREE: the chunk may have tokens out of range. Without it none is, and nothing is compiled for them.
+    """
     ki = tl.arange(0, cfg.BK)
     dtype = o_ptr.dtype.element_ty
-    # Where no token is out of range, the state after the chunk is
-    # 2^total_v (2^total_k S + 2^c (2^(total_k + c) k W)^T (v W)), c of each axis its own: v W, which the outputs take
-    # too, can do without its factor until after the product; k W as well could leave float32.
+    # Where no token is out of range, the state after the chunk is, with each axis' own c and S before the chunk,
+    #     2^total_k S 2^total_v + (k W 2^(total_k + c_k))^T (v W) 2^(total_v + c_v).
+    # The values' factor comes after the product: so v W is one operand for the state and for the outputs. The keys'
+    # comes before: k W may be 2^104 and v W 2^56 times v, and products of these could leave float32.
     EXACT: tl.constexpr = dtype == tl.float32
     Bk, Ek = gk, 0.0
     kd = k.to(dtype)
@@ -218,15 +256,14 @@ def compute_chunk(
         written = in_load_layout(tl.dot(tl.trans(k_end), v_end, input_precision=cfg.PRECISION), laid_out)
         if cfg.VALUED and not TREE:
             written *= exp2(total_v + cv)[None, :]
-        # The state before the chunk, and at once the one after it for the next.
-        # Before the wait (of the first slice), where it costs the next chunk nothing.
+        # The factors of the state are computed before the wait (of the first slice): after it the next chunk waits.
         if cfg.KEYED:
             keep_k = in_load_layout(exp2(total_k)[:, None] + nothing, laid_out)
         if cfg.VALUED:
             keep_v = in_load_layout(exp2(total_v)[None, :] + nothing, laid_out)
         S = nothing
         if not cfg.INITIAL:
-            if tl.program_id(0) >= 0:  # always. As a branch's result the state keeps its layout in what follows
+            if tl.program_id(0) >= 0:  # always true. As the result of a branch the state keeps its layout below
                 S = take_state(passed_at, i, cfg.BK, BS, cfg.BV, EXACT)
         elif i == 0:
             S = tl.load(initial_ptr + head.to(tl.int64) * cfg.K * cfg.V + state_at, mask=state_mask, other=0.0)
@@ -245,7 +282,7 @@ def compute_chunk(
             tl.store(final_at, untagged(written, EXACT), mask=state_mask)
         if STORE:
             tl.store(states_ptr + at + tl.max_contiguous(state_at, [1, 4]), S.to(dtype), mask=state_mask)
-        if cfg.KEYED:  # as q E and v W are scaled
+        if cfg.KEYED:  # q E, and on the value axis the E of the outputs, are 2^c too large for S
             S *= exp2(-ck)[:, None]
         if cfg.VALUED:
             S *= exp2(-cv)[None, :]
@@ -268,9 +305,10 @@ def compute_over_tree(
     v_step, gk_step, rk_step, gv_step, rv_step, DECAYING: tl.constexpr, MASKED: tl.constexpr, STORE: tl.constexpr,
     MAX_DECAY: tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
-    """`compute_chunk` of a chunk with tokens out of range.
+    """`compute_chunk` of a chunk that may have tokens out of range. before: the stabiliser before the chunk.
 
-    A function that is called, and loads the chunk again: what it needs costs other chunks no registers.
+    Not inlined, and it loads the chunk again: so its registers and what it would need of the caller's cost the other
+    path none.
     """
     ki, vi = tl.arange(0, cfg.BK), tl.arange(0, cfg.BV)
     t = tl.arange(0, cfg.C)
@@ -312,6 +350,19 @@ def forward_kernel(
     MASKED: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
     PRECISION: tl.constexpr, SLICES: tl.constexpr, ONE_PATH: tl.constexpr, MAX_DECAY: tl.constexpr,
 ):  # fmt: skip
+    """Outputs, final states and, with STORE, what the backward pass needs.
+
+    Tensors, in addition to `load_chunk`'s (q [B, T, H G, K] and so on):
+        mask [B, T]: 0 for padding (MASKED). cu, slot: packing (VARLEN), see `assign_chunk`.
+        initial [N, H, K, V], before [N, H]: state and m before the first token (INITIAL), of N segments.
+        o [B, T, H G, V], final [N, H, K, V], last [N, H]: outputs, state and m after the last token.
+        m [B, T, H], factors [B, T, H G], states [slots, H, K, V]: kept for the backward pass (STORE).
+        passed: two places [BK, BV] per segment and head, then the tickets; passed_m: a 64-bit word per slot and head.
+            Both are zero before the launch.
+
+    m is in natural units in `last` and in `before` from outside, else to the base 2. `*_step`: strides of tokens.
+    ONE_PATH: every chunk is compiled with the tree, inlined. MAX_DECAY: `operation._max_decay`.
+    """
     # The stabiliser's change is a decay too, of the key axis where the value axis has none.
     KEYED: tl.constexpr = KEY != "none" or (SAFE_EXP and VALUE == "none")
     VALUED: tl.constexpr = VALUE != "none"
@@ -372,11 +423,11 @@ def forward_kernel(
         above = float("inf")
         if not ONE_PATH:
             lowest = lowest_decay(gk, gv)
-            if BOTH:  # as near as `decay_bounds` may come
+            if BOTH:  # the nearest bound that `decay_bounds` may give the key axis
                 lowest = tl.minimum(lowest, tl.min(tl.sum(gk, 0), 0) - tl.max(growth(m, m_before, INITIAL), 0))
             over_tree = may_leave_range(lowest, MAX_DECAY)
             if may_leave_range(lowest, RANGE):
-                above = 2.0**-24  # gradients of such small outputs are large
+                above = 2.0**-24  # outputs that are enlarged so much have large gradients
                 if not over_tree:
                     over_tree = tl.max(too_small(k, v, valid, K, VALUED).to(tl.int32), 0) > 0
         if over_tree:

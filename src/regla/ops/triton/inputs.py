@@ -63,8 +63,9 @@ def key_features(k, m, cfg: tl.constexpr):
 
 @triton.jit
 def relative_decays(gk, gv, m, m_before, ki, vi, cfg: tl.constexpr):
-    """The decays of both axes, relative to the stabiliser: each at most 0 by itself, their sum as it was plus
-    m_{t-1} - m_t. With both axes the key axis' are relative to its slowest channel."""
+    """The log2-decays [C, BK] and [C, BV] of both axes, relative to the stabiliser: their sum is as before plus
+    m_{t-1} - m_t, and each is at most 0. With one axis that takes the difference. With both, the key axis' are relative
+    to its slowest channel, whose decay and the difference the value axis takes."""
     rescale = (m_before - m)[:, None]  # [C, 1]
     if not cfg.INITIAL:  # what comes before the first key is nothing, which need not decay by 2^-1e30
         rescale = tl.where(m_before[:, None] > 0.5 * NO_KEY, rescale, 0.0)
@@ -103,7 +104,7 @@ def load_chunk(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, norm, t, valid, q_step, k_step, v_step, gk_step, rk_step,
     gv_step, rv_step, cfg: tl.constexpr,
 ):  # fmt: skip
-    """(q of the first head as it is in memory, `logits` of k, v, log2-decays of both axes), all asked for at once."""
+    """(q of the first head as it is in memory, `logits` of k, v, log2-decays of both axes), all loads issued first."""
     k, gk, rk, gv, rv = load_keys_and_gates(
         k_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, t, valid, k_step, gk_step, rk_step, gv_step, rv_step, cfg,
     )  # fmt: skip

@@ -21,14 +21,14 @@ def load_norm(q_weight_ptr, k_weight_ptr, K: tl.constexpr, BK: tl.constexpr, NOR
 
 @triton.jit
 def one_over_rms(x, eps, K: tl.constexpr):
-    """[C], of x [C, BK], 0 beyond K channels; not infinite where x is 0 and eps, too."""
+    """1 / rms [C] of x [C, BK], which is 0 beyond K channels; finite even where x and eps are 0."""
     return tl.rsqrt(maximum(tl.sum(x * x, 1) * (1 / K) + eps, 1e-36))
 
 
 @triton.jit
 def logits(x, weight, eps, valid, K: tl.constexpr, NORM: tl.constexpr):
-    """The logits [C, BK] that are in memory as x, in float32, -inf where there is none; with NORM to the base 2. Of
-    what is not there x is -inf, with NORM 0."""
+    """The logits [C, BK] of x as it is in memory, float32; -inf for padding. With NORM they are normalised and, by way
+    of the weights, to the base 2. For padding x is -inf, with NORM 0."""
     x = x.to(tl.float32)
     if not NORM:
         return x
@@ -77,7 +77,7 @@ def _norm_gradient(
         inside = row < rows
         token = (row // heads).to(tl.int64)
         valid = inside
-        if MASKED:  # what padding holds may be nan
+        if MASKED:  # padding may hold NaN
             valid = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
         at = (row % heads)[:, None] * K + ki[None, :]
         real = valid[:, None] & (ki < K)[None, :]

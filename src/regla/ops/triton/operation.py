@@ -35,7 +35,7 @@ def forward(
     """
     q, k, v, gk, rk, gv, rv, mask, cu_seqlens, initial_state, before, norm = _in_order(inputs)
     filled = outputs(q, k, v, cu_seqlens, safe_exp, keep)
-    o, final, last, m, lower, states = filled
+    o, final, last, m, factors, states = filled
     if cu_seqlens is not None:  # a sequence without tokens has no CTA that would write these
         final.zero_() if initial_state is None else final.copy_(initial_state)
         last.zero_() if before is None else last.copy_(before)
@@ -52,7 +52,7 @@ def forward(
     launch(
         forward_kernel, _grid(H, N * parts, part, slots, chip=chip_of(k.device), wide=_wide(k, v)),
         (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, initial_state, before,
-         o, final, m, lower, states, last, passed, passed_m),
+         o, final, m, factors, states, last, passed, passed_m),
         (scale, _eps(norm), T, chunks, part, parts, N * parts, H, *map(token_step, (q, k, v, gk, rk, gv, rv))),
         SAFE_EXP=safe_exp, DECAYING=decaying, STORE=keep,
         **_common(norm, q, k, v, gk, rk, gv, rv), MAX_DECAY=_max_decay(v, gk, gv, safe_exp),
@@ -89,7 +89,7 @@ def backward(
     d_final: Tensor | None,
     inputs: Inputs,
     m: Tensor,
-    lower: Tensor,
+    factors: Tensor,
     states: Tensor,
     scale: float,
     safe_exp: bool,
@@ -111,12 +111,12 @@ def backward(
     parts, part, cut = _segments(N * H, chunks, chip=chip_of(k.device), wide=_wide(k, v), packed=cu_seqlens is not None)
     d_initials = d_initial
     if parts > 1:
-        d_final = _gradients_behind(d_o, d_final, inputs, m, lower, parts, part, cut, scale, safe_exp)
+        d_final = _gradients_behind(d_o, d_final, inputs, m, factors, parts, part, cut, scale, safe_exp)
         d_initials = d_initial.new_empty(N * parts, *d_initial.shape[1:])
     passed = k.new_zeros(_passed(k, v, N * parts), dtype=torch.float32)
     launch(
         backward_kernel, _grid(H, N * parts, part, slots, chip=chip_of(k.device), wide=_wide(k, v)),
-        (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before, m, lower, states, d_o, d_final,
+        (q, k, v, gk, rk, gv, rv, *_weights(norm), mask, cu_seqlens, slots, before, m, factors, states, d_o, d_final,
          *grads, d_initials, passed),
         (scale, _eps(norm), T, chunks, part, parts, N * parts, H,
          *map(token_step, (q, k, v, gk, rk, gv, rv)), *map(token_step, grads)),
@@ -186,7 +186,7 @@ def _gradients_behind(
     d_final: Tensor | None,
     inputs: Inputs,
     m: Tensor,
-    lower: Tensor,
+    factors: Tensor,
     parts: int,
     part: int,
     cut: int,
@@ -199,7 +199,7 @@ def _gradients_behind(
     states, decay_k, decay_v = (k.new_empty(N * parts * cut, H, *D, dtype=torch.float32) for D in ((K, V), (K,), (V,)))
     launch(
         gradient_kernel, (H, N * parts * cut, 1),
-        (q, gk, rk, gv, rv, *_weights(norm), mask, m, lower, d_o, states, decay_k, decay_v),
+        (q, gk, rk, gv, rv, *_weights(norm), mask, m, factors, d_o, states, decay_k, decay_v),
         (scale, _eps(norm), T, part // cut * C, parts * cut, part * C, H, *map(token_step, (q, gk, rk, gv, rv))),
         SAFE_EXP=safe_exp, **_common(norm, q, k, v, gk, rk, gv, rv), MASKED=mask is not None,
         **_warps(k, v, gv, "segments"),
@@ -295,7 +295,7 @@ def _sequence_of_slot(cu_seqlens: Tensor | None, C: int, slots: int) -> Tensor |
 
 
 def _chunk(k: Tensor, v: Tensor) -> int:
-    """32, or as many as float32 operands leave room for."""
+    """Tokens of a chunk: 32, or 16 where float32 operands would not fit in shared memory."""
     return 16 if v.dtype == torch.float32 and _wide(k, v) else 32
 
 
@@ -328,7 +328,7 @@ def _slices(k: Tensor, v: Tensor, gv: Tensor | None, G: int = 1) -> int:
 
 def _grid(H: int, segments: int, chunks: int, slots: Tensor | None, *, chip: Chip, wide: bool) -> tuple[int, int, int]:
     """CTAs: (heads of a group of segments, chunks of a segment, groups). A GPU tends to start them in this order, group
-    after group, which keeps the states of a group in L2; nothing relies on it (`forward.place`)."""
+    after group, which keeps the states of a group in L2; nothing relies on it (`forward.ticket`)."""
     if slots is not None:
         return (H * len(slots), 1, 1)
     cap = max(chip.chains[wide] // H, cdiv(segments, _CTAS_OF_AN_AXIS), 1)
@@ -360,8 +360,8 @@ def _step_registers(chip: Chip, heads: int, state: int, gv: Tensor | None) -> in
 
 
 def _max_decay(v: Tensor, gk: Tensor | None, gv: Tensor | None, safe_exp: bool) -> float:
-    """How many powers of two a channel may decay by in a chunk before its tokens are out of range: more than RANGE
-    where the size of features is known."""
+    """Bits that a channel may decay by in a chunk before its tokens are out of range: more than RANGE for bfloat16
+    features of the safe exponential, whose size is known (`tiles.decay_bounds`)."""
     if v.dtype == torch.float32 or not safe_exp:
         return RANGE.value
     return 150.0 if gk is None or gv is None else 110.0

@@ -1,19 +1,22 @@
 """How states pass from the CTA of a chunk to that of the next: through memory, without flags.
 
-Each sequence and head has two places for a state, which passings use in turn. In memory a state consists of vectors
-of four float32 numbers, which threads read and write as one (16 bytes, single-copy atomic). The three lowest bits of
-each number are replaced by its tag, 12 bits that tell the passings through its place apart, zero for what is there
-before the first. So a vector says by itself whether it is the one that is waited for, and a chunk has the state as
-soon as it is in memory. (With a flag behind the state the writer waits until all of it is there, and the reader reads
-it only after it has seen the flag.)
+Each segment and head has two places [BK, BV] for a state, which passings use in turn. Passing p is the state before the
+p-th chunk in the order of the pass; it lies in place p mod 2. Passing 0 is an empty state, which nobody writes.
 
-What a chunk has read, the next one writes over, once it has what this one passes on; this one passes nothing on before
-all of it is read (a barrier). So it is with each slice of a state that is taken in slices, columns of one place. A tag
-comes again after 4,096 passings through a place, 8,192 chunks on: more than a GPU has CTAs under way at once.
+In memory a state consists of vectors of four float32 numbers, which a thread reads and writes as one (16 bytes,
+single-copy atomic). A vector carries a tag of 12 bits, three in the lowest bits of each of its numbers. The tag counts
+the passings through the place; 0 is the memory before the first. So a vector says by itself whether it is the awaited
+one, and a chunk has the state as soon as it is in memory. (With a flag behind the state the writer waits until all of
+it is there, and the reader reads it only after it has seen the flag.)
 
-The tag is an error of up to 2^-20 of a number at each passing, now to one side, now to the other; of a zero it makes at
-most 7 x 2^-149, which is nothing in products of bfloat16 (`untagged` makes it zero again), and of infinity nan. With
-EXACT numbers are rounded to 21 bits, and read without their tags.
+Overwriting is safe without a signal from the reader. Chunk i writes passing i + 1 over passing i - 1, which chunk i - 1
+has read. Chunk i writes only after it has received passing i, and chunk i - 1 passes that on only after all of its
+threads have read (a barrier). Slices of a state are columns of one place, and the same holds for each. A tag comes
+again after 4,096 passings through a place, 8,192 chunks on: more than a GPU has CTAs under way at once.
+
+The tag is an error of up to 2^-20 of a number at each passing, to either side. Of a zero it makes at most 7 x 2^-149,
+which is nothing in products of bfloat16 (`untagged` makes it zero again), and of infinity NaN. With EXACT, for float32
+inputs, numbers are rounded to 21 bits, and read without their tags.
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ import triton.language as tl
 
 from regla.ops.triton.tiles import INTERPRETED, in_load_layout
 
-TAG_STEP = tl.constexpr(1263)
+TAG_STEP = tl.constexpr(1263)  # odd: `_tag`
 
 
 @triton.constexpr_function
 def _take(n):
-    """Assembly that waits for n vectors: 4 n words, from n addresses, the tag, and the address of a vector that tends
-    to come last, which is looked at alone while it is not there."""
+    """Assembly that waits for n vectors. Operands: 4 n words, the results; n addresses; the tag, n times, since every
+    element of the packed tile has one; and n times the address of one vector that tends to arrive last. While the
+    vectors are not all there, the thread spins on that one alone, which costs less traffic than reading all again."""
     lines = [".reg .pred stale;", ".reg .b64 low, high;", ".reg .b32 part<4>, differs, x;", f".reg .b128 vector<{n}>;"]
     lines += [f"shr.u32 part{i}, ${5 * n}, {3 * i};" for i in range(4)]
     lines += ["bra look;", "spin:", f"ld.relaxed.gpu.global.b32 x, [${6 * n}];", "xor.b32 differs, x, part0;"]
@@ -52,8 +56,8 @@ def _take_constraints(n):
 
 @triton.jit
 def _tag(passing):
-    """Of what is passed on as the passing's state, its 12 lowest bits, of 0 zero: the count of the passings through a
-    place, from 0, times an odd number, with which all of the tag's four parts change with each."""
+    """The tag of a passing, in the 12 lowest bits: the count of the passings through its place, times an odd number, so
+    that all four parts of the tag change from one to the next. Passing 0 has tag 0."""
     return ((passing + 1) >> 1) * TAG_STEP
 
 
@@ -70,8 +74,8 @@ def _vectors_at(ptr, BK: tl.constexpr, BV: tl.constexpr, ROW: tl.constexpr):
 
 @triton.jit
 def take_state(ptr, passing, BK: tl.constexpr, BS: tl.constexpr, ROW: tl.constexpr, EXACT: tl.constexpr):
-    """The state [BK, BS], float32, of this passing: of 0 zeros, else what `pass_state` passes, for which it waits. Or
-    columns of it, BS of ROW, from ptr on."""
+    """Wait for the state of a passing and return it, float32 [BK, BS]; zeros for passing 0. ptr: its first column of
+    BS, in a place whose rows have ROW numbers."""
     ptr += (passing & 1) * BK * ROW
     if INTERPRETED:
         S = tl.load(numbers_at(ptr, BK, BS, ROW))
@@ -95,7 +99,7 @@ def take_state(ptr, passing, BK: tl.constexpr, BS: tl.constexpr, ROW: tl.constex
 
 @triton.jit
 def pass_state(ptr, passing, x, ROW: tl.constexpr, EXACT: tl.constexpr):
-    """Pass x [BK, BS], float32, on as the passing's state, from 1 on, or as columns of it, BS of ROW."""
+    """Write x [BK, BS], float32, as the state of a passing, 1 or more; ptr and ROW as in `take_state`."""
     BK: tl.constexpr = x.shape[0]
     BS: tl.constexpr = x.shape[1]
     ptr += (passing & 1) * BK * ROW
@@ -104,7 +108,7 @@ def pass_state(ptr, passing, x, ROW: tl.constexpr, EXACT: tl.constexpr):
     else:
         words = x.to(tl.int32, bitcast=True)
         if EXACT:
-            words = tl.where(x == x, words + 4, words)  # of the largest nan 4 more would be zero
+            words = tl.where(x == x, words + 4, words)  # rounds; a NaN of ones would become zero
         ac, bd = words.reshape(BK, BS // 4, 2, 2).split()
         a, c = ac.split()
         b, d = bd.split()
@@ -134,7 +138,7 @@ def pass_state(ptr, passing, x, ROW: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def untagged(x, EXACT: tl.constexpr):
-    """x, and zero where it is what a tag makes of zero."""
+    """x without what a tag may have left in it: a zero is zero again."""
     if EXACT:
         return x
     return (x.to(tl.int32, bitcast=True) & -8).to(tl.float32, bitcast=True)
@@ -142,7 +146,7 @@ def untagged(x, EXACT: tl.constexpr):
 
 @triton.jit
 def wait_for_number(ptr):
-    """Spin until a number of `publish_number` is there, and return it."""
+    """Spin until the number of `publish_number` is at ptr, and return it, float32."""
     if INTERPRETED:
         word = tl.atomic_add(ptr, 0, sem="relaxed", scope="gpu")
         while word == 0:
@@ -167,6 +171,7 @@ def wait_for_number(ptr):
 
 @triton.jit
 def publish_number(ptr, x):
-    """Write x such that who sees it needs to see nothing else: into 64 bits that were 0, with a bit above its own."""
+    """Write x, float32, into a 64-bit word that was 0, with bit 32 set: a reader sees from the word alone whether x is
+    there, and no fence is needed."""
     word = (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | 0x100000000
     tl.atomic_xchg(ptr, word, sem="relaxed", scope="gpu")

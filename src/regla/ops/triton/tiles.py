@@ -8,19 +8,20 @@ Factors. Inside a chunk the decay over (s, t] is E_t * W_s with B the cumulative
 
 so that scores, weighted values and their gradients are plain products of matrices. Both stay inside float32 as long
 as W <= 2^56: with features held 2^48 above e^(k - m), what W multiplies stays below 2^104 and sums of its products
-below 2^120. While B >= -RANGE, c is CENTRE; behind an outlier of e^100, whose followers' features are 2^-96, products
-then keep all their digits. A chunk of bfloat16 without such features may decay further: c is then as large as W wants
-it (`decay_bounds`).
+below 2^120. c is an integer per channel. While B >= -RANGE, it is CENTRE; behind an outlier of e^100, whose followers'
+features are 2^-96, products then keep all their digits. A bfloat16 chunk without such features may decay further, down
+to -MAX_DECAY: c is then as large as W <= 2^56 needs (`factors`, `decay_bounds`).
 
-Tokens from the first one on at which a channel has decayed further are *out of range*: W is zero there, and what they
-write is read over a tree of halves instead (regla.ops.triton.tree). Its level of halves of h tokens joins every token
-t of a second half to every s of the first half beside it: with `mid` where the second begins, the decay over (s, t]
-is that over (s, mid) times that over [mid, t], neither above 1, summed from its own tokens alone. The last level
-joins a token to itself. Every pair is in one level, nothing overflows or cancels, however fast a gate closes.
+In a channel that decays further, the tokens from the first one on at which B is below its bound are *out of range*: W
+is zero there, and what they write is read over a tree of halves instead (regla.ops.triton.tree). Its level of halves
+of h tokens joins every token t of a second half to every s of the first half beside it: with `mid` the first token of
+the second, the decay over (s, t] is that over (s, mid) times that over [mid, t], neither above 1, each summed from its
+own tokens alone. The last level joins a token to itself. Every pair is in one level, and nothing overflows or cancels,
+however fast a gate closes.
 
 Whether a token is out of range depends on no later one, so later tokens add exact zeros to what an earlier row reads,
 and c is an integer, so that another c changes E and W by powers of two, which their products cancel: causal to the
-last bit (docs/kernels.md says what of the state is not).
+last bit (the one exception is in docs/kernels.md under "Causality").
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-CENTRE = tl.constexpr(4.0)
-RANGE = tl.constexpr(60.0)
-ROUND = tl.constexpr(768.0)  # less and more this, a number of at most 256 is a multiple of 2^-14
+CENTRE = tl.constexpr(4.0)  # the least c: W <= 2^(RANGE - CENTRE) = 2^56
+RANGE = tl.constexpr(60.0)  # bits that any channel may decay by in a chunk without the tree
+ROUND = tl.constexpr(768.0)  # subtracted and added again, it rounds a number of at most 256 to a multiple of 2^-14
 LIFT_BITS = tl.constexpr(48.0)  # regla.ops.features.LIFT
-GRADIENT_LIFT = tl.constexpr(16.0)  # bits that the backward kernels keep gradients above their size
-LOWEST = tl.constexpr(-2000.0)  # a log-decay below this is nothing left, in any float32
+GRADIENT_LIFT = tl.constexpr(16.0)  # the backward kernels keep gradients 2^16 above their size
+LOWEST = tl.constexpr(-2000.0)  # log2-decays are cut off here: 2^-2000 of any float32 is 0
 _CLAMP = tl.constexpr(41.0)  # bits: three such factors are within float32
-NO_KEY = tl.constexpr(-1e30)  # regla.ops.features.NO_KEY
+NO_KEY = tl.constexpr(-1e30)  # m before the first key: regla.ops.features.NO_KEY
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -67,7 +68,8 @@ def largest(x, axis: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, token, valid, step, column, width, other):
-    """[C, D] of rows `token` (stride `step`) from `column`-th channel pointers, as it is in memory; `other` outside."""
+    """[C, D] of rows `token` (stride `step`) and channels `column`, as it is in memory; `other` where a token is not
+    valid or a channel not below width."""
     mask = valid[:, None] & (column < width)[None, :]
     return tl.load(ptr + (token[:, None] * step + column[None, :]), mask=mask, other=other)
 
@@ -84,6 +86,7 @@ def load_slices(ptr, token, valid, step, width: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def store_tile(ptr, token, inside, step, column, width, x):
+    """Write x [C, D] where `load_tile` reads, for tokens that are `inside`."""
     mask = inside[:, None] & (column < width)[None, :]
     tl.store(ptr + (token[:, None] * step + column[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
 
@@ -100,18 +103,20 @@ def columns(x, SLICES: tl.constexpr):
 
 @triton.jit
 def in_load_layout(x, ptr):
-    """x, laid out over the threads as a tile that is read from ptr: a read of nothing, in place of which x is given, in
-    a case that never comes, which the compiler finds out only after it has laid everything out.
+    """x in the layout over the threads of a tile that is loaded from ptr.
 
-    By itself the compiler keeps a product's layout through sums with what is read and what is written, converts those,
-    and makes the sum the product's first summand, so that it is computed only after the read.
+    It is a load whose mask is always false, with x for `other`. The compiler removes it only after it has assigned
+    layouts (`program_id < 0` is not folded before).
+
+    Without it the compiler keeps the layout of a product through the sum with the state that is awaited, converts the
+    state on its way in and out, and makes it the product's accumulator, so that the product starts only after the wait.
     """
     return tl.load(ptr, mask=tl.full(x.shape, 0, tl.int1) | (tl.program_id(0) < 0), other=x)
 
 
 @triton.jit
 def materialised(x):
-    """x, which the compiler then does not compute again for every layout in which it wants it."""
+    """x, behind an opaque instruction: the compiler does not compute it again for every layout in which it is used."""
     if INTERPRETED:
         return x
     return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
@@ -122,13 +127,13 @@ def exp2(x):
     """2^x in one instruction, 2 ulp, 0 below 2^-126."""
     if INTERPRETED:
         return tl.exp2(x)
-    # Called pure, it would be computed again for every layout in which the compiler wants a tile, its argument, too.
+    # Marked pure, it would be computed again, with its argument, for every layout in which the tile is used.
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
 def materialised_product(x, y):
-    """once(x * y)."""
+    """`materialised` of x * y."""
     if INTERPRETED:
         return x * y
     return tl.inline_asm_elementwise("mul.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=False, pack=1)
@@ -136,9 +141,9 @@ def materialised_product(x, y):
 
 @triton.jit
 def finite(x, cap):
-    """x held within +-1e37, a NaN in x as well: what left float32 meets a factor 0 next, of a channel that was reset,
-    and infinity times 0 would be NaN, as infinity less infinity is. `cap`: 1e37, or NaN where the inputs of x had a
-    NaN, and so has the result."""
+    """x clamped to +-1e37, a NaN included: x that left float32 is multiplied by 0 next, the decay of a channel that was
+    reset, and infinity times 0, like infinity less infinity, would be NaN. `cap`: 1e37, or NaN where the inputs of x
+    had one, which the result then has too."""
     if INTERPRETED:  # tl.maximum returns the number where the other is NaN, but for the interpreter's
         x = tl.where(x == x, x, -1e37)
     return minimum(tl.maximum(x, -1e37), cap)
@@ -146,7 +151,7 @@ def finite(x, cap):
 
 @triton.jit
 def nan_or(x, number):
-    """NaN where x, a sum over what may hide it, is NaN, else the number."""
+    """number, or NaN where x is NaN."""
     return tl.where(x == x, number, float("nan"))
 
 
@@ -155,7 +160,7 @@ def rounded(x, dtype: tl.constexpr):
     """x as `dtype` has it, in float32."""
     if INTERPRETED or dtype != tl.bfloat16:
         return x.to(dtype).to(tl.float32)
-    # By itself the compiler rounds number by number, in a slow unit.
+    # The compiler's own conversion takes one number at a time, at a low rate.
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 both, low, high;
@@ -270,7 +275,8 @@ def refined_gradient_to_21_bits(a, c, d):
 
 @triton.jit
 def gate_at(g_ptr, r_ptr, begin, h, step, refine_step, width, GATE: tl.constexpr):
-    """Pointers to an axis' gate, of head h from token `begin` on; 0 for what is not there (calls can't return None)."""
+    """Pointers to the gate and the refine gate of an axis, head h, from token `begin` on; 0 for one that does not exist
+    (a function cannot return None)."""
     g_at = 0
     r_at = 0
     if GATE != "none":
@@ -282,8 +288,8 @@ def gate_at(g_ptr, r_ptr, begin, h, step, refine_step, width, GATE: tl.constexpr
 
 @triton.jit
 def load_gate(g_ptr, r_ptr, token, valid, step, refine_step, column, width, GATE: tl.constexpr):
-    """What is in memory of an axis' gate, [C, D] each: decays or logits, and the refine logits; where there is nothing,
-    those of a gate that is wholly open."""
+    """An axis' gate as it is in memory, [C, D] each: log-decays or logits, and the refine logits. Padding has those of
+    a gate that is fully open."""
     g = 0.0
     r = 0.0
     if GATE != "none":
@@ -315,7 +321,7 @@ def store_gate_gradient(
     """Write the gradients of the decays or, of a refined gate, of its logits, from those of the log-decays d [C, D]."""
     if GATE == "log":
         d = tl.where(valid[:, None], d, 0.0)
-    if GATE == "refined":  # where there is nothing, the open gate that is read there makes both 0
+    if GATE == "refined":  # both are 0 for padding, which is read as an open gate
         if g.dtype == tl.bfloat16:
             d, dr = refined_gradient_to_21_bits(g.to(tl.float32), r.to(tl.float32), d)
         else:
@@ -345,9 +351,9 @@ def stabiliser_scan(top, step):
 
 @triton.jit
 def too_small(k, v, valid, K: tl.constexpr, VALUED: tl.constexpr):
-    """[C]: tokens of whose features k [C, BK] one lies 2^60 and more below 2^48, as behind an outlier, or,
-    where the value axis decays, all of whose values v [C, BV] are below 2^-20: with the smallest factors W they would
-    leave float32."""
+    """[C]: tokens that would underflow with the smallest factors W. They have a feature in k [C, BK] below 2^-12, which
+    is 2^60 below the lift of 2^48, as behind an outlier; or, where the value axis decays, values v [C, BV] that are all
+    below 2^-20 and not all zero."""
     real = (tl.arange(0, k.shape[1]) < K)[None, :]
     weak = tl.min(tl.where(real, k, 1.0), 1) < 2.0**-12
     if VALUED:
@@ -368,8 +374,8 @@ def _smaller(a, b):
 
 @triton.jit
 def growth(m, m_before, INITIAL: tl.constexpr):
-    """[C]: how many bits the stabiliser has grown by within the chunk, from any token to a later one, up to
-    each."""
+    """[C]: the largest growth of the stabiliser, in bits, from any token of the chunk (or from before it) to any later
+    one, among the tokens up to each."""
     step = m - m_before
     if not INITIAL:  # as in regla.ops.triton.inputs.relative_decays
         step = tl.where(m_before > 0.5 * NO_KEY, step, 0.0)
@@ -380,12 +386,13 @@ def growth(m, m_before, INITIAL: tl.constexpr):
 
 @triton.jit
 def decay_bounds(weak, m, m_before, MAX_DECAY: tl.constexpr, BOTH: tl.constexpr, INITIAL: tl.constexpr):
-    """([C], [C]): how far down B of the key and of the value axis may go before a token is out of range, up to each
-    token, whatever comes after it.
+    """([C], [C]): the least B of the key and of the value axis with which each token is still in range. A token's bound
+    depends on no later one.
 
-    Where the stabiliser grows, at an outlier, that is with BOTH axes a decay of the value axis alone. The
-    key axis' bound is then as many bits nearer: E ends 2^126 below its start, and what that leaves of the outlier may
-    be more than all that follows it.
+    The bound is -MAX_DECAY, and -RANGE from the first token on that is `weak` (`too_small`). With BOTH axes the growth
+    of the stabiliser, at an outlier, is a decay of the value axis alone, and the key axis' bound is that many bits
+    nearer: float32 has no room for more than 2^-126 in E, and what is then left of the outlier may still be more than
+    all that follows it.
     """
     bound_v = tl.where(tl.cumsum(weak.to(tl.int32), 0) > 0, -RANGE, -MAX_DECAY)
     bound_k = bound_v
@@ -396,24 +403,25 @@ def decay_bounds(weak, m, m_before, MAX_DECAY: tl.constexpr, BOTH: tl.constexpr,
 
 @triton.jit
 def lowest_decay(gk, gv):
-    """Of any channel, over the chunk."""
+    """The lowest log2-decay over the chunk of any channel of either axis."""
     return tl.minimum(tl.min(tl.sum(gk, 0), 0), tl.min(tl.sum(gv, 0), 0))
 
 
 @triton.jit
 def may_leave_range(lowest, bits):
-    """Whether a token of a channel that decays by `lowest` may be out of range: B is summed in another order."""
+    """Whether a token may be out of range if no channel decays below `lowest`. The bit of margin covers B, which is
+    summed in another order."""
     return lowest < 1 - bits
 
 
 @triton.jit
 def counted_sums(counted, x, weight: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums of x [C, D] over the tokens that `counted` [C, C] says, times weight, a power of two: a product, of float32
-    where PRECISION is "tf32x3", else of the two upper halves of x' digits, to 2^-16 of each term."""
+    """Row t: the sum of x [C, D] over the tokens s with counted[t, s], times weight, a power of two. It is a product:
+    in float32 where PRECISION is "tf32x3", else of x split into two bfloat16 numbers, to 2^-16 of each term."""
     if PRECISION == "tf32x3":
         return tl.dot(tl.where(counted, weight, 0.0), x, input_precision=PRECISION)
     weights = tl.where(counted, weight, 0.0).to(tl.bfloat16)
-    # The upper half of the bits: without rounding, which costs an instruction of a slow unit.
+    # The upper half of the bits, not rounded: a conversion has a low rate.
     high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     low = (x - high).to(tl.bfloat16)
     return tl.dot(weights, low, tl.dot(weights, high.to(tl.bfloat16)))
@@ -432,37 +440,38 @@ def sums(x, weight: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def later(x, PRECISION: tl.constexpr):
-    """Sums of x [C, D] over the tokens behind each."""
+    """Sums of x [C, D] over the tokens after each."""
     rows = tl.arange(0, x.shape[0])
     return counted_sums(rows[:, None] < rows[None, :], x, 1.0, PRECISION)
 
 
 @triton.jit
 def floored(g):
-    """g, not below LOWEST: -inf times zero would be nan in a product."""
+    """g, not below LOWEST: in a product with a matrix of 0 and 1, -inf times 0 would be NaN."""
     return maximum(g, LOWEST)
 
 
 @triton.jit
 def cumulative(g, EXACT: tl.constexpr, TREE: tl.constexpr):
-    """(B, decay of the whole chunk [D])."""
+    """(B [C, D], log2-decay of the whole chunk [D]), from the log2-decays g [C, D]."""
     total = tl.sum(g, 0)
-    if EXACT or TREE:  # else no channel decays beyond its bound
+    if EXACT or TREE:  # else every channel is above its bound, and none at -inf
         g = floored(g)
     return sums(g, 1.0, False, EXACT), total
 
 
 @triton.jit
 def factors(B, total, bound, EXACT: tl.constexpr, TREE: tl.constexpr):
-    """(E, W, c), W zero for tokens out of range; without TREE there are none.
+    """(E [C, D], W [C, D], c [D]), W zero for tokens out of range; without TREE there are none. bound [C]:
+    `decay_bounds`; total [D]: B at the end of the chunk.
 
-    c [D] is an integer, and B + c exact, so that all products have the same digits whatever c is: of another c, because
-    of a later token, no earlier row sees a bit.
+    c is the least integer with W <= 2^56, at least CENTRE. It depends on later tokens, but B + c is exact, so another c
+    changes E and W by powers of two only, and no bit of an earlier row.
     """
     lowest = total
     if TREE:
-        near = bound[:, None] <= B
-        lowest = tl.min(tl.where(near, B, 0.0), 0)
+        in_range = bound[:, None] <= B
+        lowest = tl.min(tl.where(in_range, B, 0.0), 0)
     if EXACT:
         c = tl.zeros_like(total) + CENTRE
         E = exp2(B + CENTRE)
@@ -471,19 +480,19 @@ def factors(B, total, bound, EXACT: tl.constexpr, TREE: tl.constexpr):
         E = exp2((B - ROUND) + (c + ROUND)[None, :])
     W = reciprocal(E)
     if TREE:
-        W = tl.where(near, W, 0.0)
+        W = tl.where(in_range, W, 0.0)
     return E, W, c
 
 
 @triton.jit
 def to_the_end(g, PRECISION: tl.constexpr):
-    """The decay over (s, end of the chunk], [C, D]."""
+    """The decay over (s, end of the chunk], [C, D]: summed from the tokens after s, so nothing cancels at any depth."""
     return exp2(later(floored(g), PRECISION))
 
 
 @triton.jit
 def scores(qd, kd, PRECISION: tl.constexpr):
-    """tril(q k^T) [C, C] from the operands, their factors included."""
+    """tril(qd kd^T) [C, C], float32, of q E and k W [C, BK]."""
     rows = tl.arange(0, qd.shape[0])
     causal = rows[:, None] >= rows[None, :]
     return tl.where(causal, tl.dot(qd, tl.trans(kd), input_precision=PRECISION), 0.0)

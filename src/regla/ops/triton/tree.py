@@ -10,19 +10,19 @@ from regla.ops.triton.tiles import CENTRE, RANGE, counted_sums, exp2, finite, fl
 
 @triton.jit
 def levels(C: tl.constexpr):
-    """Levels of the tree of C tokens, log2 C + 1 of them."""
+    """Number of levels of the tree of C tokens: log2 C + 1, the last of which joins each token to itself."""
     tl.static_assert(C == 32 or C == 16)
     return 6 if C == 32 else 5
 
 
 @triton.jit
 def halves(level, C: tl.constexpr):
-    """([C, C]: pairs (t, s) that this level joins; [C, C]: tokens s between t and the middle of its block).
+    """([C, C]: pairs (t, s) that this level joins; [C, C]: tokens s between t and the middle of t's block of 2 h).
 
     Halves have h = C / 2, C / 4, ..., 1 tokens; h = 0 is the token itself. With z = t ^ s, negative where s > t: a pair
     is joined where h <= z < 2 h, which is so where t has the bit h, s has not, and all bits above are the same. Where
-    |z| < h, both are in one half, whose bit h says which it is: of the second counts what is up to t, of the first what
-    is behind t.
+    |z| < h, both are in one half, and bit h says in which: in a second half the tokens s <= t count, in a first half
+    the tokens s > t.
     """
     rows = tl.arange(0, C)
     t, s = rows[:, None], rows[None, :]
@@ -42,19 +42,20 @@ def to_the_middle(between, g, PRECISION: tl.constexpr):
 
 @triton.jit
 def tree_level(level, g, PRECISION: tl.constexpr):
-    """(`halves`' pairs; [C, D]: the decay between each token and the middle of its block, of what a token of a second
-    half reads and of what one of a first half writes)."""
+    """(pairs of `halves` [C, C]; X [C, D]: the decay between each token and the middle of its block). X multiplies what
+    a token of a second half reads and what a token of a first half writes."""
     joined, between = halves(level, g.shape[0])
     return joined, to_the_middle(between, g, PRECISION)
 
 
 @triton.jit
 def read_and_write(level, X, joined, count, short):
-    """(X of what reads, X of what is written, pairs, levels): as they are or, with `short`, at the level of halves of
-    four tokens, if no channel decays by more than 2^-56 over one, of all pairs of a block of eight, and then no level
-    is left. A token of a first half reads, and one of a second half is written, with 1 / X.
+    """(factor of reads [C, D], factor of writes [C, D], pairs [C, C], number of levels), with a shortcut for the last
+    levels if `short`: at the level of halves of four tokens, if no channel decays by more than 2^-56 over a half, all
+    pairs of a block of eight are joined at once, and this level is the last. A token of a first half then reads, and
+    one of a second half writes, with 1 / X. Otherwise all are as given.
 
-    For backward passes alone: how a first half's reads are rounded depends on later tokens.
+    For the backward pass only: in the forward pass the rounding of a first half's reads would depend on later tokens.
     """
     XR = X
     XW = X
@@ -74,11 +75,11 @@ def read_and_write(level, X, joined, count, short):
 def level_of_scores(
     level, count, P, q, k, gk, short, dtype: tl.constexpr, PRECISION: tl.constexpr, SHORT: tl.constexpr
 ):
-    """(P and what this level adds to it, levels)"""
+    """(scores P plus those of this level's pairs, number of levels)"""
     joined, between = halves(level, q.shape[0])
     X = gk
-    if level < count:  # always. In one block with the product of scores the compiler would lay out all of them for
-        # four rows of warps, and a tile of 32 tokens has work for two.
+    if level < count:  # always true. In one basic block with the product of scores the compiler would give these
+        # products its layout of four rows of warps, of which a tile of 32 tokens fills two.
         X = to_the_middle(between, gk, PRECISION)
     XR = X
     XW = X
@@ -98,7 +99,7 @@ def scores_over_tree(q, k, gk, count, short, dtype: tl.constexpr, PRECISION: tl.
         while level < count:
             P, count = level_of_scores(level, count, P, q, k, gk, short, dtype, PRECISION, True)
             level += 1
-    else:  # a loop whose end is known before holds less
+    else:  # a loop with a fixed end takes fewer registers
         for level in range(count):
             P, _count = level_of_scores(level, count, P, q, k, gk, short, dtype, PRECISION, False)
     return P
@@ -108,7 +109,7 @@ def scores_over_tree(q, k, gk, count, short, dtype: tl.constexpr, PRECISION: tl.
 def chunk_scores(
     q, qd, k, kd, gk, short, KEYED: tl.constexpr, VALUED: tl.constexpr, PRECISION: tl.constexpr, TREE: tl.constexpr
 ):
-    """The scores of a chunk [C, C] as an operand, over the tree where FAR."""
+    """The scores of a chunk [C, C] as an operand; with TREE over the tree, if the key axis decays."""
     if KEYED and TREE:
         P = scores_over_tree(q, k, gk, levels(k.shape[0]), short, kd.dtype, PRECISION, not VALUED)
     else:
@@ -118,7 +119,7 @@ def chunk_scores(
 
 @triton.jit
 def first_of(count):
-    """(level 0, count), as variables of a loop."""
+    """(0, count), as loop-carried variables."""
     zero = tl.full([], 0, tl.int32)
     return zero, zero + count
 
@@ -127,7 +128,7 @@ def first_of(count):
 def level_of_reading(
     level, count, Pd, do, v, gv, dv, dBv, dP, short, cap, PRECISION: tl.constexpr, SHORT: tl.constexpr
 ):
-    """(dv, dBv, dP and what this level adds to them, levels)"""
+    """(dv, dBv, dP plus this level's part of each, number of levels)"""
     dtype = Pd.dtype
     joined, XR = tree_level(level, gv, PRECISION)
     XW = XR
@@ -163,7 +164,7 @@ def read_over_tree(Pd, do, v, gv, dv, dBv, short, cap, PRECISION: tl.constexpr, 
 def level_of_scoring(
     level, count, dPd, q, k, gk, dq, dk, dBk, short, cap, PRECISION: tl.constexpr, SHORT: tl.constexpr
 ):
-    """(dq, dk, dBk and what this level adds to them, levels)"""
+    """(dq, dk, dBk plus this level's part of each, number of levels)"""
     dtype = dPd.dtype
     joined, XR = tree_level(level, gk, PRECISION)
     XW = XR
