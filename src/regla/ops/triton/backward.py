@@ -1,26 +1,32 @@
 """The backward kernel: one CTA for each chunk of tokens of each head, in one launch, the last chunks first.
 
-The gradient of the state passes from chunk to chunk as the state does in the forward kernel: a chunk passes on that of
-the state before it as soon as it can, and then works on its values and its keys, one after the other, so that neither
-holds registers while it is the other's turn.
+The gradient of the state passes from chunk to chunk as the state does in the forward kernel. A chunk passes on the
+gradient of the state before it as soon as it can. Then it computes the gradients of its values and after them those of
+its keys, so that neither part holds registers during the other.
 
-Everything but the states before each chunk and the stabiliser is computed again. Of a chunk, with x = v W, k = k W,
-q = q E in the factors of regla.ops.triton.tiles and d = d_out E,
+Everything but the states before each chunk, the stabiliser and the factors of the outputs is computed again. In a
+chunk, with x = v W [C, V], k W [C, K], q E [C, K] in the factors of regla.ops.triton.tiles (below just k and q), and
+d = d_out E [C, V],
 
     d_P = tril(d x^T)    d_x = P^T d    d_q = d_P k + d S^T    d_k = d_P^T q    d_S += q^T d
 
-(in a chunk with tokens out of range all but what meets the state over the tree, and E = 2^B), and through the state
-after it,
-with U its gradient and both operands decayed to the chunk's end,
+In a chunk with tokens out of range all of it goes over the tree, except for the products with S and d_S, and E = 2^B.
+Through the state after the chunk, with U [K, V] its gradient and k_end, v_end the keys and values decayed to the
+chunk's end,
 
     d_v_end = k_end U    d_k_end = v_end U^T    d_S += U decayed
 
-An axis' log-decays take, summed from each token to the chunk's end, what every row read minus what every token wrote
-(q d_q - k d_k, or out d - x d_x), and at the last token what the state after it is worth (the sums of S d_S and
-k_end d_k_end). Both sides of each difference come from the same rounded factors, so that what must cancel does.
-With a norm of q and k, d_q and d_k are those of the normalised logits; regla.ops.triton.norm takes them from there.
-Gradients are kept 2^16 times what they are: so many powers of two lie between the small ones of a long batch, which
-must not vanish where E is small, and those behind an outlier of e^100, which must not overflow.
+The gradient of B_t, the cumulative log-decay of an axis, is what row t read minus what token t wrote (q d_q - k d_k, or
+out d - x d_x) and, at the last token, the gradient through the decay of the state: the sums of S d_S and of
+k_end d_k_end. The gradient of a token's log-decay is the sum of these from the token to the chunk's end. Both sides of
+each difference come from the same rounded factors, so that what must cancel does.
+
+With a norm of q and k, d_q and d_k are those of the normalised logits, and regla.ops.triton.norm continues from there.
+Gradients are kept 2^16 times their size. That is a compromise: the small ones of a long batch must not vanish where E
+is small, and those behind an outlier of e^100 must not overflow.
+
+Names are those of regla.ops.triton.forward. A `d` as the last letter of kd, qd, Pd, Sd, Ud: as an operand of products,
+factors included, in the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -73,8 +79,8 @@ def value_side(
     q_ptr, do_ptr, factors_ptr, norm, short, cap, t, inside, valid, q, do, qd, d, P, k, v, gk, gv, Bk, Ek, Ev, kd, x,
     S, begin, h, scale, H, q_step, BS: tl.constexpr, SLICED: tl.constexpr, TREE: tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to x (over the tree to v), to Bv, and, over the tree, to the last head's
-    scores. P: the scores, where SLICED."""
+    """Gradients through the outputs of a chunk, summed over the query heads: (of x [C, BS], or with TREE of v; of Bv
+    [C, BS]; with TREE and a value axis that decays of the last head's scores [C, C]). P: the scores, where SLICED."""
     dtype = S.dtype
     dx = tl.zeros([cfg.C, BS], tl.float32)
     dBv = tl.zeros([cfg.C, BS], tl.float32)
@@ -108,8 +114,9 @@ def key_side(
     kd, x, S, dP_given, dq_read, begin, h, scale, H, q_step, dq_step, BS: tl.constexpr, SLICED: tl.constexpr, TREE:
     tl.constexpr, cfg: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of a chunk give to kd (over the tree to k) and to Bk, and dq, written. dP_given: what the
-    scores get, where SLICED, and over the tree of the values; dq_read: what qd gets of the state, where SLICED."""
+    """Gradients through the outputs of a chunk, summed over the query heads: (of kd [C, BK], or with TREE of k; of Bk
+    [C, BK]). Writes dq. dP_given: the gradient of the scores [C, C], where SLICED or over the tree of the values;
+    dq_read: the gradient of qd through the state, where SLICED."""
     rows = tl.arange(0, cfg.C)
     ki = tl.arange(0, cfg.BK)
     causal = rows[:, None] >= rows[None, :]
@@ -185,7 +192,7 @@ def compute_chunk(
     Ek, Wk = 0.0, 0.0
     kd = k.to(dtype)
     Bk, up = 0.0, 0.0
-    short = False  # whether the tree may be, see there
+    short = False  # whether the tree may end early: `tree.read_and_write`
     if TREE and cfg.SAFE_EXP and cfg.KEYED != cfg.VALUED:
         v = vs[0].to(tl.float32)
         weak = too_small(k, v, valid, cfg.K, cfg.VALUED)
@@ -268,7 +275,7 @@ def compute_chunk(
             U *= 2.0 ** (0.0 if D_FINAL == "lifted" else lift)
         else:
             U = take_state(passed_at, passing, cfg.BK, BS, cfg.BV, EXACT)
-        # Not by way of what is kept, which is wanted again below: held until then, it would cost registers.
+        # U times keep is computed again below: held until then, it would cost registers.
         if cfg.KEYED and cfg.VALUED:
             dS = tl.fma(U * keep_k, keep_v, dS)
         elif cfg.KEYED:
@@ -284,7 +291,7 @@ def compute_chunk(
         if s + 1 < cfg.SLICES:
             S_next = load_state(states_ptr, at, s + 1, BS, cfg)
         S = materialised(S.to(tl.float32))
-        kept = U  # what the state's decay is worth. U S alone may be infinite where what is kept of it is nothing
+        kept = U  # for the gradient of the decay. U S before the decay may be infinite where the decay is 0
         if cfg.KEYED:
             kept *= keep_k
         if cfg.VALUED:
@@ -340,7 +347,7 @@ def compute_chunk(
             dv += dv_end * to_end_v
         else:
             dv += dv_end
-            if cfg.VALUED:  # of x so far
+            if cfg.VALUED:  # dv is that of x so far
                 dv *= Wv
         store_tile(dv_ptr, t, inside, dv_step, vi, cfg.V, dv * unlift)
     dk, dBk = key_side(
@@ -365,7 +372,7 @@ def compute_chunk(
             dgk_ptr, drk_ptr, t, inside, valid, dgk_step, drk_step, ki, cfg.K, gate, refine, dgk, cfg.KEY
         )
     dk += dk_end
-    if not TREE:  # of kd so far
+    if not TREE:  # dk is that of kd so far
         if cfg.KEYED and not cfg.SAFE_EXP:
             dk *= Wk
         k = kd.to(tl.float32)

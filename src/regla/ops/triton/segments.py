@@ -1,13 +1,13 @@
 """Long sequences of few heads, cut into segments that are computed side by side.
 
-A chunk waits for the state from the chunk before it. Where there are many sequences and heads, other CTAs have
-work meanwhile; where there are few, the waits are all the time there is. So a sequence is cut into segments: a first
-kernel computes what each piece of a segment adds to the state and how far it lets one decay, a second one the state
-before each segment, and the kernels of one sequence then take segments. Backward does the same with the gradient of the
-state.
+A chunk waits for the state from the chunk before it. Where there are many sequences and heads, other CTAs work
+meanwhile; where there are few, the pass is bound by the latency of this chain. So a sequence is cut into segments, and
+these into pieces, one CTA each: `state_kernel` computes what each piece adds to an empty state and by how much the
+piece decays a state, `chain_kernel` the state before each segment, and the forward kernel then takes segments as
+sequences. Backward does the same with the gradient of the state (`gradient_kernel`).
 
-What a piece by itself leaves is, with R_t the log-decay of a channel over (t, end] (R^v measured from that of the
-slowest value channel, f_t) and m the stabiliser at the piece's end,
+The state [K, V] that a piece leaves of an empty one is, with R_t the log-decay of a channel over (t, end] (R^v measured
+from that of the slowest value channel, f_t) and m the stabiliser at the piece's end,
 
     S_kv = sum_t 2^(k_t + R^k_t + f_t - m) v_t 2^(R^v_t)
 
@@ -45,12 +45,12 @@ from regla.ops.triton.tiles import (
     sums,
 )
 
-LIFT = tl.constexpr(44.0)  # of the factor that has none: with 2^-126, float32's least, 2^-170 of what is left
+LIFT = tl.constexpr(44.0)  # bits that the factor without a lift gets: with float32's least, 2^-126, down to 2^-170
 
 
 @triton.jit
 def later_steps(step):
-    """Sums of step [C] over the tokens behind each."""
+    """Sums [C] of step [C] over the tokens after each."""
     rows = tl.arange(0, step.shape[0])
     return tl.sum(tl.where(rows[:, None] < rows[None, :], step[None, :], 0.0), 1)
 
@@ -76,9 +76,9 @@ def state_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, SAFE_EXP: tl.constexpr, NORM: tl.constexpr, DECAYING: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, ONE_PATH: tl.constexpr,
 ):  # fmt: skip
-    """What a piece of L tokens leaves of nothing: the state [K, V], the log2-decay of every channel, and of the
-    stabiliser (A, M), where it is max(m + A, M) at the end. Not from the token `last` of a sequence on, where its last
-    segment begins: nobody asks for it."""
+    """For a piece of L tokens: the state [K, V] that it leaves of an empty one, the log2-decay of every channel over it
+    [K] and [V], and (A, M) of the stabiliser, which is max(m + A, M) after the piece if it is m before. Pieces from the
+    token `last` of a sequence on, where its last segment begins, are not computed: no segment follows them."""
     h, n = tl.program_id(0), tl.program_id(1)
     past = (n % pieces) * L
     if past < last:
@@ -100,7 +100,7 @@ def state_kernel(
         _qw, kw = load_norm(qw_ptr, kw_ptr, K, BK, NORM)
         to_log2: tl.constexpr = 1.0 if NORM else LOG2E
         t = tl.arange(0, C)
-        for j in tl.range(L // C, num_stages=2):  # the next chunk is read meanwhile
+        for j in tl.range(L // C, num_stages=2):  # the next chunk is loaded meanwhile
             start = begin + (L - (j + 1) * C)
             valid = t >= 0
             if MASKED:
