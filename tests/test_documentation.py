@@ -57,16 +57,17 @@ def with_a_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("docs")])
 def test_code_runs(name: str, with_a_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from regla.layers.feature_maps import FEATURE_MAPS
+    from regla.layers import FEATURE_MAPS, GATES
 
-    before = dict(FEATURE_MAPS)
+    before = [(table, dict(table)) for table in (FEATURE_MAPS, GATES)]
     monkeypatch.chdir(with_a_model)
     try:
         for block in blocks((ROOT / name).read_text(encoding="utf-8"), "python"):
             exec(compile(block, name, "exec"), {})
     finally:
-        FEATURE_MAPS.clear()
-        FEATURE_MAPS.update(before)
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
 
 
 @pytest.mark.parametrize("name", NAMES)
