@@ -169,7 +169,8 @@ the hardware, the versions and the commit as soon as it is there; what it is com
   ops     forward and backward of the operations: backends, PyTorch's softmax attention, fla's chunk_gla where installed
   decode  tokens/s of `generate` behind contexts of 1k to 64k: a 162M-parameter model against softmax of equal size
   train   tokens/s of training such models at lengths of 2k to 32k: ReGLA, softmax, and ReGLA without the recurrence
-  cpu     what the CPU path promises: chunked form against the recurrence, cost of a token, memory of a forward pass
+  eval    scoring of answers behind a shared prefix, with and without computing the prefix once
+  cpu     the CPU path: each backend against the recurrence, cost of a token, memory of a forward pass
 
 examples:
   regla bench ops --out benchmarks/gpu/h100.jsonl
