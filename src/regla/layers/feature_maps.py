@@ -1,4 +1,4 @@
-"""Feature maps: what queries and keys enter the recurrence as. One paper idea each."""
+"""Feature maps of queries and keys, one class each; `FEATURE_MAPS` names them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 class FeatureMap(nn.Module):
     """phi: `forward(q [B, T, HQ, K], k [B, T, H, K])` returns the features of q and k, in the same shapes.
+
+    A layer constructs its map with one argument, the option `key_max`.
 
     key_max: how the stabiliser of an exponential map runs along the recurrence ("decay", "running" or "sequence", see
         `regla.ops.safe_exp_key`); such a map hands its logits on, and the recurrence forms the features, as the

@@ -1,4 +1,4 @@
-"""Forget gates: hidden states in, log-decays of the state out. One paper idea each."""
+"""Forget gates, from hidden states to log-decays of the state, one class each; `GATES` names them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ HalfLife = float | Sequence[float]  # tokens until half is forgotten: of all cha
 
 
 class Gate(nn.Module):
-    """x [B, T, hidden] -> `Gates` of the state; logarithms in float32."""
+    """x [B, T, hidden] -> `Gates` of the state; logarithms in float32.
+
+    A linear map that `build` makes is named `proj`, `down` or `*_proj`: `regla.layers.init` knows it by that.
+    """
 
     root = 1  # what decays is sigmoid(a)^(1/root)
 
