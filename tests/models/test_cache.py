@@ -303,3 +303,18 @@ def test_what_cannot_be_forked_is_refused(build):
             fork_cache(filled(model), rows)
     with pytest.raises(ValueError, match=r"cache is empty, so it has no rows to fork"):
         fork_cache(DynamicCache(config=model.config), [0])
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names(build):
+    """transformers 5.24 calls `cache` what was `past_key_values`; a name that is not known would be passed over."""
+    model = build("hybrid")
+    ids = torch.randint(3, 97, (1, 9))
+    for body in (model, model.model):
+        cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        for piece in ids.split([5, 1, 3], 1):
+            assert torch.equal(body(piece, cache=cache)[0], body(piece, past_key_values=other)[0])
+        assert cache.get_seq_length() == 9
+        assert body(ids, cache=DynamicCache(config=model.config)).past_key_values.get_seq_length() == 9
+        with pytest.raises(ValueError, match="cache and past_key_values are both given"):
+            body(ids, cache=cache, past_key_values=other)

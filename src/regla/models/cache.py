@@ -24,12 +24,24 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from regla.layers.attention import ReGLAState
 from regla.models.configuration import ReGLAConfig
 
 # Slots of `recurrent_states`; the convolution's state is slot 0 of `conv_states`.
 S_SLOT, M_SLOT = 0, 1
+
+
+#: What transformers calls the cache among arguments and results: "cache" since 5.24. Models take both names.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache given under one of its two names; a ValueError if both are given."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("cache and past_key_values are both given, two names of one thing; pass one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 class ReGLACacheLayer(LinearAttentionLayer, CacheLayerMixin):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from regla.models.cache import CACHE, one_cache
 from regla.models.configuration import ReGLAConfig
 
 LayerMasks = dict[str, Tensor | None]
@@ -26,8 +27,10 @@ def layer_masks(
     config: ReGLAConfig,
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
-    past_key_values: Cache | None,
+    past_key_values: Cache | None = None,
     position_ids: Tensor | None = None,
+    *,
+    cache: Cache | None = None,
     **kwargs: Any,
 ) -> LayerMasks:
     """The mask of each layer type: [B, T] bool of real tokens for "linear_attention", causal for "full_attention",
@@ -35,6 +38,7 @@ def layer_masks(
 
     Restarting position_ids make the causal mask block-diagonal, if there is neither mask nor cache.
     """
+    past_key_values = one_cache(past_key_values, cache)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
             f"attention_mask has {attention_mask.ndim} dimensions; linear layers need to know which tokens are real: "
@@ -53,8 +57,8 @@ def layer_masks(
                 config=config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: past_key_values},
             )
     return masks
 

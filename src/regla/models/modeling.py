@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from regla.layers.attention import ReGLAAttention
 from regla.layers.init import init_linear_attention
-from regla.models.cache import adopt_cache
+from regla.models.cache import CACHE, adopt_cache, one_cache
 from regla.models.configuration import ReGLAConfig
 from regla.models.inputs import (
     LayerMasks,
@@ -115,7 +115,7 @@ class ReGLAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReGLADecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -186,6 +186,7 @@ class ReGLAModel(ReGLAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
@@ -195,7 +196,8 @@ class ReGLAModel(ReGLAPreTrainedModel):
             attention_mask: [B, L], 0 for padding, whose content then has no influence at all; or the dict of masks that
                 `generate` makes for static caches.
             position_ids: [B or 1, T]. None: each row counts its real tokens from 0, those in the cache included.
-            past_key_values: a transformers cache, changed in place.
+            past_key_values, cache: two names of one argument (transformers 5.24 has renamed it): a transformers cache,
+                changed in place.
             use_cache: return a cache. None: as the config says, except in training.
             cu_seq_lens_q: [N + 1] int, boundaries 0, ..., T of the documents packed into one row (B = 1). Nothing
                 passes a boundary. Without it, boundaries are where given position_ids restart, if there is neither
@@ -207,6 +209,7 @@ class ReGLAModel(ReGLAPreTrainedModel):
                 with activation checkpointing; an exporter other than torch.export.
         """
         _check_exporter()
+        past_key_values = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; pass exactly one of them")
         if inputs_embeds is None:
@@ -261,7 +264,7 @@ class ReGLAModel(ReGLAPreTrainedModel):
                 position_ids=position_ids if restarts is None else restarts,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
 
 class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
@@ -287,6 +290,7 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the mean cross-entropy if labels are given.
@@ -301,7 +305,7 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -314,9 +318,9 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _prepare_cache_for_generation(
@@ -324,8 +328,8 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
     ) -> None:
         # `generate` asks the cache for its length before the first forward.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            adopt_cache(model_kwargs["past_key_values"], self.config)
+        if model_kwargs.get(CACHE) is not None:
+            adopt_cache(model_kwargs[CACHE], self.config)
 
     @property
     def init_continuous_batching(self) -> Any:
