@@ -152,7 +152,6 @@ def prepare_kernel(
     beta_t = tl.load(beta + token * H + h, mask=valid, other=0.0).to(tl.float32)
     earlier = t[:, None] > t[None, :]
     kE, kW, kF = kk, kk, kk
-    deep = False
     if GATE != "none":
         gg = log_decays(g, token, valid, h, H, K, BK, GATE)
         B = tl.cumsum(gg, 0)
@@ -163,8 +162,9 @@ def prepare_kernel(
         kF = kk * tl.exp2(tl.cumsum(gg, 0, reverse=True) - gg)
         tl.store(total + index * BK + tl.arange(0, BK), tl.exp2(tl.sum(gg, 0)))
     A = product(kE, tl.trans(kW), PRECISION, dtype)
-    if deep:
-        A += behind(kk, gg, B, valid, kk, True)
+    if GATE != "none":
+        if deep:
+            A += behind(kk, gg, B, valid, kk, True)
     inv = inverse(tl.where(earlier, A * beta_t[:, None], 0.0))
     put(W, index, C, K, 0, product(inv, beta_t[:, None] * kE, SOLVE, tl.float32), BK)
     vv = load(v, token, valid, h, H, V, BV)
@@ -178,8 +178,9 @@ def prepare_kernel(
         if GATE != "none":
             qE = qq * E
         scores = product(qE, tl.trans(kW), PRECISION, dtype)
-        if deep:
-            scores += behind(qq, gg, B, valid, kk, False)
+        if GATE != "none":
+            if deep:
+                scores += behind(qq, gg, B, valid, kk, False)
         put(QE, index * G + i, C, K, 0, qE, BK)
         put(P, index * G + i, C, C, 0, tl.where(earlier | (t[:, None] == t[None, :]), scores, 0.0), C)
 
@@ -307,7 +308,6 @@ def gradient_kernel(
     beta_t = tl.load(beta + token * H + h, mask=valid, other=0.0).to(tl.float32)
     earlier = t[:, None] > t[None, :]
     kE, kW, E, Wf, F = kk, kk, 1.0, 1.0, 1.0
-    deep = False
     if GATE != "none":
         gg = log_decays(g, token, valid, h, H, K, BK, GATE)
         B = tl.cumsum(gg, 0)
@@ -320,8 +320,9 @@ def gradient_kernel(
     uu, vv = tile(U, index, C, V, 0, BV), load(v, token, valid, h, H, V, BV)
     R = product(tl.trans(tile(inverses, index, C, C, 0, C)), tile(d_U, index, C, V, 0, BV), SOLVE, tl.float32)
     overlap = product(kE, tl.trans(kW), PRECISION, dtype)
-    if deep:
-        overlap += behind(kk, gg, B, valid, kk, True)
+    if GATE != "none":
+        if deep:
+            overlap += behind(kk, gg, B, valid, kk, True)
     answers = product(kE, S, PRECISION, dtype)
     answers += product(tl.where(earlier, overlap, 0.0), uu, PRECISION, dtype)
     tl.store(d_beta + token * H + h, tl.sum(R * (vv - answers), 1).to(d_beta.dtype.element_ty), mask=valid)
@@ -335,9 +336,10 @@ def gradient_kernel(
     log_gradient = kE * d_read  # of B
     d_key = d_row
     d_deep = tl.zeros_like(kk)
-    if deep:
-        d_x, d_y, d_deep = behind_gradient(kk, d_P, gg, B, kk, True)
-        d_key += d_x + d_y
+    if GATE != "none":
+        if deep:
+            d_x, d_y, d_deep = behind_gradient(kk, d_P, gg, B, kk, True)
+            d_key += d_x + d_y
     for i in tl.static_range(G):
         hq = h * G + i
         qq = load(q, token, valid, hq, H * G, K, BK)
@@ -348,11 +350,12 @@ def gradient_kernel(
         d_column += product(tl.trans(d_Pq), qE, PRECISION, dtype)
         d_query = d_read * E
         log_gradient += qE * d_read
-        if deep:
-            d_x, d_y, d_z = behind_gradient(qq, d_Pq, gg, B, kk, False)
-            d_query += d_x
-            d_key += d_y
-            d_deep += d_z
+        if GATE != "none":
+            if deep:
+                d_x, d_y, d_z = behind_gradient(qq, d_Pq, gg, B, kk, False)
+                d_query += d_x
+                d_key += d_y
+                d_deep += d_z
         store(d_q, token, valid, hq, H * G, K, d_query, BK)
     d_written = product(uu, tl.trans(dS), PRECISION, dtype)  # of K o F
     d_key += d_column * Wf + d_written * F
