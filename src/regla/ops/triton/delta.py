@@ -106,19 +106,35 @@ def pick(x, j):
     return tl.sum(tl.where((row == j)[:, None], x, 0.0), 0)
 
 
-@triton.jit
-def behind(x, gg, B, valid, k, strict: tl.constexpr):
-    """Scores [C, C] of rows x with the keys k by the channels that the factors leave out: B_s <= -NEAR."""
-    C: tl.constexpr = x.shape[0]
+@triton.jit(noinline=True)
+def add_deep_scores(
+    x, hx, heads, k, g, out, start, stop, h, H,
+    GATE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, STRICT: tl.constexpr,
+):  # fmt: skip
+    """Add to scores [C, C] at `out`, of rows x with the keys, what the factors leave out: channels with B_s <= -NEAR.
+
+    A function that is called, and loads the chunk again: in line it would cost the other chunks registers.
+    """
     t = tl.arange(0, C)
+    token = start + t
+    valid = token < stop
+    xx, kk = load(x, token, valid, hx, heads, K, BK), load(k, token, valid, h, H, K, BK)
+    gg = log_decays(g, token, valid, h, H, K, BK, GATE)
+    B = tl.cumsum(gg, 0)
     P = tl.zeros((C, C), tl.float32)
     for j in range(C):
-        if tl.min(pick(B, j)) <= -NEAR:
-            decay = tl.cumsum(tl.where((t > j)[:, None], gg, 0.0), 0)
-            left_out = (pick(B, j) <= -NEAR)[None, :] & ((t > j) if strict else (t >= j))[:, None]
-            column = tl.sum(tl.where(left_out, x * pick(k, j)[None, :] * tl.exp2(decay), 0.0), 1)
+        left_out = pick(B, j) <= -NEAR
+        if tl.max(left_out.to(tl.int32)) > 0:
+            decay = tl.exp2(tl.cumsum(tl.where((t > j)[:, None], gg, 0.0), 0))
+            reads = (t > j) if STRICT else (t >= j)
+            terms = xx * tl.where(left_out, pick(kk, j), 0.0)[None, :] * decay
+            column = tl.where(reads, tl.sum(terms, 1), 0.0)
             P += tl.where((t == j)[None, :], column[:, None], 0.0)
-    return P
+    at = t[:, None] * C + t[None, :]
+    tl.debug_barrier()
+    P += tl.load(out + at).to(tl.float32)
+    tl.store(out + at, P.to(out.dtype.element_ty))
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -164,7 +180,9 @@ def prepare_kernel(
     A = product(kE, tl.trans(kW), PRECISION, dtype)
     if GATE != "none":
         if deep:
-            A += behind(kk, gg, B, valid, kk, True)
+            put(inverses, index, C, C, 0, A, C)
+            add_deep_scores(k, h, H, k, g, inverses + index * C * C, start, stop, h, H, GATE, K, BK, C, True)
+            A = tile(inverses, index, C, C, 0, C)
     inv = inverse(tl.where(earlier, A * beta_t[:, None], 0.0))
     put(W, index, C, K, 0, product(inv, beta_t[:, None] * kE, SOLVE, tl.float32), BK)
     vv = load(v, token, valid, h, H, V, BV)
@@ -178,11 +196,12 @@ def prepare_kernel(
         if GATE != "none":
             qE = qq * E
         scores = product(qE, tl.trans(kW), PRECISION, dtype)
-        if GATE != "none":
-            if deep:
-                scores += behind(qq, gg, B, valid, kk, False)
         put(QE, index * G + i, C, K, 0, qE, BK)
         put(P, index * G + i, C, C, 0, tl.where(earlier | (t[:, None] == t[None, :]), scores, 0.0), C)
+        if GATE != "none":
+            if deep:
+                hq, of_query = h * G + i, P + (index * G + i) * C * C
+                add_deep_scores(q, hq, H * G, k, g, of_query, start, stop, h, H, GATE, K, BK, C, False)
 
 
 @triton.jit
@@ -269,24 +288,44 @@ def state_gradient_kernel(
     put_rows(d_initial, at, K, V, first_v, dS, BK, BV)
 
 
-@triton.jit
-def behind_gradient(x, d_P, gg, B, k, strict: tl.constexpr):
-    """Gradients of `behind`, from d_P [C, C]: of x, of k, and of the log-decays (in nats), each [C, BK]."""
-    C: tl.constexpr = x.shape[0]
+@triton.jit(noinline=True)
+def add_deep_gradients(
+    x, hx, heads, k, g, d_read, U, d_x, d_k, d_g, start, stop, h, H, index, factor,
+    GATE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    STRICT: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients of `add_deep_scores` to those of x, of k and of g, from what it read U with: d_read, times
+    `factor`."""
     t = tl.arange(0, C)
-    d_x, d_k, d_g = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+    token = start + t
+    valid = token < stop
+    xx, kk = load(x, token, valid, hx, heads, K, BK), load(k, token, valid, h, H, K, BK)
+    gg = log_decays(g, token, valid, h, H, K, BK, GATE)
+    B = tl.cumsum(gg, 0)
+    read = load(d_read, token, valid, hx, heads, V, BV) * factor
+    d_P = tl.dot(read, tl.trans(tile(U, index, C, V, 0, BV).to(tl.float32)), input_precision="ieee")
+    of_x, of_k, of_g = tl.zeros_like(xx), tl.zeros_like(xx), tl.zeros_like(xx)
     for j in range(C):
-        if tl.min(pick(B, j)) <= -NEAR:
+        left_out = pick(B, j) <= -NEAR
+        if tl.max(left_out.to(tl.int32)) > 0:
             decay = tl.exp2(tl.cumsum(tl.where((t > j)[:, None], gg, 0.0), 0))
-            left_out = (pick(B, j) <= -NEAR)[None, :] & ((t > j) if strict else (t >= j))[:, None]
+            reads = (t > j) if STRICT else (t >= j)
             column = tl.sum(tl.where((t == j)[None, :], d_P, 0.0), 1)
-            decay = tl.where(left_out, decay * column[:, None], 0.0)
-            k_j = pick(k, j)[None, :]
-            d_x += decay * k_j
-            d_k += tl.where((t == j)[:, None], tl.sum(decay * x, 0)[None, :], 0.0)
-            from_t = tl.cumsum(decay * x * k_j, 0, reverse=True)
-            d_g += tl.where((t > j)[:, None], from_t, 0.0)
-    return d_x, d_k, d_g
+            terms = tl.where(reads[:, None] & left_out[None, :], decay * column[:, None], 0.0)
+            k_j = pick(kk, j)[None, :]
+            of_x += terms * k_j
+            of_k += tl.where((t == j)[:, None], tl.sum(terms * xx, 0)[None, :], 0.0)
+            of_g += tl.where((t > j)[:, None], tl.cumsum(terms * xx * k_j, 0, reverse=True), 0.0)
+    tl.debug_barrier()
+    store(d_x, token, valid, hx, heads, K, of_x + load(d_x, token, valid, hx, heads, K, BK), BK)
+    tl.debug_barrier()
+    store(d_k, token, valid, h, H, K, of_k + load(d_k, token, valid, h, H, K, BK), BK)
+    if GATE == "channel":
+        store(d_g, token, valid, h, H, K, of_g + load(d_g, token, valid, h, H, K, BK), BK)
+    else:
+        so_far = tl.load(d_g + token * H + h, mask=valid, other=0.0).to(tl.float32)
+        tl.store(d_g + token * H + h, (so_far + tl.sum(of_g, 1)).to(d_g.dtype.element_ty), mask=valid)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -322,7 +361,11 @@ def gradient_kernel(
     overlap = product(kE, tl.trans(kW), PRECISION, dtype)
     if GATE != "none":
         if deep:
-            overlap += behind(kk, gg, B, valid, kk, True)
+            # Over the inverse, which has been read.
+            tl.debug_barrier()
+            put(inverses, index, C, C, 0, overlap, C)
+            add_deep_scores(k, h, H, k, g, inverses + index * C * C, start, stop, h, H, GATE, K, BK, C, True)
+            overlap = tile(inverses, index, C, C, 0, C)
     answers = product(kE, S, PRECISION, dtype)
     answers += product(tl.where(earlier, overlap, 0.0), uu, PRECISION, dtype)
     tl.store(d_beta + token * H + h, tl.sum(R * (vv - answers), 1).to(d_beta.dtype.element_ty), mask=valid)
@@ -335,11 +378,6 @@ def gradient_kernel(
     d_row = d_read * E  # of k as what reads
     log_gradient = kE * d_read  # of B
     d_key = d_row
-    d_deep = tl.zeros_like(kk)
-    if GATE != "none":
-        if deep:
-            d_x, d_y, d_deep = behind_gradient(kk, d_P, gg, B, kk, True)
-            d_key += d_x + d_y
     for i in tl.static_range(G):
         hq = h * G + i
         qq = load(q, token, valid, hq, H * G, K, BK)
@@ -350,12 +388,6 @@ def gradient_kernel(
         d_column += product(tl.trans(d_Pq), qE, PRECISION, dtype)
         d_query = d_read * E
         log_gradient += qE * d_read
-        if GATE != "none":
-            if deep:
-                d_x, d_y, d_z = behind_gradient(qq, d_Pq, gg, B, kk, False)
-                d_query += d_x
-                d_key += d_y
-                d_deep += d_z
         store(d_q, token, valid, hq, H * G, K, d_query, BK)
     d_written = product(uu, tl.trans(dS), PRECISION, dtype)  # of K o F
     d_key += d_column * Wf + d_written * F
@@ -366,8 +398,17 @@ def gradient_kernel(
         carried = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1) * tl.exp2(tl.sum(gg, 0))
         # F spans (t, end of the chunk]: of g_t, what the tokens before t wrote; the carried state takes every g.
         through = tl.cumsum(log_gradient, 0, reverse=True) + (tl.cumsum(written, 0) - written) + carried[None, :]
-        through += d_deep
         if GATE == "channel":
             store(d_g, token, valid, h, H, K, through, BK)
         else:
             tl.store(d_g + token * H + h, tl.sum(through, 1).to(d_g.dtype.element_ty), mask=valid)
+        if deep:
+            add_deep_gradients(
+                k, h, H, k, g, d_v, U, d_k, d_k, d_g, start, stop, h, H, index, -1.0,
+                GATE, K, V, BK, BV, C, True,
+            )  # fmt: skip
+            for i in tl.static_range(G):
+                add_deep_gradients(
+                    q, h * G + i, H * G, k, g, d_o, U, d_q, d_k, d_g, start, stop, h, H, index, scale,
+                    GATE, K, V, BK, BV, C, False,
+                )  # fmt: skip

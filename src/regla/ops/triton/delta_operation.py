@@ -101,7 +101,7 @@ def _prepare(
         "QE": new(s.G, CHUNK, s.K),
         "P": new(s.G, CHUNK, CHUNK),
         "total": new(s.common["BK"], dtype=torch.float32),
-        "inverses": new(*((CHUNK, CHUNK) if keep else (0,)), dtype=torch.float32),
+        "inverses": new(CHUNK, CHUNK, dtype=torch.float32),
     }
     prepare_kernel[(s.slots, s.H)](
         q, k, v, gk, beta, s.starts, s.stops, *x.values(), s.T, s.chunks, s.H,
