@@ -16,7 +16,7 @@ from regla.layers.norms import NORMS, normalised, prepared
 from regla.layers.plain import is_plain
 from regla.layers.positions import ShortConvolution, apply_rotary
 from regla.layers.projection import project
-from regla.layers.recurrence import AdditiveRule, Output, Past, Tokens
+from regla.layers.recurrence import UPDATE_RULES, Output, Past, Tokens
 from regla.ops.call import Packed, QKNorm
 from regla.ops.features import KEY_MAX
 from regla.ops.output_norm import ACTIVATIONS
@@ -41,13 +41,17 @@ class ReGLAAttention(nn.Module):
         num_kv_heads: state heads; each serves num_heads / num_kv_heads query heads. None: num_heads.
         head_dim: K, channels of a query or key. None: hidden_size / num_heads.
         value_head_dim: V, channels of a value. None: head_dim.
-        feature_map: "safe_exp", "identity", "relu" or "one_plus_elu".
-        gate: "refined", "sigmoid", "fast_decay", "gla", "scalar" or "none".
+        update_rule: "additive" or "delta".
+        feature_map: a name in `regla.layers.feature_maps.FEATURE_MAPS`: "safe_exp", "identity", "relu" or
+            "one_plus_elu", and of unit length, as the delta rule needs them, "unit_safe_exp", "unit_identity" or
+            "unit_silu".
+        gate: "refined", "refined_low_rank", "sigmoid", "fast_decay", "gla", "scalar" or "none".
         gate_axis: "value", "key" or "both": the axis of the state that a refined or sigmoid gate decays.
         key_max: "decay", "running" or "sequence": the stabiliser of the safe exponential.
         norm: "rmsnorm", "layernorm", "sum" or "none".
         norm_eps: eps of the norms.
         conv_size: tokens the short convolution of q, k and v sees; 0 for none.
+        conv_activation: None, "silu" or "sigmoid": behind the short convolution.
         qk_norm: RMS-normalise q and k per head with a learnt gain.
         qk_calibration: shift and scale q and k before the feature map (`QKCalibration`), for pretrained projections.
         output_gate: None, "silu" or "sigmoid".
@@ -73,6 +77,7 @@ class ReGLAAttention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         value_head_dim: int | None = None,
+        update_rule: str = DEFAULTS.update_rule,
         feature_map: str = DEFAULTS.feature_map,
         gate: str = DEFAULTS.gate,
         gate_axis: str = DEFAULTS.gate_axis,
@@ -80,6 +85,7 @@ class ReGLAAttention(nn.Module):
         norm: str = DEFAULTS.norm,
         norm_eps: float = DEFAULTS.norm_eps,
         conv_size: int = DEFAULTS.conv_size,
+        conv_activation: str | None = DEFAULTS.conv_activation,
         qk_norm: bool = DEFAULTS.qk_norm,
         qk_calibration: bool = DEFAULTS.qk_calibration,
         output_gate: str | None = DEFAULTS.output_gate,
@@ -89,12 +95,14 @@ class ReGLAAttention(nn.Module):
         backend: str = DEFAULTS.backend,
     ):
         super().__init__()
+        _one_of("update_rule", update_rule, UPDATE_RULES)
         _one_of("feature_map", feature_map, FEATURE_MAPS)
         _one_of("gate", gate, GATES)
         _one_of("gate_axis", gate_axis, GATE_AXES)
         _one_of("key_max", key_max, KEY_MAX)
         _one_of("norm", norm, NORMS)
         _one_of("output_gate", output_gate, [None, *ACTIVATIONS])
+        _one_of("conv_activation", conv_activation, [None, *ACTIVATIONS])
         num_kv_heads = num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of num_kv_heads = {num_kv_heads}")
@@ -112,12 +120,13 @@ class ReGLAAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=out_bias)
         qkv_channels = num_heads * K + num_kv_heads * (K + V)
         self.conv = ShortConvolution(qkv_channels, conv_size) if conv_size else None
+        self.conv_activation = ACTIVATIONS[conv_activation] if conv_activation else nn.Identity()
         self.q_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.qk_calibration = QKCalibration(num_heads, num_kv_heads, K) if qk_calibration else None
         self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, gate_low_rank_dim)
         self.feature_map = FEATURE_MAPS[feature_map](key_max)
-        self.rule = AdditiveRule(self.feature_map, K, backend)
+        self.rule = UPDATE_RULES[update_rule](hidden_size, num_kv_heads, K, self.feature_map, backend)
         self.norm = NORMS[norm](num_heads, V, norm_eps)
         self.output_gate = nn.Linear(hidden_size, num_heads * V, bias=False) if output_gate else None
         self.output_activation = output_gate
@@ -156,7 +165,7 @@ class ReGLAAttention(nn.Module):
         dtype = v.dtype
         if dtype == torch.float16:  # too narrow for outputs that are not normalised yet
             v = v.float()
-        v, gates = prepared(self.norm, v, self.gate(x))
+        v, gates = prepared(self.norm, v, self.rule.gates(self.gate(x), x))
         tokens = Tokens(q, k, v, gates, qk_norm, qkv, mask, cu_seqlens)
         past = Past(None if state is None else (state.S, state.m), return_state, overwrite_state)
         output_gate = None if self.output_gate is None else self.output_gate(x)
@@ -176,6 +185,7 @@ class ReGLAAttention(nn.Module):
         if self.conv is not None:
             whole = torch.cat(parts, -1) if whole is None else whole
             whole, conv = self.conv(whole, mask, cu_seqlens, None if state is None else state.conv)
+            whole = self.conv_activation(whole)
         if whole is None:
             q, k, v = (part.unflatten(-1, size) for part, size in zip(parts, heads, strict=True))
             return q, k, v, None, conv

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 class MixerDefaults:
     """See `ReGLAAttention` for what each means."""
 
+    update_rule: str = "additive"
     feature_map: str = "safe_exp"
     gate: str = "refined"
     gate_axis: str = "key"
@@ -20,6 +21,7 @@ class MixerDefaults:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
     conv_size: int = 0
+    conv_activation: str | None = None
     qk_norm: bool = True
     qk_calibration: bool = False
     output_gate: str | None = "silu"

@@ -67,9 +67,35 @@ class OnePlusELU(ElementwiseMap):
         return 1 + torch.nn.functional.elu(x)
 
 
+class UnitSafeExp(ElementwiseMap):
+    """phi(x) = e / |e|_2, e_i = exp(x_i - max_j x_j), per token and head: positive, of length 1, and without a maximum
+    over time (docs/math.md)."""
+
+    def phi(self, x: Tensor) -> Tensor:
+        e = (x - x.detach().amax(-1, keepdim=True)).float().exp()
+        return (e / e.norm(dim=-1, keepdim=True)).to(x.dtype)
+
+
+class UnitIdentity(ElementwiseMap):
+    """phi(x) = x / |x|_2."""
+
+    def phi(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(x.float(), dim=-1).to(x.dtype)
+
+
+class UnitSilu(ElementwiseMap):
+    """phi(x) = silu(x) / |silu(x)|_2."""
+
+    def phi(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(torch.nn.functional.silu(x.float()), dim=-1).to(x.dtype)
+
+
 FEATURE_MAPS: dict[str, type[SafeExp | ElementwiseMap]] = {
     "safe_exp": SafeExp,
     "identity": Identity,
     "relu": ReLU,
     "one_plus_elu": OnePlusELU,
+    "unit_safe_exp": UnitSafeExp,
+    "unit_identity": UnitIdentity,
+    "unit_silu": UnitSilu,
 }

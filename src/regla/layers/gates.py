@@ -186,6 +186,17 @@ class RefinedGate(Gate):
         return Gates(gk, rk, gv, rv, packed=packed)
 
 
+class LowRankRefinedGate(RefinedGate):
+    """`RefinedGate` with W_g = W_g' D and W_r = W_r' D, D of low rank: its parameters go back to the MLP."""
+
+    def build(self, hidden_size: int, low_rank_dim: int) -> None:
+        self.down = nn.Linear(hidden_size, low_rank_dim, bias=False)
+        super().build(low_rank_dim, low_rank_dim)
+
+    def forward(self, x: Tensor) -> Gates:
+        return super().forward(self.down(x))
+
+
 GATES: dict[str, type[Gate]] = {
     "none": NoGate,
     "scalar": ScalarGate,
@@ -193,5 +204,6 @@ GATES: dict[str, type[Gate]] = {
     "gla": GLAGate,
     "sigmoid": SigmoidGate,
     "refined": RefinedGate,
+    "refined_low_rank": LowRankRefinedGate,
 }
 GATE_AXES = ("value", "key", "both")

@@ -51,7 +51,7 @@ def init_linear_attention(
                 init.constant_(parameter, gate_bias)
             else:
                 _copy(parameter, module.gate.half_life_bias(owner.removeprefix("gate."), gate_half_life))
-        elif owner.endswith("_proj") and kind == "bias":
+        elif owner.endswith("_proj") and kind == "bias":  # of beta, too: half of the old answer is replaced
             init.zeros_(parameter)
         elif owner in ("q_proj", "k_proj"):
             init.normal_(parameter, 0.0, std if qk_std is None else qk_std)

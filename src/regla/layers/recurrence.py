@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from regla.layers.feature_maps import FeatureMap
 from regla.layers.norms import head_norm, norm_and_gate, output_gated
 from regla.ops.additive import attend
 from regla.ops.call import Call, Gates, Packed, QKNorm
+from regla.ops.delta import gated_delta_attention
 from regla.ops.features import variance_reduction
 
 Memory = tuple[Tensor, Tensor]
@@ -49,10 +51,14 @@ class Output(NamedTuple):
 class AdditiveRule(nn.Module):
     """S_t = Diag(a_t) S_{t-1} Diag(b_t) + phi(k_t) v_t^T, h_t = scale S_t^T phi(q_t) (paper equations 3-13)."""
 
-    def __init__(self, feature_map: FeatureMap, head_dim: int, backend: str):
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, feature_map: FeatureMap, backend: str):
         super().__init__()
         self.scale = head_dim**-0.5 if feature_map.key_max is None else variance_reduction(head_dim)
         self.backend = backend
+
+    def gates(self, gates: Gates, x: Tensor) -> Gates:
+        """What the rule needs besides the forget gate: nothing."""
+        return gates
 
     def forward(self, feature_map: FeatureMap, x: Tokens, past: Past, output: Output) -> tuple[Tensor, Memory | None]:
         """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""
@@ -65,3 +71,53 @@ class AdditiveRule(nn.Module):
         if is_normalised:
             return output_gated(h, output.gate, output.activation), state
         return norm_and_gate(output.norm, h, output.gate, output.activation, self.backend), state
+
+
+class DeltaRule(nn.Module):
+    """S_t = S'_t + beta_t phi(k_t) (v_t - S'_t^T phi(k_t))^T, S'_t = Diag(a_t) S_{t-1}, h_t = scale S_t^T phi(q_t)
+
+    with beta_t = sigmoid(w x_t), one number a head (paper equation 8, with decay; `regla.ops.gated_delta_attention`).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, feature_map: FeatureMap, backend: str):
+        super().__init__()
+        if feature_map.key_max is not None:
+            raise ValueError(
+                "update_rule is 'delta' and feature_map 'safe_exp', whose keys have no fixed length; expected features "
+                "of unit length: use feature_map='unit_safe_exp'"
+            )
+        self.scale = head_dim**-0.5
+        self.backend = backend
+        self.beta_proj = nn.Linear(hidden_size, num_heads)
+
+    def gates(self, gates: Gates, x: Tensor) -> Gates:
+        if gates.gv is not None or gates.write is not None:
+            raise ValueError("update_rule is 'delta', which decays the key axis alone: use gate_axis='key'")
+        return gates._replace(write=torch.sigmoid(self.beta_proj(x).float()))
+
+    def forward(self, feature_map: FeatureMap, x: Tokens, past: Past, output: Output) -> tuple[Tensor, Memory | None]:
+        """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""
+        q, k = feature_map(x.q, x.k)
+        gk, _ = x.gates.logarithms()
+        assert x.gates.write is not None
+        S = None if past.state is None else past.state[0]
+        h, S = gated_delta_attention(
+            q,
+            k,
+            x.v,
+            x.gates.write,
+            gk,
+            scale=self.scale,
+            initial_state=S,
+            output_final_state=past.keep,
+            mask=x.mask,
+            cu_seqlens=x.cu_seqlens,
+            backend=self.backend,
+            validate=False,
+        )
+        state = None if S is None else (S, S.new_zeros(S.shape[:2]))
+        backend = "auto" if self.backend == "recurrent" else self.backend
+        return norm_and_gate(output.norm, h, output.gate, output.activation, backend), state
+
+
+UPDATE_RULES: dict[str, type[AdditiveRule] | type[DeltaRule]] = {"additive": AdditiveRule, "delta": DeltaRule}

@@ -13,6 +13,7 @@ from regla.layers.defaults import DEFAULTS
 from regla.layers.feature_maps import FEATURE_MAPS
 from regla.layers.gates import GATE_AXES, GATES, check_gate_start
 from regla.layers.norms import NORMS
+from regla.layers.recurrence import UPDATE_RULES
 from regla.models.hub import AUTO_MAP, write_hub_module
 from regla.ops.dispatch import BACKENDS
 from regla.ops.features import KEY_MAX
@@ -47,7 +48,9 @@ class ReGLAConfig(PreTrainedConfig):
             (softmax over a sliding window) for each layer; None makes every layer linear.
         sliding_window: of "sliding_attention" layers: a token attends to itself and the sliding_window - 1 tokens
             before it.
-        feature_map: of queries and keys in linear layers; "safe_exp" is the paper's (section 3.1).
+        update_rule: of the state, "additive" (the paper's) or "delta", which replaces what the state answers for a key.
+        feature_map: of queries and keys in linear layers; "safe_exp" is the paper's (section 3.1). The delta rule
+            wants features of unit length, "unit_safe_exp".
         gate: the forget gate; "refined" is the paper's (section 3.3).
         gate_axis: the axis of the state that the gate decays, "value", "key" or "both" (docs/results/defaults.md: why).
         key_max: the stabiliser of the safe exponential, "decay", "running" or "sequence" (the paper's letter, not
@@ -55,6 +58,7 @@ class ReGLAConfig(PreTrainedConfig):
         attention_norm: the normalisation of the linear layers' output, per head (section 3.2).
         linear_rope: rotate queries and keys of linear layers too, before the feature map.
         linear_conv_kernel_dim: taps of the causal convolution on q, k and v of linear layers; 0 leaves it out.
+        linear_conv_activation: None, "silu" or "sigmoid": behind that convolution.
         qk_norm: normalise q and k of linear layers, with a learnt gain.
         qk_calibration: shift and scale q and k of linear layers before the feature map; conversions set it from data.
         qk_initializer_range: standard deviation of the weights of q and k in linear layers at the start; None means
@@ -105,6 +109,7 @@ class ReGLAConfig(PreTrainedConfig):
 
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+    update_rule: str = DEFAULTS.update_rule
     feature_map: str = DEFAULTS.feature_map
     gate: str = DEFAULTS.gate
     gate_axis: str = DEFAULTS.gate_axis
@@ -112,6 +117,7 @@ class ReGLAConfig(PreTrainedConfig):
     attention_norm: str = DEFAULTS.norm
     linear_rope: bool = False
     linear_conv_kernel_dim: int = DEFAULTS.conv_size
+    linear_conv_activation: str | None = DEFAULTS.conv_activation
     qk_norm: bool = DEFAULTS.qk_norm
     qk_calibration: bool = DEFAULTS.qk_calibration
     qk_initializer_range: int | float | None = None
@@ -224,6 +230,8 @@ class ReGLAConfig(PreTrainedConfig):
 
 
 KNOWN: dict[str, list[str | None]] = {
+    "update_rule": [*UPDATE_RULES],
+    "linear_conv_activation": [None, *ACTIVATIONS],
     "feature_map": [*FEATURE_MAPS],
     "gate": [*GATES],
     "gate_axis": [*GATE_AXES],

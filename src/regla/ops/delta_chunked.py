@@ -6,8 +6,8 @@ triangular,
     A_ts = beta_t (D_t k_t)^T (k_s / D_s)                        (never formed as a quotient, see `regla.ops.tree`)
     (I + A) U = Diag(beta) (V - (K o D) S)                       forward substitution
 
-gives what the tokens write: behind that the rule is the additive one with U in place of V. With W and Y the solutions of
-(I + A) [W, Y] = Diag(beta) [K o D, V], U = Y - W S, so that chunks meet their states in two products each.
+gives what the tokens write: behind that the rule is the additive one with U in place of V. With W and Y the solutions
+of (I + A) [W, Y] = Diag(beta) [K o D, V], U = Y - W S, so that chunks meet their states in two products each.
 
 Shape legend: B batch, T time, H state heads, G queries per state head, K key channels, V value channels, C tokens per
 chunk, N chunks, n chunks of a slab, M = B*H*n blocks worked on at once.

@@ -4,13 +4,13 @@
     W = T Diag(beta) (K o E)      Y = T Diag(beta) V       U = Y - W S
     O = scale * ((Q o E) S + tril(P) U)                    S <- Diag(total) S + (K o F)^T U
 
-with D(s, t] the decay between two tokens, E that from the chunk's start to a token, F that from a token to its end, and P as
-A with queries in place of keys and without beta.
+with D(s, t] the decay between two tokens, E that from the chunk's start to a token, F that from a token to its end, and
+P as A with queries in place of keys and without beta.
 
-Decays. Logarithms are to the base 2, B is the inclusive cumulative log-decay. D(s, t] = 2^B_t 2^-B_s as long as channel i
-of token s has B_s > -NEAR: no factor leaves float32, and scores are one product of matrices. The few pairs whose s lies
-behind that are summed one column at a time, with the decays over (s, t] summed from their own tokens. Which way a pair
-goes depends on s alone, so a later token never changes an earlier row.
+Decays. Logarithms are to the base 2, B is the inclusive cumulative log-decay. D(s, t] = 2^B_t 2^-B_s as long as channel
+i of token s has B_s > -NEAR: no factor leaves float32, and scores are one product of matrices. The few pairs whose s
+lies behind that are summed one column at a time, with the decays over (s, t] summed from their own tokens. Which way a
+pair goes depends on s alone, so a later token never changes an earlier row.
 
 Shape legend: C tokens of a chunk, K key channels, V value channels, G queries per state head; padded to powers of two.
 Intermediates lie by chunk: [chunks, H, C, D].
