@@ -59,7 +59,7 @@ def read_and_write(level, X, joined, count, short):
     """
     XR = X
     XW = X
-    if short & (X.shape[0] >> (level + 1) == 4):  # noqa: SIM102 (else the minimum is taken on every level)
+    if short & (X.shape[0] >> (level + 1) == 4):
         if tl.min(tl.min(X, 1), 0) > 2.0 ** (CENTRE - RANGE):
             rows = tl.arange(0, X.shape[0])
             second = ((rows & 4) != 0)[:, None]
