@@ -18,6 +18,8 @@ COMBINATIONS = [
     for axis in (("value", "key", "both") if gate in ("refined", "sigmoid") else ("value",))
     # The sum normaliser divides by what these maps let pass through zero: no tolerance holds there.
     if not (norm == "sum" and feature_map in ("identity", "relu"))
+    # Features of unit length are for the delta rule; beside the additive one a few combinations will do.
+    if not feature_map.startswith("unit_") or (gate == "refined_low_rank" and norm == "rmsnorm")
 ]
 
 
@@ -40,6 +42,32 @@ def mixer(**options) -> ReGLAAttention:
 
 def error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["none", "gla", "refined", "refined_low_rank"])
+@pytest.mark.parametrize("feature_map", ["unit_safe_exp", "unit_identity", "unit_silu"])
+def test_the_delta_rule_streams_and_ignores_padding(feature_map, gate):
+    options = {"update_rule": "delta", "feature_map": feature_map, "gate": gate, "gate_axis": "key"}
+    layer = mixer(**options, conv_size=3, conv_activation="silu", qk_norm=True, output_gate="silu").double()
+    x, mask = torch.randn(2, 23, HIDDEN).double(), torch.rand(2, 23) < 0.7
+    whole, _ = layer(x, mask=mask)
+    parts, state = [], None
+    for lo, hi in itertools.pairwise([0, 1, 2, 15, 23]):
+        y, state = layer(x[:, lo:hi], mask=mask[:, lo:hi], state=state, return_state=True)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1)[mask], whole[mask])
+    for b in range(2):
+        alone, _ = layer(x[b : b + 1, mask[b]])
+        torch.testing.assert_close(whole[b, mask[b]], alone[0])
+
+
+def test_the_delta_rule_says_what_it_needs():
+    with pytest.raises(ValueError, match="expected features of unit length: use feature_map='unit_safe_exp'"):
+        ReGLAAttention(HIDDEN, 6, update_rule="delta")
+    layer = ReGLAAttention(HIDDEN, 6, update_rule="delta", feature_map="unit_safe_exp", gate_axis="value")
+    with pytest.raises(ValueError, match="which decays the key axis alone: use gate_axis='key'"):
+        layer(torch.randn(1, 3, HIDDEN))
 
 
 @torch.no_grad()

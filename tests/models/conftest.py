@@ -23,6 +23,15 @@ L, F, W = "linear_attention", "full_attention", "sliding_attention"
 
 VARIANTS = {
     "pure": {},
+    "pure, delta": {
+        "update_rule": "delta",
+        "feature_map": "unit_safe_exp",
+        "gate": "refined_low_rank",
+        "gate_low_rank_dim": 4,
+        "num_key_value_heads": 2,
+        "linear_conv_kernel_dim": 4,
+        "linear_conv_activation": "silu",
+    },
     "pure, rope": {"linear_rope": True, "qk_norm": False, "output_gate": None},
     "pure, 3 heads, both axes": {
         "num_attention_heads": 3,

@@ -150,3 +150,10 @@ print(type(config).__module__, type(AutoModelForCausalLM.from_config(config)).__
 def test_values_that_no_model_can_be_built_from(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ReGLAConfig(**{name: value})
+
+
+def test_a_name_that_a_user_adds_is_known(monkeypatch):
+    from regla.layers.feature_maps import FEATURE_MAPS, ReLU
+
+    monkeypatch.setitem(FEATURE_MAPS, "mine", ReLU)
+    assert ReGLAConfig(hidden_size=48, num_attention_heads=4, feature_map="mine").feature_map == "mine"

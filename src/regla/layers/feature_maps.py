@@ -72,22 +72,30 @@ class UnitSafeExp(ElementwiseMap):
     over time (docs/math.md)."""
 
     def phi(self, x: Tensor) -> Tensor:
-        e = (x - x.detach().amax(-1, keepdim=True)).float().exp()
-        return (e / e.norm(dim=-1, keepdim=True)).to(x.dtype)
+        return _unit((_wide(x) - x.detach().amax(-1, keepdim=True)).exp()).to(x.dtype)
 
 
 class UnitIdentity(ElementwiseMap):
     """phi(x) = x / |x|_2."""
 
     def phi(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(x.float(), dim=-1).to(x.dtype)
+        return _unit(_wide(x)).to(x.dtype)
 
 
 class UnitSilu(ElementwiseMap):
     """phi(x) = silu(x) / |silu(x)|_2."""
 
     def phi(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(torch.nn.functional.silu(x.float()), dim=-1).to(x.dtype)
+        return _unit(torch.nn.functional.silu(_wide(x))).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
 
 
 FEATURE_MAPS: dict[str, type[SafeExp | ElementwiseMap]] = {

@@ -93,7 +93,8 @@ class DeltaRule(nn.Module):
     def gates(self, gates: Gates, x: Tensor) -> Gates:
         if gates.gv is not None or gates.write is not None:
             raise ValueError("update_rule is 'delta', which decays the key axis alone: use gate_axis='key'")
-        return gates._replace(write=torch.sigmoid(self.beta_proj(x).float()))
+        b = self.beta_proj(x)
+        return gates._replace(write=torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32))))
 
     def forward(self, feature_map: FeatureMap, x: Tokens, past: Past, output: Output) -> tuple[Tensor, Memory | None]:
         """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""

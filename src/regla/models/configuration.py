@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+from collections.abc import Collection
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -229,14 +230,14 @@ class ReGLAConfig(PreTrainedConfig):
         """Does nothing: registered, transformers would copy this file into saved folders, where it cannot run."""
 
 
-KNOWN: dict[str, list[str | None]] = {
-    "update_rule": [*UPDATE_RULES],
+KNOWN: dict[str, Collection[str | None]] = {  # the tables themselves, to which users may add
+    "update_rule": UPDATE_RULES,
     "linear_conv_activation": [None, *ACTIVATIONS],
-    "feature_map": [*FEATURE_MAPS],
-    "gate": [*GATES],
+    "feature_map": FEATURE_MAPS,
+    "gate": GATES,
     "gate_axis": [*GATE_AXES],
     "key_max": [*KEY_MAX],
-    "attention_norm": [*NORMS],
+    "attention_norm": NORMS,
     "output_gate": [None, *ACTIVATIONS],
     "softmax_output_gate": [None, *ACTIVATIONS],
     "backend": ["auto", *BACKENDS],

@@ -131,7 +131,7 @@ def _from_logits(call: Call, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, S = inputs
         h, final = _form(how)(*inputs, scale, S, cu_seqlens)
         return h * lowering(h), final, after
-    up = _GRADIENT_LIFTS[how.backend]
+    up = _GRADIENT_LIFTS.get(how.backend, 1.0)
     *inputs, S = (None if x is None else with_gradient_times(1 / up, x) for x in inputs)
     h, final = _form(how)(*inputs, scale, S, cu_seqlens)
     return with_gradient_times(up, h * lowering(h)), with_gradient_times(up, final), after

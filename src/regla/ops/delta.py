@@ -52,7 +52,7 @@ def gated_delta_attention(
         mask: [B, T] bool, True for real tokens. A padding token writes nothing, decays nothing, and its o is 0.
         cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1).
         backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), "triton" (kernels for
-            GPUs, heads of up to 128 channels), or "auto".
+            GPUs, bfloat16 values and heads of up to 128 channels), or "auto".
         validate: check the numbers too (decays <= 0, boundaries). None: on the CPU only, where that costs no wait.
 
     Returns:
@@ -101,6 +101,8 @@ def _form(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Call
         return recurrent_gated_delta_rule
     if backend == "triton" or (backend == "auto" and k.is_cuda):
         reason = why_not_triton(k, v)
+        if reason is None and k.is_cuda and v.dtype != torch.bfloat16:
+            reason = f"v is {v.dtype}, and the kernels of the delta rule take bfloat16"
         if reason is None and max(k.shape[-1], v.shape[-1]) > _WIDEST:
             reason = f"a head has {max(k.shape[-1], v.shape[-1])} channels, and the kernels take {_WIDEST}"
         if reason is None:
