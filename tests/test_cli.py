@@ -262,12 +262,12 @@ def test_a_reader_who_leaves_is_no_error(line: str, code: int) -> None:
 
 
 def test_full_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    from regla.eval import perplexity
+    from regla.eval import measure
 
     def ask_for_too_much(*args: object, **options: object) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(perplexity, "measure", ask_for_too_much)
+    monkeypatch.setattr(measure, "measure", ask_for_too_much)
     assert main(["eval", "m"]) == 1
     assert capsys.readouterr().err.startswith("regla: error: The memory is full; ask for less")
 

@@ -15,8 +15,8 @@ from regla.data.sources import HELD_OUT, Encoded, encode_source, read_source
 from regla.data.text import Text
 from regla.data.tokenizer import first_id, train_tokenizer
 from regla.eval import perplexity
+from regla.eval.measure import evaluate
 from regla.eval.perplexity import (
-    evaluate,
     mean_score,
     position_scores,
     position_table,

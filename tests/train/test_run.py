@@ -15,7 +15,8 @@ from regla.data.embedded import embedded_text
 from regla.data.sources import HELD_OUT
 from regla.data.text import Text, encode
 from regla.data.tokenize import tokenize_files
-from regla.eval.perplexity import evaluate, mean_score, position_table
+from regla.eval.measure import evaluate
+from regla.eval.perplexity import mean_score, position_table
 from regla.train import loop, run
 from regla.train.config import TrainConfig
 

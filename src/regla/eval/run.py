@@ -42,7 +42,7 @@ def evaluate_models(
         probes, plan: see `regla.eval.probes.run.Plan`.
         limit, out: of tasks and probes.
         data, text_field: texts to score, and to hide the probes' facts in.
-        seq_len, by_position, stream, effective_context: see `regla.eval.perplexity.measure`.
+        seq_len, by_position, stream, effective_context: see `regla.eval.measure.measure`.
         json_file: for the figures of perplexity; a list of them for several models.
         batch_size, device, dtype: of all.
     """
@@ -82,7 +82,7 @@ def evaluate_models(
             plan["limit"] = limit
         probe(models, Plan(probes=tuple(probes), **plan), data=data, text_field=text_field, out=out, **where)
     elif data or not tasks:
-        from regla.eval.perplexity import measure
+        from regla.eval.measure import measure
 
         figures = []
         for model in models:
