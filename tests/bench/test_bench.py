@@ -56,6 +56,7 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     assert printed.count("chunk_gla/key/fla: no rows, the package fla is not installed") == 1
 
 
+@pytest.mark.slow
 def test_the_kernels_run_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here through Triton's interpreter, a call of which may take seconds on a busy machine."""
     monkeypatch.setattr(ops, "_TOO_LONG", float("inf"))

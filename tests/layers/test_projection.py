@@ -1,5 +1,7 @@
 """Maps of one input as one product: the same numbers, and only where it pays and fits."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -127,9 +129,13 @@ def test_what_a_mixer_hands_on_in_one_tensor(options, given, monkeypatch):
     assert seen == [given]
 
 
-@pytest.mark.parametrize("axis", ["value", "key", "both"])
-@pytest.mark.parametrize(("B", "T"), [(2, 40), (3, 1)])  # of one token, strides say little
-@pytest.mark.parametrize("backend", ["auto", "chunked", "triton"])
+PARTS = [  # of one token, strides say little; through the interpreter, the two axes together take as long as all others
+    pytest.param(*case, marks=pytest.mark.slow if case[0] == "triton" and case[3] == "both" else ())
+    for case in itertools.product(["auto", "chunked", "triton"], [2], [40], ["value", "key", "both"])
+] + [(backend, 3, 1, axis) for backend in ("auto", "chunked", "triton") for axis in ("value", "key")]
+
+
+@pytest.mark.parametrize(("backend", "B", "T", "axis"), PARTS)
 def test_parts_of_one_tensor(axis, B, T, backend):
     """Gradients of a tensor whose parts go in, and what comes out, are those of the parts by themselves."""
     sizes = [(4, 6), (2, 6), (2, 8)]  # heads and channels of q, k, v: two queries share a state
@@ -195,8 +201,13 @@ def test_a_hook_on_the_gate_has_its_way(train):
         assert len(seen) == 1 and seen[0].shape == (2, 20, 4, 6)
 
 
-@pytest.mark.parametrize("options", [{}, {"conv_size": 4}, {"qk_calibration": True}, {"feature_map": "relu"}])
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+OPTIONS = [{}, {"conv_size": 4}, {"qk_calibration": True}, {"feature_map": "relu"}]
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [*(("chunked", options) for options in OPTIONS), ("triton", OPTIONS[0]), ("triton", OPTIONS[2])],
+)
 def test_a_norm_inside_of_the_operation_is_the_module(options, backend):
     """What follows a norm of q and k may take it along; a hook says that nothing may."""
     layer = ReGLAAttention(24, 4, num_kv_heads=2, qk_norm=True, backend=backend, **options)

@@ -75,7 +75,7 @@ def test_convert_only(folder, tmp_path, capsys):
     assert main(command(folder, tmp_path / "out", "--dtype", "bfloat16")) == 0
     printed = capsys.readouterr().out
     assert "reproduces the original's logits to" in printed
-    assert "KL to softmax attention" in printed and "the contract" in printed
+    assert "KL divergence from softmax attention" in printed and "the contract" in printed
     assert "its gates are untrained" in printed
     assert "It was not trained" in (tmp_path / "out" / "README.md").read_text()
 

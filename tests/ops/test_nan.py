@@ -3,6 +3,8 @@
 Where Triton's interpreter runs the kernels, its maxima drop NaN as a GPU's do (`conftest.py`).
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -64,9 +66,14 @@ def test_a_token_at_a_time(axis, name):
     assert expected[:, AT].isnan().any()
 
 
-@pytest.mark.parametrize("gates", ["slow", "fast"])
-@pytest.mark.parametrize("name", [*INPUTS, "d_h"])
-@pytest.mark.parametrize("axis", AXES)
+# By default every input on the key axis, over both paths, and of the other axes what decays: they share the rest.
+CASES = [
+    pytest.param(*case, marks=() if case[0] == "key" or case[1:] == ("gate", "fast") else pytest.mark.slow)
+    for case in itertools.product(AXES, [*INPUTS, "d_h"], ["slow", "fast"])
+]
+
+
+@pytest.mark.parametrize(("axis", "name", "gates"), CASES)
 def test_a_sequence_and_its_gradients(axis, name, gates):
     """Gates that leave 2^-10 of a state in a token take the path over the tree."""
     inputs = [x.bfloat16() for x in make(T, (1, 1, 16, 16), axis, "plain")]
@@ -110,7 +117,7 @@ def test_features_and_decays(axis, name):
         assert_covers(found, expected, what)
 
 
-@pytest.mark.parametrize("name", ["k", "gate"])
+@pytest.mark.parametrize("name", [pytest.param("k", marks=pytest.mark.slow), "gate"])
 def test_a_segment(name, operation):
     """The state that a long sequence's first segment leaves to the next."""
     long = 16 * 8 * 32

@@ -28,6 +28,7 @@ from regla.train.regions import compiled_blocks
 if TYPE_CHECKING:
     from regla.layers.recurrence import Output, Past, Tokens
     from regla.models import ReGLAForCausalLM
+    from regla.ops.call import Gates
 
 BENCHMARK = "bench train"
 LENGTHS = (2048, 8192, 32768)
@@ -45,6 +46,9 @@ class IdentityMixer(nn.Module):
 class ValuesForOutputs(nn.Module):
     """Stands where a mixer's update rule stood: h [B, T, HQ, V] = v + 0 (q + k + gates), v [B, T, H, V] repeated for
     the query heads of a group, so that every projection, the norm and the output gate are still at work."""
+
+    def gates(self, gates: Gates, x: Tensor) -> Gates:
+        return gates
 
     def forward(self, feature_map: nn.Module, x: Tokens, past: Past, output: Output) -> tuple[Tensor, None]:
         q, k, v, gates, qk_norm, *_ = x
