@@ -13,6 +13,42 @@ import torch
 
 from regla.ops import dispatch
 
+#: Through the interpreter a case takes seconds. Of these tests the cases for which a function here is true show what
+#: another case shows: the same path of a kernel on another axis, or a milder input. There they are slow ones.
+COVERED = {
+    "test_lengths_gates_and_outliers": lambda T, axis, scenario, **_: (
+        (T <= 2 and axis != "both") or (T > 37 and scenario == "plain")
+    ),
+    "test_shapes_with_initial_state": lambda shape, axis: AXES[sum(shape) % 3] != axis,
+    "test_no_bit_of_the_past_changes": lambda kind, axis: kind in ("noise", "open") and axis != "both",
+    "test_no_bit_of_the_past_changes_in_bfloat16": lambda kind, axis: kind in ("noise", "open") and axis == "value",
+    "test_fast_gates_in_bfloat16": lambda most, outlier, axis: (
+        (most, outlier) not in ([(4.5, 100.0), (10.0, 25.0), (30.0, None)] if axis == "key" else [(10.0, 100.0)])
+    ),
+    "test_tiny_values_in_bfloat16": lambda size, axis: size == 1e-22 and axis != "key",
+    "test_groups_and_masks_in_bfloat16": lambda most, axis: most == 4.0 and axis != "key",
+    "test_bfloat16": lambda axis, scenario=None, depth=None: axis != "key" and (scenario == "plain" or depth == 0.0),
+    "test_equal_to_the_definition": lambda scenario, axis, **_: scenario == "plain" and axis != "key",
+    "test_what_is_left_behind_an_outlier": lambda at, axis: at == 125 and axis != "key",
+    "test_masks_with_nothing_in_the_padding": lambda K, axis, **_: K == 160 and axis != "key",
+    "test_heads_and_groups": lambda scenario, **_: scenario == "plain",
+}
+AXES = ("value", "key", "both")
+OF_KERNELS = {"test_triton.py", "test_segments.py", "test_qk_norm.py", "test_wide_heads.py"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    for item in items:
+        if (
+            item.path.name in OF_KERNELS
+            and item.originalname in COVERED
+            and COVERED[item.originalname](**item.callspec.params)
+        ):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def operation():
