@@ -118,7 +118,7 @@ EVERY = ["state_kernel", "chain_kernel", "forward_kernel", "gradient_kernel", "c
 HEAD = (1, 64, 64)  # HQ, K, V
 CASES = [
     ("key", "bfloat16", "whole", LONG, HEAD),
-    ("key", "bfloat16", "whole", 64, (1, 128, 128)),  # states in slices
+    pytest.param("key", "bfloat16", "whole", 64, (1, 128, 128), marks=pytest.mark.slow),  # states in slices
     pytest.param("key", "bfloat16", "whole", 64, (2, 128, 72), marks=pytest.mark.slow),
     pytest.param("value", "bfloat16", "whole", LONG, HEAD, marks=pytest.mark.slow),
     pytest.param("both", "bfloat16", "whole", LONG, HEAD, marks=pytest.mark.slow),

@@ -53,6 +53,7 @@ def test_compiled_once(cache, monkeypatch):
     assert list(cache.iterdir()) == [made] and not any("-o" in command for command in ran)
 
 
+@pytest.mark.slow
 def test_another_source_is_another_file(cache, monkeypatch, tmp_path):
     skip_without("native")
     folder = tmp_path / "source"
@@ -74,6 +75,7 @@ def test_processes_that_compile_at_once(cache):
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
     """As in a container whose home is read-only, or is no folder at all."""
     skip_without("native")
@@ -266,7 +268,7 @@ def test_boundaries_are_always_checked(bounds):
         gated_linear_attention(x, x, x, cu_seqlens=torch.tensor(bounds), validate=False, backend="native")
 
 
-@pytest.mark.parametrize("options", [[], ["-mavx2", "-mfma"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["-mavx2", "-mfma"], marks=pytest.mark.slow)])
 def test_other_widths_of_vectors(cache, monkeypatch, options):
     """Of 4 and 8 numbers: what older processors have."""
     skip_without("native")
