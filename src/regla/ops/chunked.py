@@ -48,25 +48,32 @@ def chunked_gated_linear_attention(
     V = v.shape[-1]
     acc = torch.promote_types(torch.float32, k.dtype)
     C = min(CHUNK, 1 << max(T - 1, 0).bit_length())
-    segments, slot_of_token = None, None
-    tensors = [q, k, v, gk, gv]
-    if cu_seqlens is None:
-        sequences = B
-        if T % C:
-            tensors = [x if x is None else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, C - T % C)) for x in tensors]
-    else:
-        sequences = cu_seqlens.numel() - 1
-        segments, token_of_slot, slot_of_token = _pack(cu_seqlens, T, C)
-        filled = (token_of_slot >= 0)[:, None, None]
-        token_of_slot = token_of_slot.clamp_min(0)
-        tensors = [x if x is None else torch.where(filled, x[:, token_of_slot], 0.0) for x in tensors]
+    tensors, segments, slot_of_token = in_chunks([q, k, v, gk, gv], C, cu_seqlens)
     if initial_state is None:
+        sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         initial_state = torch.zeros(sequences, H, K, V, dtype=acc, device=k.device)
     initial_state = initial_state.to(acc)
     inputs = [*tensors, initial_state]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, state, *_ = _forward(*inputs, scale, C, *(segments or (None, None, None)), lifted, keep)
     return (o[:, :T] if slot_of_token is None else o[:, slot_of_token]), state
+
+
+def in_chunks(
+    tensors: list[Tensor | None], C: int, cu_seqlens: Tensor | None
+) -> tuple[list[Tensor | None], Segments | None, Tensor | None]:
+    """Tensors [B, T, heads, channels] laid out in whole chunks of C tokens, with zeros in what is added; for packed
+    sequences where those lie and the slot of each token, else None and None."""
+    T = next(x.shape[1] for x in tensors if x is not None)
+    if cu_seqlens is None:
+        if T % C:
+            tensors = [x if x is None else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, C - T % C)) for x in tensors]
+        return tensors, None, None
+    segments, token_of_slot, slot_of_token = _pack(cu_seqlens, T, C)
+    filled = (token_of_slot >= 0)[:, None, None]
+    token_of_slot = token_of_slot.clamp_min(0)
+    tensors = [x if x is None else torch.where(filled, x[:, token_of_slot], 0.0) for x in tensors]
+    return tensors, segments, slot_of_token
 
 
 def _pack(cu_seqlens: Tensor, T: int, C: int) -> tuple[Segments, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from regla.ops.chunked import CHUNK, _pack, _slabs
+from regla.ops.chunked import CHUNK, _slabs, in_chunks
 from regla.ops.tree import Slab, blocks, put
 
 
@@ -38,19 +38,9 @@ def chunked_gated_delta_rule(
     B, T, H, K = k.shape
     acc = torch.promote_types(torch.float32, k.dtype)
     C = min(CHUNK, 1 << max(T - 1, 0).bit_length())
-    segments, slot_of_token = None, None
-    tensors = [q, k, v, beta[..., None], gk]
-    if cu_seqlens is None:
-        sequences = B
-        if T % C:
-            tensors = [x if x is None else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, C - T % C)) for x in tensors]
-    else:
-        sequences = cu_seqlens.numel() - 1
-        segments, token_of_slot, slot_of_token = _pack(cu_seqlens, T, C)
-        filled = (token_of_slot >= 0)[:, None, None]
-        token_of_slot = token_of_slot.clamp_min(0)
-        tensors = [x if x is None else torch.where(filled, x[:, token_of_slot], 0.0) for x in tensors]
+    tensors, segments, slot_of_token = in_chunks([q, k, v, beta[..., None], gk], C, cu_seqlens)
     if initial_state is None:
+        sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         initial_state = torch.zeros(sequences, H, K, v.shape[-1], dtype=acc, device=k.device)
     inputs = [*tensors, initial_state.to(acc)]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
