@@ -1,6 +1,7 @@
 """`regla bench`: every path runs at tiny sizes, and what a row says is what was measured."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     backends = ["chunked"] if why_not_native(x, x) else ["native", "chunked"]
     names = ("regla_attention", "gated_linear_attention")
     subjects = [f"{name}/{axis}/{backend}" for name in names for axis in ops.AXES for backend in backends]
+    subjects.append("gated_delta_attention/key/chunked")
     every = ["softmax_attention/none/sdpa", *subjects, "output_norm/none/eager"]
     assert [row["subject"] for row in rows if row["setting"]["direction"] == "forward+backward"] == every
     assert {row["setting"]["direction"] for row in rows} == {"forward", "forward+backward", "step"}
@@ -102,12 +104,23 @@ def test_every_operation_computes_what_its_name_says() -> None:
     assert torch.allclose(softmax(*inputs)[:, :, 0], logits["v"][:, 0])
 
 
+def test_the_delta_rule_starts_as_a_model_does() -> None:
+    """Half-lives of 1 to 256 tokens over the channels; the first output is beta v (q . k) / sqrt K."""
+    logits = ops._logits(ops.Shape(1, 20, 2, 16, 16), "key", CPU, torch.float64)
+    function, inputs = ops._operation("gated_delta_attention", "key", "chunked", logits)
+    q, k, v, beta, gk = inputs
+    half_lives = math.log(0.5) / gk.mean((0, 1, 2))
+    assert 0.8 < half_lives[0] < 1.2 and 200 < half_lives[-1] < 300
+    first = beta[..., None] * v * (q * k).sum(-1, keepdim=True) / 4
+    assert torch.allclose(function(*inputs)[:, 0], first[:, 0])
+
+
 def test_a_backend_that_takes_too_long_has_no_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(ops, "_TOO_LONG", 0.0)
     assert run.bench_ops(device="cpu", quick=True, only=["*/chunked/B1-T128*/forward"]) == []
-    assert capsys.readouterr().out.count("no row, one call takes") == 6
+    assert capsys.readouterr().out.count("no row, one call takes") == 7
 
 
 def test_decode(tmp_path: Path) -> None:
