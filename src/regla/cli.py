@@ -16,6 +16,7 @@ from regla.runtime.errors import is_out_of_memory, told_in_flags
 from regla.runtime.reading import check_text
 from regla.train.config import (
     DEFAULT_PAIRS,
+    DEFAULT_SOFTMAX_EVERY,
     DEFAULT_STEPS,
     DEFAULT_VOCAB_SIZE,
     DEFAULT_WINDOW,
@@ -225,8 +226,14 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixer",
         choices=MIXERS,
         default=_DEFAULTS["mixer"],
-        help="regla, softmax, hybrid: every second layer softmax, or window: softmax over the last --window tokens "
-        "(default: %(default)s)",
+        help="regla, softmax, hybrid: ReGLA, every --softmax-every-th layer softmax, or window: softmax over the last "
+        "--window tokens (default: %(default)s)",
+    )
+    add(
+        model,
+        "--softmax-every",
+        int,
+        f"layers of --mixer hybrid, of which one is softmax (default: {DEFAULT_SOFTMAX_EVERY})",
     )
     add(model, "--window", int, f"tokens that --mixer window attends to (default: {DEFAULT_WINDOW})")
     add(model, "--hidden-size", int, "width")

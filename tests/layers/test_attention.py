@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regla.layers import FEATURE_MAPS, GATES, NORMS, ReGLAAttention, init_linear_attention
+from regla.layers.gates import GATE_AXES
 from regla.layers.norms import HeadLayerNorm, HeadRMSNorm, prescale
 from regla.layers.positions import apply_rotary
 from regla.ops import regla_attention
@@ -15,7 +16,7 @@ HIDDEN = 48
 COMBINATIONS = [
     (feature_map, gate, axis, norm)
     for feature_map, gate, norm in itertools.product(FEATURE_MAPS, GATES, NORMS)
-    for axis in (("value", "key", "both") if gate in ("refined", "sigmoid") else ("value",))
+    for axis in (GATE_AXES if gate in ("refined", "sigmoid") else ("value",))
     # The sum normaliser divides by what these maps let pass through zero: no tolerance holds there.
     if not (norm == "sum" and feature_map in ("identity", "relu"))
     # Features of unit length are for the delta rule; beside the additive one a few combinations will do.
@@ -45,10 +46,20 @@ def error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gate", ["none", "gla", "refined", "refined_low_rank"])
+@pytest.mark.parametrize(
+    ("gate", "options"),
+    [
+        ("none", {}),
+        ("gla", {}),
+        ("refined", {}),
+        ("refined_low_rank", {}),
+        ("sigmoid", {"gate_axis": "head", "beta_max": 2}),
+        ("mamba2", {"beta_max": 2}),
+    ],
+)
 @pytest.mark.parametrize("feature_map", ["unit_safe_exp", "unit_identity", "unit_silu"])
-def test_the_delta_rule_streams_and_ignores_padding(feature_map, gate):
-    options = {"update_rule": "delta", "feature_map": feature_map, "gate": gate, "gate_axis": "key"}
+def test_the_delta_rule_streams_and_ignores_padding(feature_map, gate, options):
+    options = {"update_rule": "delta", "feature_map": feature_map, "gate": gate, "gate_axis": "key"} | options
     layer = mixer(**options, conv_size=3, conv_activation="silu", qk_norm=True, output_gate="silu").double()
     x, mask = torch.randn(2, 23, HIDDEN).double(), torch.rand(2, 23) < 0.7
     whole, _ = layer(x, mask=mask)
@@ -65,9 +76,58 @@ def test_the_delta_rule_streams_and_ignores_padding(feature_map, gate):
 def test_the_delta_rule_says_what_it_needs():
     with pytest.raises(ValueError, match="expected features of unit length: use feature_map='unit_safe_exp'"):
         ReGLAAttention(HIDDEN, 6, update_rule="delta")
-    layer = ReGLAAttention(HIDDEN, 6, update_rule="delta", feature_map="unit_safe_exp", gate_axis="value")
-    with pytest.raises(ValueError, match="which decays the key axis alone: use gate_axis='key'"):
-        layer(torch.randn(1, 3, HIDDEN))
+    delta = {"update_rule": "delta", "feature_map": "unit_safe_exp"}
+    for axis in ("value", "both"):
+        with pytest.raises(ValueError, match="which decays the key axis alone: use gate_axis='key' or"):
+            ReGLAAttention(HIDDEN, 6, **delta, gate_axis=axis)
+    for gate in ("scalar", "fast_decay"):
+        with pytest.raises(ValueError, match=r"update_rule is 'delta', to which a .*Gate does not belong: use another"):
+            ReGLAAttention(HIDDEN, 6, **delta, gate=gate)
+    for beta_max in (0.0, -1.0, 2.5, float("nan")):
+        with pytest.raises(ValueError, match=f"beta_max is {beta_max}; expected a number above 0 and up to 2"):
+            ReGLAAttention(HIDDEN, 6, **delta, beta_max=beta_max)
+    with pytest.raises(ValueError, match=r"beta_max is 2.0 and update_rule 'additive', which has no beta"):
+        ReGLAAttention(HIDDEN, 6, beta_max=2.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beta_max", [1.0, 2.0])
+@pytest.mark.parametrize("gate", ["sigmoid", "mamba2"])
+def test_the_layer_of_the_delta_rule_is_the_equation(gate, beta_max):
+    """S' = F S, S = S' + beta phi(k) (v - S'^T phi(k))^T with one decay F a head, read at phi(q), normalised."""
+    options = {"update_rule": "delta", "feature_map": "unit_safe_exp", "gate": gate, "gate_axis": "head"}
+    layer = mixer(num_kv_heads=6, value_head_dim=8, beta_max=beta_max, **options).double()
+    x = torch.randn(1, 9, HIDDEN, dtype=torch.float64)
+    q, k, v = (projection(x).unflatten(-1, (6, 8))[0] for projection in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = (features.exp() / features.exp().norm(dim=-1, keepdim=True) for features in (q, k))
+    beta = (beta_max / (1 + (-layer.rule.beta_proj(x)).exp()))[0]
+    logits = layer.gate.proj(x)[0]
+    if gate == "sigmoid":
+        F = 1 / (1 + (-logits).exp())
+    else:
+        F = (-layer.gate.A_log.exp() * (1 + (logits + layer.gate.dt_bias).exp()).log()).exp()
+    S, h = torch.zeros(6, 8, 8, dtype=torch.float64), []
+    for t in range(9):
+        S = F[t, :, None, None] * S
+        S = S + (beta[t, :, None] * k[t])[:, :, None] * (v[t] - (S * k[t, :, :, None]).sum(1))[:, None]
+        h.append((S * q[t, :, :, None]).sum(1))
+    h = torch.stack(h)[None]
+    expected = layer.o_proj((h / h.square().mean(-1, keepdim=True).sqrt()).flatten(2))
+    assert error(layer(x)[0], expected) < 1e-5
+    assert not (beta < 1).all() or beta_max == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("gate", "norm"), [("sigmoid", "sum"), ("refined", "rmsnorm"), ("refined_low_rank", "rmsnorm")]
+)
+def test_a_gate_of_one_number_a_head_is_one_of_equal_channels(gate, norm):
+    head, key = (mixer(gate=gate, gate_axis=axis, norm=norm) for axis in ("head", "key"))
+    for one, other in zip(head.parameters(), key.parameters(), strict=True):
+        other.copy_(one if one.shape == other.shape else one.repeat_interleave(key.head_dim, 0))
+    x = torch.randn(2, 20, HIDDEN)
+    assert head.gate(x).gk.shape[-1] == 1
+    assert error(head(x)[0], key(x)[0]) < 1e-5
 
 
 @torch.no_grad()

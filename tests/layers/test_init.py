@@ -14,8 +14,9 @@ GATES = [
     ("fast_decay", "value", [K, V]),
     ("gla", "value", [K]),
     *((gate, *axis) for gate in ("sigmoid", "refined") for axis in (("value", [V]), ("key", [K]), ("both", [K, V]))),
+    *((gate, "head", [1]) for gate in ("sigmoid", "refined_low_rank")),
 ]
-SPREADABLE = [row for row in GATES if row[0] != "scalar"]
+SPREADABLE = [row for row in GATES if row[-1] != [1]]
 
 
 def log_decays(gate: str, axis: str, **start) -> list[torch.Tensor]:
@@ -44,6 +45,30 @@ def test_a_pair_is_spaced_over_the_channels_of_each_head(gate, axis, sizes):
     for decay, size in zip(decays, sizes, strict=True):
         expected = torch.tensor([2 * 256 ** (channel / (size - 1)) for channel in range(size)])
         torch.testing.assert_close(-math.log(2) / decay, expected.expand(3, H, size), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("gate", "axis", "sizes"), GATES)
+def test_a_pair_is_spaced_over_heads(gate, axis, sizes):
+    decays = log_decays(gate, axis, gate_half_life=[2, 512], gate_half_life_over="heads")
+    expected = torch.tensor([2 * 256 ** (head / (H - 1)) for head in range(H)])[:, None]
+    for decay, size in zip(decays, sizes, strict=True):
+        torch.testing.assert_close(-math.log(2) / decay, expected.expand(3, H, size), rtol=1e-4, atol=0)
+
+
+def test_the_gate_of_mamba2_starts_as_mamba2_does():
+    """A uniform in [1, 16], dt log-uniform in [0.001, 0.1]; one number a head."""
+    layer = ReGLAAttention(HIDDEN, 4000, head_dim=2, gate="mamba2")
+    for parameter in layer.gate.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    init_linear_attention(layer, std=0.0)
+    with torch.no_grad():
+        gk = layer.gate(torch.randn(1, 2, HIDDEN)).gk
+        A, dt = layer.gate.A_log.exp(), torch.nn.functional.softplus(layer.gate.dt_bias)
+    torch.testing.assert_close(gk, -(A * dt)[:, None].expand(1, 2, 4000, 1))
+    for drawn, low, high in ((A, 1, 16), (dt.log(), math.log(1e-3), math.log(1e-1))):
+        assert low - 1e-3 <= drawn.min() < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < drawn.max() <= high + 1e-3
+        assert drawn.mean().item() == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
 
 
 @pytest.mark.parametrize(
@@ -86,9 +111,19 @@ def test_q_and_k_have_a_spread_of_their_own():
         ),
         ("none", {"gate_half_life": 4}, "gate_half_life is 4, but without a gate nothing is forgotten: leave it out"),
         ("scalar", {"gate_half_life": [4, 8]}, "gate_half_life is [4, 8], but a scalar gate has one channel a head"),
+        ("mamba2", {"gate_half_life": 4}, "gate_half_life is 4, but a Mamba2Gate has a start of its own: leave it out"),
+        ("mamba2", {"gate_bias": 1.0}, "gate_bias is 1.0, but a Mamba2Gate has a start of its own: leave it out"),
     ],
 )
 def test_starts_that_do_not_fit(gate, start, sentence):
     with pytest.raises(ValueError) as error:
         init_linear_attention(ReGLAAttention(HIDDEN, H, gate=gate), std=0.02, **start)
     assert str(error.value).startswith(sentence)
+
+
+def test_a_pair_over_the_channels_of_a_gate_with_one():
+    layer = ReGLAAttention(HIDDEN, H, gate="sigmoid", gate_axis="head")
+    with pytest.raises(
+        ValueError, match=r"one channel a head: give one number of tokens, or gate_half_life_over='heads'"
+    ):
+        init_linear_attention(layer, std=0.02, gate_half_life=[4, 8])

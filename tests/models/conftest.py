@@ -73,6 +73,15 @@ VARIANTS = {
         "softmax_conv_kernel_dim": 3,
         "softmax_output_gate": "silu",
     },
+    "hybrid, delta": {
+        "layer_types": [L, F],
+        "update_rule": "delta",
+        "feature_map": "unit_identity",
+        "beta_max": 2.0,
+        "gate": "mamba2",
+        "value_head_dim": 7,
+        "softmax_rope": False,
+    },
     "window": {"layer_types": [W, W], "sliding_window": 8},
     "hybrid, window": {
         "num_hidden_layers": 3,

@@ -88,7 +88,26 @@ def test_defaults():
         ({"qk_initializer_range": 0.0}, "qk_initializer_range is 0.0; expected a number above 0, or None for"),
         (
             {"gate_half_life_over": "layers"},
-            "gate_half_life_over is 'layers', an option that was removed after git revision e07f40d: use regla of that",
+            "gate_half_life_over is 'layers', which was removed after git revision e07f40d: use regla of that revision",
+        ),
+        ({"gate_half_life_over": "time"}, "gate_half_life_over is 'time'; expected one of 'channels', 'heads'"),
+        (
+            {"gate": "sigmoid", "gate_axis": "head", "gate_half_life": [1, 8]},
+            "gate_half_life is [1, 8], but a scalar gate has one channel a head: give one number of tokens",
+        ),
+        ({"gate": "mamba2", "gate_half_life": 8}, "gate_half_life is 8, but a Mamba2Gate has a start of its own"),
+        ({"beta_max": 2}, "beta_max is 2 and update_rule 'additive', which has no beta: use update_rule='delta'"),
+        (
+            {"update_rule": "delta"},
+            "update_rule is 'delta' and feature_map 'safe_exp', whose keys have no fixed length",
+        ),
+        (
+            {"update_rule": "delta", "feature_map": "unit_silu", "gate_axis": "both"},
+            "gate_axis is 'both', and update_rule is 'delta', which decays the key axis alone: use gate_axis='key'",
+        ),
+        (
+            {"update_rule": "delta", "feature_map": "unit_silu", "beta_max": 3.0},
+            "beta_max is 3.0; expected a number above 0 and up to 2",
         ),
         ({"gate_half_life": [1, 2, 3]}, "gate_half_life is [1, 2, 3]; expected a number of tokens above 0 or a pair"),
         (

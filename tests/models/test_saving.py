@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from regla.models import ReGLAConfig, ReGLAForCausalLM, ReGLAModel
-from regla.models.configuration import FORMAT_VERSION
+from regla.models.configuration import FORMAT_VERSION, NEW_OPTIONS
 from regla.models.hub import write_hub_module
 from regla.runtime.install import install_regla
 
@@ -75,24 +75,45 @@ def edited(build, tmp_path):
 
 
 def test_a_saved_model_has_a_format_version(edited):
-    assert json.loads((edited() / "config.json").read_text())["format_version"] == FORMAT_VERSION == 2
+    assert json.loads((edited() / "config.json").read_text())["format_version"] == FORMAT_VERSION == 3
 
 
 @pytest.mark.parametrize("load", [ReGLAConfig, AutoConfig, ReGLAForCausalLM, AutoModelForCausalLM])
 def test_formats_of_newer_versions_are_refused(edited, load):
-    with pytest.raises(ValueError, match=r"format_version is 3, .* up to version 2; install a newer regla"):
-        load.from_pretrained(edited(format_version=3))
+    with pytest.raises(ValueError, match=r"format_version is 4, .* up to version 3; install a newer regla"):
+        load.from_pretrained(edited(format_version=4))
 
 
 @pytest.mark.parametrize("load", [ReGLAConfig, ReGLAForCausalLM])
 def test_removed_options_load_if_they_were_off_and_are_refused_if_in_use(build, edited, load):
     off = load.from_pretrained(edited(format_version=1, qk_temperature=False, gate_half_life_over="channels"))
     config = off if load is ReGLAConfig else off.config
-    assert config.format_version == 2
-    assert not {"qk_temperature", "gate_half_life_over"} & config.to_dict().keys()
-    for option, value in (("qk_temperature", True), ("gate_half_life_over", "layers")):
-        with pytest.raises(ValueError, match=f"{option} is {value!r}, an option that was removed after git revision"):
+    assert config.format_version == 3
+    assert "qk_temperature" not in config.to_dict()
+    for option, value, what in (
+        ("qk_temperature", True, "an option that"),
+        ("gate_half_life_over", "layers", "which"),
+    ):
+        with pytest.raises(ValueError, match=f"{option} is {value!r}, {what} was removed after git revision e07f40d"):
             load.from_pretrained(edited(format_version=1, **{option: value}))
+
+
+@pytest.mark.parametrize("load", [ReGLAConfig, AutoConfig, ReGLAForCausalLM])
+def test_what_an_older_folder_does_not_name_is_what_it_meant(edited, load, monkeypatch):
+    """Whatever the default is: the value of NEW_OPTIONS, not that of ReGLAConfig."""
+    monkeypatch.setitem(NEW_OPTIONS[3], "gate_half_life_over", "heads")
+    folder = edited()
+    written = json.loads((folder / "config.json").read_text())
+    older = {name: value for name, value in written.items() if name not in NEW_OPTIONS[3]}
+    for version, expected in ((None, "heads"), (1, "heads"), (2, "heads"), (3, "channels")):
+        config = older | {"format_version": version}
+        if version is None:
+            del config["format_version"]
+        (folder / "config.json").write_text(json.dumps(config))
+        loaded = load.from_pretrained(folder)
+        loaded = loaded.config if load is ReGLAForCausalLM else loaded
+        assert (loaded.update_rule, loaded.gate_half_life_over) == ("additive", expected)
+        assert loaded.format_version == 3
 
 
 def test_a_missing_bias_starts_at_its_half_life_and_a_saved_one_is_kept(build, tmp_path):

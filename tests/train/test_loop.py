@@ -98,7 +98,9 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"mixer": "hybrid"}, {"mixer": "hybrid"} | EVERYTHING])
+@pytest.mark.parametrize(
+    "options", [{}, {"mixer": "hybrid"}, {"mixer": "hybrid"} | EVERYTHING, {"overrides": {"gate": "mamba2"}}]
+)
 def test_weights_decay_by_their_role_not_by_their_shape(options: dict) -> None:
     model, _ = tiny_model(**options)
     decay = decay_of(model)

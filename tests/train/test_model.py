@@ -91,6 +91,8 @@ def test_mixers() -> None:
     assert build(mixer="regla", layers=3).layer_types == [linear, linear, linear]
     assert build(mixer="hybrid", layers=3).layer_types == [linear, full, linear]
     assert build(mixer="softmax", layers=3).layer_types == [full, full, full]
+    assert build(mixer="hybrid", softmax_every=3, layers=4).layer_types == [linear, linear, full, linear]
+    assert build(mixer="hybrid", softmax_every=8, layers=8).layer_types == [linear] * 7 + [full]
 
 
 def test_overrides_win() -> None:
@@ -141,6 +143,9 @@ def test_override_files(tmp_path: Path) -> None:
         ({"mixer": "mamba"}, "mixer is 'mamba', expected one of regla, hybrid, softmax"),
         ({"steps": 1, "tokens": 1}, "Both steps and tokens"),
         ({"tokenizer": "a", "vocab_size": 300}, "Both tokenizer and vocab_size"),
+        ({"softmax_every": 4}, "softmax_every 4 is given with mixer regla; it is of mixer hybrid: leave one out"),
+        ({"softmax_every": 1, "mixer": "hybrid"}, "softmax_every is 1, expected a number from 2 to layers 4; for one"),
+        ({"softmax_every": 8, "mixer": "hybrid"}, "softmax_every is 8, expected a number from 2 to layers 4; for one"),
         ({"hidden_size": 100, "heads": 3}, "hidden_size 100 is no multiple of heads 3"),
         ({"heads": 4, "kv_heads": 3}, "heads 4 is no multiple of kv_heads 3"),
     ],

@@ -16,7 +16,7 @@ from regla.layers.norms import NORMS, normalised, prepared
 from regla.layers.plain import is_plain
 from regla.layers.positions import ShortConvolution, apply_rotary
 from regla.layers.projection import project
-from regla.layers.recurrence import UPDATE_RULES, Output, Past, Tokens
+from regla.layers.recurrence import UPDATE_RULES, Output, Past, Tokens, check_rule
 from regla.ops.call import Packed, QKNorm
 from regla.ops.features import KEY_MAX
 from regla.ops.output_norm import ACTIVATIONS
@@ -45,8 +45,10 @@ class ReGLAAttention(nn.Module):
         feature_map: a name in `regla.layers.feature_maps.FEATURE_MAPS`: "safe_exp", "identity", "relu" or
             "one_plus_elu", and of unit length, as the delta rule needs them, "unit_safe_exp", "unit_identity" or
             "unit_silu".
-        gate: "refined", "refined_low_rank", "sigmoid", "fast_decay", "gla", "scalar" or "none".
-        gate_axis: "value", "key" or "both": the axis of the state that a refined or sigmoid gate decays.
+        beta_max: of the delta rule, the largest beta, up to 2; above 1 eigenvalues of the transition may be negative.
+        gate: "refined", "refined_low_rank", "sigmoid", "fast_decay", "gla", "mamba2", "scalar" or "none".
+        gate_axis: "value", "key" or "both": the axis of the state that a refined or sigmoid gate decays; "head": one
+            number a head decays its whole state.
         key_max: "decay", "running" or "sequence": the stabiliser of the safe exponential.
         norm: "rmsnorm", "layernorm", "sum" or "none".
         norm_eps: eps of the norms.
@@ -56,7 +58,7 @@ class ReGLAAttention(nn.Module):
         qk_calibration: shift and scale q and k before the feature map (`QKCalibration`), for pretrained projections.
         output_gate: None, "silu" or "sigmoid".
         bias, out_bias: biases of the q, k, v projections, and of the output's.
-        gate_low_rank_dim: rank of the "gla" gate.
+        gate_low_rank_dim: rank of the "gla" and "refined_low_rank" gates.
         backend: of the recurrence, see `regla.ops.gated_linear_attention`.
 
     Raises:
@@ -78,6 +80,7 @@ class ReGLAAttention(nn.Module):
         head_dim: int | None = None,
         value_head_dim: int | None = None,
         update_rule: str = DEFAULTS.update_rule,
+        beta_max: float = DEFAULTS.beta_max,
         feature_map: str = DEFAULTS.feature_map,
         gate: str = DEFAULTS.gate,
         gate_axis: str = DEFAULTS.gate_axis,
@@ -103,6 +106,7 @@ class ReGLAAttention(nn.Module):
         _one_of("norm", norm, NORMS)
         _one_of("output_gate", output_gate, [None, *ACTIVATIONS])
         _one_of("conv_activation", conv_activation, [None, *ACTIVATIONS])
+        check_rule(update_rule, feature_map=feature_map, gate=GATES[gate], gate_axis=gate_axis, beta_max=beta_max)
         num_kv_heads = num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of num_kv_heads = {num_kv_heads}")
@@ -126,7 +130,7 @@ class ReGLAAttention(nn.Module):
         self.qk_calibration = QKCalibration(num_heads, num_kv_heads, K) if qk_calibration else None
         self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, gate_low_rank_dim)
         self.feature_map = FEATURE_MAPS[feature_map](key_max)
-        self.rule = UPDATE_RULES[update_rule](hidden_size, num_kv_heads, K, self.feature_map, backend)
+        self.rule = UPDATE_RULES[update_rule](hidden_size, num_kv_heads, K, self.feature_map, beta_max, backend)
         self.norm = NORMS[norm](num_heads, V, norm_eps)
         self.output_gate = nn.Linear(hidden_size, num_heads * V, bias=False) if output_gate else None
         self.output_activation = output_gate

@@ -13,6 +13,7 @@ class MixerDefaults:
     """See `ReGLAAttention` for what each means."""
 
     update_rule: str = "additive"
+    beta_max: float = 1.0
     feature_map: str = "safe_exp"
     gate: str = "refined"
     gate_axis: str = "key"

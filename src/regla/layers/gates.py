@@ -14,6 +14,7 @@ from regla.layers.projection import project, split_heads
 from regla.ops.call import Gates, Packed
 
 HalfLife = float | Sequence[float]  # tokens until half is forgotten: of all channels, or (shortest, longest)
+SPACINGS = ("channels", "heads")  # what such a pair is spaced over
 
 
 class Gate(nn.Module):
@@ -23,6 +24,8 @@ class Gate(nn.Module):
     """
 
     root = 1  # what decays is sigmoid(a)^(1/root)
+    has_axis = False  # whether the option `axis` has a meaning: one of GATE_AXES
+    starts_itself = False  # whether the gate has a start of its own, `start`, in place of a bias or half-life
 
     def __init__(self, hidden_size: int, num_heads: int, K: int, V: int, axis: str, low_rank_dim: int):
         super().__init__()
@@ -35,17 +38,21 @@ class Gate(nn.Module):
     def axes(self, projection: str) -> tuple[int, ...]:
         """Channels of a head that the linear map of this name gives, one number for each axis of the state. The
         channels of all heads for the first axis come before those for the second."""
-        return {"value": (self.V,), "key": (self.K,), "both": (self.K, self.V)}[self.axis]
+        return {"value": (self.V,), "key": (self.K,), "both": (self.K, self.V), "head": (1,)}[self.axis]
 
-    def half_life_bias(self, projection: str, half_life: HalfLife) -> Tensor:
-        """Bias of that linear map at which each axis forgets half in `half_life` tokens; a pair is log-spaced
-        over the channels of each head, the shortest first."""
-        shortest, longest = half_life_ends(half_life)
-        spaced = [
-            torch.logspace(math.log2(shortest), math.log2(longest), size, base=2.0, dtype=torch.float64, device="cpu")
-            for size in self.axes(projection)
+    def half_life_bias(self, projection: str, half_life: HalfLife, over: str = "channels") -> Tensor:
+        """Bias of that linear map at which each axis forgets half in `half_life` tokens; a pair is log-spaced over
+        the channels of each head or over the heads, the shortest first."""
+        ends, H = half_life_ends(half_life), self.num_heads
+        half_lives = [
+            log_spaced(ends, D).repeat(H) if over == "channels" else log_spaced(ends, H).repeat_interleave(D)
+            for D in self.axes(projection)
         ]
-        return torch.cat([half_life_logit(one, self.root).repeat(self.num_heads) for one in spaced])
+        return torch.cat([half_life_logit(one, self.root) for one in half_lives])
+
+    def start(self, name: str) -> Tensor:
+        """The start of the parameter of this name, of a gate that `starts_itself`."""
+        raise NotImplementedError
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, T, H*D] -> [B, T, H, D] float32."""
@@ -59,12 +66,18 @@ class Gate(nn.Module):
         """What there is for each axis, in the order of `axes`, as (of the key axis, of the value axis) or None."""
         if self.axis == "both":
             return parts[0], parts[1]
-        return (parts[0], None) if self.axis == "key" else (None, parts[0])
+        return (None, parts[0]) if self.axis == "value" else (parts[0], None)
 
 
 def _wide(x: Tensor) -> Tensor:
     """x in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def log_spaced(ends: tuple[float, float], size: int) -> Tensor:
+    """`size` numbers from the first of `ends` to the last, evenly spaced in their logarithm."""
+    low, high = (math.log2(end) for end in ends)
+    return torch.logspace(low, high, size, base=2.0, dtype=torch.float64, device="cpu")
 
 
 def half_life_logit(half_life: Tensor, root: int = 1) -> Tensor:
@@ -86,11 +99,17 @@ def half_life_ends(half_life: HalfLife) -> tuple[float, float]:
 def check_gate_start(
     gate: type[Gate],
     *,
+    gate_axis: str = "key",
     gate_bias: float = 0.0,
     refine_bias: float = 0.0,
     gate_half_life: HalfLife | None = None,
+    gate_half_life_over: str = "channels",
 ) -> None:
     """Raise a ValueError if a gate cannot start with this half-life, or is told to start in two ways."""
+    if gate.starts_itself:
+        for name, value, neutral in (("gate_bias", gate_bias, 0.0), ("gate_half_life", gate_half_life, None)):
+            if value != neutral:
+                raise ValueError(f"{name} is {value}, but a {gate.__name__} has a start of its own: leave it out")
     if gate_half_life is None:
         return
     shortest, longest = half_life_ends(gate_half_life)
@@ -101,9 +120,11 @@ def check_gate_start(
             )
     if issubclass(gate, NoGate):
         raise ValueError(f"gate_half_life is {gate_half_life}, but without a gate nothing is forgotten: leave it out")
-    if issubclass(gate, ScalarGate) and shortest < longest:
+    one_channel = issubclass(gate, ScalarGate) or (gate.has_axis and gate_axis == "head")
+    if one_channel and shortest < longest and gate_half_life_over == "channels":
         raise ValueError(
-            f"gate_half_life is {gate_half_life}, but a scalar gate has one channel a head: give one number of tokens"
+            f"gate_half_life is {gate_half_life}, but a scalar gate has one channel a head: give one number of tokens, "
+            "or gate_half_life_over='heads'"
         )
 
 
@@ -159,8 +180,42 @@ class GLAGate(Gate):
         return Gates(gk=logsigmoid(self.heads(self.proj(self.down(x)))) / self.root)
 
 
+class Mamba2Gate(Gate):
+    """log F_t = -A softplus(w x_t + b), one number a head, of the key axis; A = exp(A_log) (Dao and Gu 2024, arXiv
+    2405.21060).
+
+    It starts as Mamba-2 does: A uniform in [1, 16], softplus(b) log-uniform in [0.001, 0.1], that is with half-lives
+    from half a token to 700 tokens. A_log and b take no weight decay.
+    """
+
+    starts_itself = True
+
+    def build(self, hidden_size: int, low_rank_dim: int) -> None:
+        self.proj = nn.Linear(hidden_size, self.num_heads, bias=False)
+        self.A_log, self.dt_bias = nn.Parameter(torch.zeros(self.num_heads)), nn.Parameter(torch.zeros(self.num_heads))
+        with torch.no_grad():
+            self.A_log.copy_(self.start("A_log"))
+            self.dt_bias.copy_(self.start("dt_bias"))
+
+    def axes(self, projection: str) -> tuple[int, ...]:
+        return (1,)
+
+    def start(self, name: str) -> Tensor:
+        drawn = torch.rand(self.num_heads, dtype=torch.float64, device="cpu")
+        if name == "A_log":
+            return (1 + 15 * drawn).log()
+        dt = 1e-3 * 100**drawn
+        return dt + torch.log(-torch.expm1(-dt))  # softplus of it is dt
+
+    def forward(self, x: Tensor) -> Gates:
+        dt = torch.nn.functional.softplus(_wide(self.proj(x)) + _wide(self.dt_bias))
+        return Gates(gk=-(dt * _wide(self.A_log).exp())[..., None])
+
+
 class SigmoidGate(Gate):
     """F_t = sigmoid(W_g x + b_g) on the chosen axis: the refining gate's baseline."""
+
+    has_axis = True
 
     def build(self, hidden_size: int, low_rank_dim: int) -> None:
         self.proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("proj")))
@@ -172,6 +227,8 @@ class SigmoidGate(Gate):
 
 class RefinedGate(Gate):
     """F_t = (1 - r) g^2 + r (1 - (1 - g)^2), g = sigmoid(W_g x + b_g), r = sigmoid(W_r x + b_r) (equations 11-13)."""
+
+    has_axis = True
 
     def build(self, hidden_size: int, low_rank_dim: int) -> None:
         self.proj = nn.Linear(hidden_size, self.num_heads * sum(self.axes("proj")))
@@ -205,5 +262,6 @@ GATES: dict[str, type[Gate]] = {
     "sigmoid": SigmoidGate,
     "refined": RefinedGate,
     "refined_low_rank": LowRankRefinedGate,
+    "mamba2": Mamba2Gate,
 }
-GATE_AXES = ("value", "key", "both")
+GATE_AXES = ("value", "key", "both", "head")  # "head": one number a head, which decays the whole of its state

@@ -18,6 +18,7 @@ def init_linear_attention(
     gate_bias: float = 0.0,
     refine_bias: float = 0.0,
     gate_half_life: HalfLife | None = None,
+    gate_half_life_over: str = "channels",
 ) -> None:
     """Initialise every parameter of a mixer in place.
 
@@ -32,12 +33,20 @@ def init_linear_attention(
 
     gate_half_life n says the same in tokens: the decay starts at F = 2^(-1/n), the bias at logit(F), or where F is a
     root of the sigmoid at logit(F^root); gate_bias 0 is a half-life of 1 without a root. A pair (shortest, longest)
-    spaces n evenly in its logarithm over the channels of each head. Where both axes decay, each starts so.
+    spaces n evenly in its logarithm over the channels of each head, or with gate_half_life_over "heads" over the heads.
+    Where both axes decay, each starts so. The "mamba2" gate has a start of its own.
 
     Raises:
         ValueError: a parameter that this list does not name; a half-life that does not fit.
     """
-    check_gate_start(type(module.gate), gate_bias=gate_bias, refine_bias=refine_bias, gate_half_life=gate_half_life)
+    check_gate_start(
+        type(module.gate),
+        gate_axis=module.gate.axis,
+        gate_bias=gate_bias,
+        refine_bias=refine_bias,
+        gate_half_life=gate_half_life,
+        gate_half_life_over=gate_half_life_over,
+    )
     for name, parameter in module.named_parameters():
         owner, _, kind = name.rpartition(".")
         if owner in ("q_norm", "k_norm", "norm"):
@@ -50,7 +59,10 @@ def init_linear_attention(
             if gate_half_life is None:
                 init.constant_(parameter, gate_bias)
             else:
-                _copy(parameter, module.gate.half_life_bias(owner.removeprefix("gate."), gate_half_life))
+                bias = module.gate.half_life_bias(owner.removeprefix("gate."), gate_half_life, gate_half_life_over)
+                _copy(parameter, bias)
+        elif owner == "gate" and module.gate.starts_itself:
+            _copy(parameter, module.gate.start(kind))
         elif owner.endswith("_proj") and kind == "bias":  # of beta, too: half of the old answer is replaced
             init.zeros_(parameter)
         elif owner in ("q_proj", "k_proj"):

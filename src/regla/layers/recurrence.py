@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regla.layers.feature_maps import FeatureMap
+from regla.layers.feature_maps import FEATURE_MAPS, FeatureMap, SafeExp
+from regla.layers.gates import FastDecayGate, Gate, ScalarGate
 from regla.layers.norms import head_norm, norm_and_gate, output_gated
 from regla.ops.additive import attend
 from regla.ops.call import Call, Gates, Packed, QKNorm
@@ -51,7 +52,9 @@ class Output(NamedTuple):
 class AdditiveRule(nn.Module):
     """S_t = Diag(a_t) S_{t-1} Diag(b_t) + phi(k_t) v_t^T, h_t = scale S_t^T phi(q_t) (paper equations 3-13)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, feature_map: FeatureMap, backend: str):
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, feature_map: FeatureMap, beta_max: float, backend: str
+    ):
         super().__init__()
         self.scale = head_dim**-0.5 if feature_map.key_max is None else variance_reduction(head_dim)
         self.backend = backend
@@ -76,25 +79,26 @@ class AdditiveRule(nn.Module):
 class DeltaRule(nn.Module):
     """S_t = S'_t + beta_t phi(k_t) (v_t - S'_t^T phi(k_t))^T, S'_t = Diag(a_t) S_{t-1}, h_t = scale S_t^T phi(q_t)
 
-    with beta_t = sigmoid(w x_t), one number a head (paper equation 8, with decay; `regla.ops.gated_delta_attention`).
+    with beta_t = beta_max sigmoid(w x_t + b), one number a head (paper equation 8, with decay;
+    `regla.ops.gated_delta_attention`). A beta above 1 turns the old answer around: an eigenvalue of the transition is
+    then negative (Grazzi et al. 2024, arXiv 2411.12537).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, feature_map: FeatureMap, backend: str):
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, feature_map: FeatureMap, beta_max: float, backend: str
+    ):
         super().__init__()
-        if feature_map.key_max is not None:
-            raise ValueError(
-                "update_rule is 'delta' and feature_map 'safe_exp', whose keys have no fixed length; expected features "
-                "of unit length: use feature_map='unit_safe_exp'"
-            )
         self.scale = head_dim**-0.5
+        self.beta_max = beta_max
         self.backend = backend
         self.beta_proj = nn.Linear(hidden_size, num_heads)
 
     def gates(self, gates: Gates, x: Tensor) -> Gates:
         if gates.gv is not None or gates.write is not None:
-            raise ValueError("update_rule is 'delta', which decays the key axis alone: use gate_axis='key'")
+            raise ValueError(_KEY_AXIS_ALONE)  # of a gate of a user's own: those of GATES are checked before
         b = self.beta_proj(x)
-        return gates._replace(write=torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32))))
+        beta = self.beta_max * torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
+        return gates._replace(write=beta)
 
     def forward(self, feature_map: FeatureMap, x: Tokens, past: Past, output: Output) -> tuple[Tensor, Memory | None]:
         """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""
@@ -122,3 +126,30 @@ class DeltaRule(nn.Module):
 
 
 UPDATE_RULES: dict[str, type[AdditiveRule] | type[DeltaRule]] = {"additive": AdditiveRule, "delta": DeltaRule}
+
+_KEY_AXIS_ALONE = "update_rule is 'delta', which decays the key axis alone: use gate_axis='key' or gate_axis='head'"
+
+
+def check_rule(update_rule: str, *, feature_map: str, gate: type[Gate], gate_axis: str, beta_max: float) -> None:
+    """Raise a ValueError for what does not fit an update rule."""
+    if not 0 < beta_max <= 2:
+        raise ValueError(f"beta_max is {beta_max}; expected a number above 0 and up to 2, behind which states grow")
+    if update_rule != "delta":
+        if beta_max != 1:
+            raise ValueError(
+                f"beta_max is {beta_max} and update_rule {update_rule!r}, which has no beta: use update_rule='delta', "
+                "or leave beta_max out"
+            )
+        return
+    if issubclass(FEATURE_MAPS[feature_map], SafeExp):
+        raise ValueError(
+            f"update_rule is 'delta' and feature_map {feature_map!r}, whose keys have no fixed length; expected "
+            "features of unit length: use feature_map='unit_safe_exp'"
+        )
+    if gate.has_axis and gate_axis not in ("key", "head"):
+        raise ValueError(f"gate_axis is {gate_axis!r}, and {_KEY_AXIS_ALONE}")
+    if issubclass(gate, ScalarGate | FastDecayGate):
+        raise ValueError(
+            f"update_rule is 'delta', to which a {gate.__name__} does not belong: use another gate, with one number a "
+            "head gate='sigmoid' and gate_axis='head'"
+        )

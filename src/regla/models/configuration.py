@@ -12,23 +12,36 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from regla.layers.defaults import DEFAULTS
 from regla.layers.feature_maps import FEATURE_MAPS
-from regla.layers.gates import GATE_AXES, GATES, check_gate_start
+from regla.layers.gates import GATE_AXES, GATES, SPACINGS, check_gate_start
 from regla.layers.norms import NORMS
-from regla.layers.recurrence import UPDATE_RULES
+from regla.layers.recurrence import UPDATE_RULES, check_rule
 from regla.models.hub import AUTO_MAP, write_hub_module
 from regla.ops.dispatch import BACKENDS
 from regla.ops.features import KEY_MAX
 from regla.ops.output_norm import ACTIVATIONS
 
-#: The format of saved models (config.json and the names of the weights). Folders without a version are of version 1;
-#: whatever a later version leaves out of it stands in REMOVED_OPTIONS.
-FORMAT_VERSION = 2
+#: The format of saved models (config.json and the names of the weights). Folders without a version are of version 1.
+#: A version grows where an older regla would load a model and compute something else. What a later version leaves out
+#: stands in REMOVED_OPTIONS and REMOVED_CHOICES, what it adds in NEW_OPTIONS.
+FORMAT_VERSION = 3
 
 #: Options of earlier versions: the value that changed nothing, with which a model still loads, and the last git
 #: revision of regla that had the option.
-REMOVED_OPTIONS: dict[str, tuple[Any, str]] = {
-    "qk_temperature": (False, "e07f40d"),
-    "gate_half_life_over": ("channels", "e07f40d"),
+REMOVED_OPTIONS: dict[str, tuple[Any, str]] = {"qk_temperature": (False, "e07f40d")}
+
+#: Values that an option no longer takes, each with the last git revision of regla that knew it.
+REMOVED_CHOICES: dict[tuple[str, str], str] = {("gate_half_life_over", "layers"): "e07f40d"}
+
+#: Options that came with a version, with the value that changes nothing: where an older folder does not name them, it
+#: means this value, whatever the default is by now.
+NEW_OPTIONS: dict[int, dict[str, Any]] = {
+    3: {
+        "update_rule": "additive",
+        "beta_max": 1.0,
+        "linear_conv_activation": None,
+        "gate_half_life_over": "channels",
+        "softmax_rope": True,
+    }
 }
 
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
@@ -50,10 +63,14 @@ class ReGLAConfig(PreTrainedConfig):
         sliding_window: of "sliding_attention" layers: a token attends to itself and the sliding_window - 1 tokens
             before it.
         update_rule: of the state, "additive" (the paper's) or "delta", which replaces what the state answers for a key.
+        beta_max: of the delta rule: beta, the share of the old answer that is replaced, lies between 0 and this number,
+            at most 2. Above 1 eigenvalues of the transition may be negative.
         feature_map: of queries and keys in linear layers; "safe_exp" is the paper's (section 3.1). The delta rule
             wants features of unit length, "unit_safe_exp".
-        gate: the forget gate; "refined" is the paper's (section 3.3).
-        gate_axis: the axis of the state that the gate decays, "value", "key" or "both" (docs/results/defaults.md: why).
+        gate: the forget gate; "refined" is the paper's (section 3.3), "refined_low_rank" the same with fewer
+            parameters, "sigmoid" a plain one, "mamba2" Mamba-2's, with its start.
+        gate_axis: the axis of the state that the gate decays, "value", "key" or "both" (docs/results/defaults.md: why),
+            or "head": one number a head, for the whole of its state. The delta rule takes "key" and "head".
         key_max: the stabiliser of the safe exponential, "decay", "running" or "sequence" (the paper's letter, not
             causal: it cannot be decoded token by token).
         attention_norm: the normalisation of the linear layers' output, per head (section 3.2).
@@ -71,10 +88,12 @@ class ReGLAConfig(PreTrainedConfig):
         gate_low_rank_dim: rank of low-rank gates.
         gate_bias, refine_bias: where the biases of the forget gate and of the refine gate start.
         gate_half_life: where the forget gate starts, in tokens until half is forgotten; takes the place of gate_bias.
-            A number for all channels alike; a pair [shortest, longest] is log-spaced over the channels of each head.
+            A number for all channels alike; a pair [shortest, longest] is log-spaced over gate_half_life_over.
+        gate_half_life_over: "channels" (of each head) or "heads" (all channels of a head alike).
         softmax_conv_kernel_dim, softmax_qk_norm, softmax_output_gate, softmax_output_norm: what linear layers have,
             for softmax layers: the convolution on q, k and v, the normalisation of q and k before RoPE, the gate on
             the output, the RMS norm of the output per head. All off, a softmax layer is Llama's.
+        softmax_rope: rotate queries and keys of softmax layers; without, order comes from linear layers alone.
         backend: of the operation, "auto", "recurrent", "chunked", "native" or "triton".
         format_version: of saved models; set by the package.
 
@@ -111,6 +130,7 @@ class ReGLAConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     update_rule: str = DEFAULTS.update_rule
+    beta_max: int | float = DEFAULTS.beta_max
     feature_map: str = DEFAULTS.feature_map
     gate: str = DEFAULTS.gate
     gate_axis: str = DEFAULTS.gate_axis
@@ -129,10 +149,12 @@ class ReGLAConfig(PreTrainedConfig):
     gate_bias: int | float = 0.0
     refine_bias: int | float = 0.0
     gate_half_life: int | float | list[int | float] | None = None
+    gate_half_life_over: str = "channels"
     softmax_conv_kernel_dim: int = 0
     softmax_qk_norm: bool = False
     softmax_output_gate: str | None = None
     softmax_output_norm: bool = False
+    softmax_rope: bool = True
     backend: str = DEFAULTS.backend
     format_version: int = FORMAT_VERSION
 
@@ -156,13 +178,25 @@ class ReGLAConfig(PreTrainedConfig):
     @property
     def uses_rope(self) -> bool:
         """Whether any layer rotates its queries and keys."""
-        return self.linear_rope or any(kind != "linear_attention" for kind in self.layer_types or ())
+        return self.linear_rope or (
+            self.softmax_rope and any(kind != "linear_attention" for kind in self.layer_types or ())
+        )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; a folder of an older format means what its regla computed."""
+        return super().from_dict(_as_written(config_dict), **kwargs)
 
     def check(self) -> None:
         """Raise a ValueError that names the first value that does not fit."""
         for name, known in KNOWN.items():
             value = getattr(self, name)
             if value not in known:
+                if (name, value) in REMOVED_CHOICES:
+                    raise ValueError(
+                        f"{name} is {value!r}, which was removed after git revision {REMOVED_CHOICES[name, value]}: "
+                        f"use regla of that revision, or one of {', '.join(map(repr, known))}"
+                    )
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         for name in POSITIVE:
             value = getattr(self, name)
@@ -206,11 +240,20 @@ class ReGLAConfig(PreTrainedConfig):
                 f"qk_initializer_range is {self.qk_initializer_range}; expected a number above 0, or None for "
                 "initializer_range"
             )
+        check_rule(
+            self.update_rule,
+            feature_map=self.feature_map,
+            gate=GATES[self.gate],
+            gate_axis=self.gate_axis,
+            beta_max=self.beta_max,
+        )
         check_gate_start(
             GATES[self.gate],
+            gate_axis=self.gate_axis,
             gate_bias=self.gate_bias,
             refine_bias=self.refine_bias,
             gate_half_life=self.gate_half_life,
+            gate_half_life_over=self.gate_half_life_over,
         )
         if self.uses_rope and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs of channels: make it even")
@@ -236,6 +279,7 @@ KNOWN: dict[str, Collection[str | None]] = {  # the tables themselves, to which 
     "feature_map": FEATURE_MAPS,
     "gate": GATES,
     "gate_axis": [*GATE_AXES],
+    "gate_half_life_over": [*SPACINGS],
     "key_max": [*KEY_MAX],
     "attention_norm": NORMS,
     "output_gate": [None, *ACTIVATIONS],
@@ -264,6 +308,15 @@ def _checked_format(version: int) -> int:
             "regla"
         )
     return FORMAT_VERSION
+
+
+def _as_written(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json, and what it means by options that are newer than its format."""
+    version = config.get("format_version", 1)
+    for since, options in NEW_OPTIONS.items():
+        if version < since:
+            config = options | config
+    return config
 
 
 def _without_removed_options(options: dict[str, Any]) -> dict[str, Any]:

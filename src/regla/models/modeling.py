@@ -133,7 +133,7 @@ class ReGLAPreTrainedModel(PreTrainedModel):
         embeddings, projections and MLP: normal(0, initializer_range), biases 0
         norms: weight 1
         linear mixers: `regla.layers.init.init_linear_attention`, with the config's qk_initializer_range, gate_bias,
-            refine_bias and gate_half_life
+            refine_bias, gate_half_life and gate_half_life_over
         convolution of softmax mixers: normal(0, initializer_range) around its identity path
         RoPE: its frequencies, which are computed
 
@@ -147,6 +147,7 @@ class ReGLAPreTrainedModel(PreTrainedModel):
                 gate_bias=self.config.gate_bias,
                 refine_bias=self.config.refine_bias,
                 gate_half_life=self.config.gate_half_life,
+                gate_half_life_over=self.config.gate_half_life_over,
             )
         elif isinstance(module, SoftmaxAttention) and module.conv is not None:
             nn.init.normal_(module.conv.weight, 0.0, self.config.initializer_range)
@@ -367,6 +368,7 @@ def _linear_mixer(config: ReGLAConfig, layer_idx: int) -> ReGLAAttention:
         head_dim=config.head_dim,
         value_head_dim=config.value_head_dim,
         update_rule=config.update_rule,
+        beta_max=config.beta_max,
         feature_map=config.feature_map,
         gate=config.gate,
         gate_axis=config.gate_axis,

@@ -16,9 +16,9 @@ from regla.models.configuration import ReGLAConfig
 
 
 class SoftmaxAttention(LlamaAttention):
-    """Project -> (short convolution) -> (q/k normalisation) -> RoPE -> softmax attention -> (norm) -> (output gate) ->
-    out. Parts in brackets are optional, each as in `ReGLAAttention`; without them this is LlamaAttention, parameter for
-    parameter.
+    """Project -> (short convolution) -> (q/k normalisation) -> (RoPE) -> softmax attention -> (norm) -> (output gate)
+    -> out. Parts in brackets are optional, each as in `ReGLAAttention`; with RoPE alone this is LlamaAttention,
+    parameter for parameter.
     """
 
     def __init__(self, config: ReGLAConfig, layer_idx: int) -> None:
@@ -42,11 +42,12 @@ class SoftmaxAttention(LlamaAttention):
         self.norm = HeadRMSNorm(heads, D, config.rms_norm_eps) if config.softmax_output_norm else None
         self.output_gate = nn.Linear(hidden_size, heads * D, bias=False) if gate else None
         self.output_activation = gate
+        self.rope = config.softmax_rope
 
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         *,
@@ -57,7 +58,7 @@ class SoftmaxAttention(LlamaAttention):
         """
         Args:
             hidden_states: [B, T, hidden_size].
-            position_embeddings: (cos, sin) of RoPE, each [B or 1, T, head_dim].
+            position_embeddings: (cos, sin) of RoPE, each [B or 1, T, head_dim]; None in a model without RoPE.
             attention_mask: the causal mask, in the form the attention implementation takes; None for plain causal.
             past_key_values: a cache that `adopt_cache` has seen, changed in place.
             token_mask: [B, T] bool, True for real tokens, for the convolution.
@@ -79,7 +80,9 @@ class SoftmaxAttention(LlamaAttention):
         # [B, T, H * D] -> [B, H, T, D]
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         q, k = normalised(self.q_norm, q), normalised(self.k_norm, k)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        if self.rope:
+            assert position_embeddings is not None
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

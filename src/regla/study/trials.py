@@ -86,7 +86,9 @@ def check_variants(
 
 def _gates_an_axis(model: ReGLAConfig) -> bool:
     """Whether the result depends on `gate_axis`."""
-    return "linear_attention" in (model.layer_types or ()) and model.gate in ("refined", "sigmoid")
+    from regla.layers.gates import GATES
+
+    return "linear_attention" in (model.layer_types or ()) and GATES[model.gate].has_axis
 
 
 def make_trials(study: Study, data: StudyData, *, out: str | Path, device: str) -> list[Trial]:

@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16")
 DEFAULT_VOCAB_SIZE = 2048
 DEFAULT_STEPS = 300
 DEFAULT_WINDOW = 64
+DEFAULT_SOFTMAX_EVERY = 2
 TASKS = ("mqar",)
 DEFAULT_PAIRS = (4, 8, 16)
 RESUME = ("latest", "previous")
@@ -125,8 +126,10 @@ class TrainConfig(LoopConfig):
     None: no gap."""
 
     mixer: str = _model("regla")
-    """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA and softmax in turn; window:
-    every layer softmax attention over a sliding window."""
+    """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA, and every softmax_every-th layer
+    softmax; window: every layer softmax attention over a sliding window."""
+    softmax_every: int | None = _model(None)
+    """Of the mixer `hybrid`: 2 is ReGLA and softmax in turn, 4 one layer in four; None: DEFAULT_SOFTMAX_EVERY."""
     window: int | None = _model(None)
     """Tokens that a layer of the mixer `window` attends to, its own included; None: DEFAULT_WINDOW."""
     hidden_size: int = _model(128)
@@ -167,6 +170,19 @@ class TrainConfig(LoopConfig):
                 "{window} {value} is given with {mixer} {other}; it is of {mixer} window: leave one out.",
                 value=self.window,
                 other=self.mixer,
+            )
+        if self.softmax_every is not None and self.mixer != "hybrid":
+            raise OptionError(
+                "{softmax_every} {value} is given with {mixer} {other}; it is of {mixer} hybrid: leave one out.",
+                value=self.softmax_every,
+                other=self.mixer,
+            )
+        if self.softmax_every is not None and not 2 <= self.softmax_every <= self.layers:
+            raise OptionError(
+                "{softmax_every} is {value}, expected a number from 2 to {layers} {depth}; for one kind of layer use "
+                "{mixer}.",
+                value=self.softmax_every,
+                depth=self.layers,
             )
         if self.head_dim is None and self.hidden_size % self.heads:
             raise OptionError(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from regla.runtime.files import brief
 from regla.runtime.reading import read_json
-from regla.train.config import DEFAULT_WINDOW, TrainConfig
+from regla.train.config import DEFAULT_SOFTMAX_EVERY, DEFAULT_WINDOW, TrainConfig
 
 if TYPE_CHECKING:
     from regla.models.configuration import ReGLAConfig
@@ -35,11 +35,13 @@ def read_overrides(file: str | Path) -> dict[str, Any]:
     return overrides
 
 
-def layer_types(mixer: str, layers: int) -> list[str]:
-    """The mixer of each layer, in the configuration's words; `hybrid` starts with ReGLA."""
+def layer_types(mixer: str, layers: int, softmax_every: int | None = None) -> list[str]:
+    """The mixer of each layer, in the configuration's words. Of every `softmax_every` layers of a hybrid the last is
+    softmax."""
+    linear_in_between = (softmax_every or DEFAULT_SOFTMAX_EVERY) - 1
     pattern = {
         "regla": ["linear_attention"],
-        "hybrid": ["linear_attention", "full_attention"],
+        "hybrid": [*["linear_attention"] * linear_in_between, "full_attention"],
         "softmax": ["full_attention"],
         "window": ["sliding_attention"],
     }[mixer]
@@ -65,7 +67,7 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "pad_token_id": end_of_text,
-        "layer_types": layer_types(config.mixer, config.layers),
+        "layer_types": layer_types(config.mixer, config.layers, config.softmax_every),
         "sliding_window": (config.window or DEFAULT_WINDOW) if config.mixer == "window" else None,
     } | dict(config.overrides)
     if arguments["vocab_size"] < vocab_size:
