@@ -79,6 +79,8 @@ def test_packing_by_positions_alone_is_loud_when_compiled(build):
 @torch.no_grad()
 @pytest.mark.parametrize("make", [StaticCache, DynamicCache])
 def test_decoding_never_waits_for_the_gpu(model, make):
+    if make is StaticCache and "sliding_attention" in model.config.layer_types:
+        pytest.skip("transformers' static cache of a window copies an index from the host")
     model = model.cuda()
     ids = torch.randint(3, 97, (2, 15), device="cuda")
     cache = make(config=model.config, **({"max_cache_len": 20} if make is StaticCache else {}))

@@ -55,7 +55,7 @@ def make(T: int, shape: tuple[int, int, int, int], decay: str, B: int = 1, paral
 
 def backward(o: Tensor, S: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(7)
-    weights = [torch.randn(x.shape, generator=generator).to(x) for x in (o, S)]
+    weights = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in (o, S)]
     return torch.autograd.grad((o * weights[0]).sum() + (S * weights[1]).sum(), leaves)
 
 
@@ -188,7 +188,7 @@ def test_memory_grows_with_the_length_alone():
 
 def test_bad_input():
     q, k, v, beta, gk, _ = make(4, (2, 2, 16, 8), "channel")
-    with pytest.raises(ValueError, match=r"beta has shape \[1, 4, 2, 1\] on cpu; expected \[B, T, H\] = \[1, 4, 2\]"):
+    with pytest.raises(ValueError, match=r"beta has shape \[1, 4, 2, 1\] on .*; expected \[B, T, H\] = \[1, 4, 2\]"):
         gated_delta_attention(q, k, v, beta[..., None], gk)
     with pytest.raises(
         ValueError, match="backend is 'native'; expected one of 'auto', 'recurrent', 'chunked', 'triton'"
