@@ -227,7 +227,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         choices=MIXERS,
         default=_DEFAULTS["mixer"],
         help="regla, softmax, hybrid: ReGLA, every --softmax-every-th layer softmax, or window: softmax over the last "
-        "--window tokens (default: %(default)s)",
+        "--window tokens; paper: ReGLA in the paper's own form (default: %(default)s)",
     )
     add(
         model,

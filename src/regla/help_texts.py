@@ -148,7 +148,7 @@ Train a grid of runs that one short YAML file describes (what varies, learning r
 DIR gets a row per run (rows.jsonl), and NAME.md with tables and a plot. Every variant gets every learning rate.
 
 STUDY is one that is shipped (gate-start, qk, mixer-parts, softmax, refined-vs-plain, finalists,
-final, memory, longer, demo) or a .yaml file.
+final, memory, longer, mqar, mqar-memory, demo) or a .yaml file.
 Each run is a process of its own; its output is DIR/runs/*/log.txt. Ctrl-C or SIGTERM saves checkpoints and ends it
 (exit code 130 or 143). After that, or after a crash, the same command goes on: finished runs are kept, and one that
 was cut off goes on from its last checkpoint. A run that diverges is a result; where one fails, the others go on, and

@@ -2,11 +2,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from regla.models import ReGLAConfig, ReGLAModel
+from regla.layers.defaults import DEFAULTS
+from regla.models import ReGLAConfig, ReGLAModel, configuration
+from regla.models.configuration import mixer_arguments
 
 
 def test_round_trip(tmp_path):
@@ -53,6 +56,17 @@ def test_defaults():
     assert (config.gate_half_life, config.qk_initializer_range) == (None, None)
     assert (config.softmax_conv_kernel_dim, config.softmax_output_gate) == (0, None)
     assert (config.softmax_qk_norm, config.softmax_output_norm) == (False, False)
+
+
+def test_the_defaults_are_those_of_the_layer(monkeypatch):
+    config = ReGLAConfig(hidden_size=48, num_attention_heads=4, num_hidden_layers=3)
+    for name, value in mixer_arguments(DEFAULTS).items():
+        assert getattr(config, name) == value, name
+    mixer = replace(DEFAULTS, gate_half_life=(1, 256))
+    assert mixer_arguments(mixer)["gate_half_life"] == [1, 256]
+    monkeypatch.setattr(configuration, "DEFAULTS", mixer)
+    assert ReGLAConfig(num_hidden_layers=1).gate_half_life == [1, 256]
+    assert ReGLAConfig(num_hidden_layers=1, gate_half_life=None).gate_half_life is None
 
 
 @pytest.mark.parametrize(

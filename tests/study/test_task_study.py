@@ -78,10 +78,11 @@ def test_a_task_takes_no_text(file: Path, tmp_path: Path) -> None:
         study(str(file), out=tmp_path / "out", data=["a.txt"], device="cpu")
 
 
-def test_the_shipped_study_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    study("mqar", dry_run=True)
+@pytest.mark.parametrize("name", ["mqar", "mqar-memory"])
+def test_the_shipped_studies_fit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    study(name, dry_run=True)
     assert "12 variants at lr" in capsys.readouterr().out
-    assert {variant.settings["task"] for variant in read_study("mqar").variants} == {"mqar"}
+    assert {variant.settings["task"] for variant in read_study(name).variants} == {"mqar"}
 
 
 def cell(pairs: int, gap: int, right: float, bins: dict[int, float]) -> dict:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from regla.layers.defaults import PAPER
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.configuration import mixer_arguments
 from regla.train.config import TrainConfig
 from regla.train.model import count_parameters, equal_parameters, match_softmax, model_config, read_overrides
 
@@ -22,7 +24,7 @@ def build(**arguments) -> ReGLAConfig:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mixer", ["regla", "hybrid"])
+@pytest.mark.parametrize("mixer", ["regla", "hybrid", "paper"])
 def test_all_mixers_have_equal_parameters(shape: str, mixer: str) -> None:
     softmax = build(mixer="softmax", **SHAPES[shape])
     asked = build(mixer=mixer, **SHAPES[shape])
@@ -93,6 +95,19 @@ def test_mixers() -> None:
     assert build(mixer="softmax", layers=3).layer_types == [full, full, full]
     assert build(mixer="hybrid", softmax_every=3, layers=4).layer_types == [linear, linear, full, linear]
     assert build(mixer="hybrid", softmax_every=8, layers=8).layer_types == [linear] * 7 + [full]
+
+
+def test_the_papers_own_form() -> None:
+    config = build(mixer="paper", layers=2)
+    assert {name: getattr(config, name) for name in mixer_arguments(PAPER)} == mixer_arguments(PAPER)
+    assert (config.gate_axis, config.attention_norm, config.qk_norm, config.output_gate) == (
+        "value",
+        "layernorm",
+        False,
+        None,
+    )
+    assert config.layer_types == ["linear_attention"] * 2 and not config.uses_rope
+    assert build(mixer="paper", overrides={"gate_axis": "key"}).gate_axis == "key"
 
 
 def test_overrides_win() -> None:

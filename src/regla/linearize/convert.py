@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from regla.layers.defaults import PAPER
 from regla.linearize.config import GATE_BIAS
 from regla.linearize.families import config_arguments
 from regla.linearize.transfer import check_transfer, linear_layers
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.configuration import mixer_arguments
 from regla.runtime.errors import OptionError
 
 #: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
-#: way in or out but the calibration of q and k, which starts as the identity. What is not here, such as the gate's
-#: axis, is ReGLAConfig's default.
+#: way in or out but the calibration of q and k, which starts as the identity.
 CONVERTED: dict[str, Any] = {
+    **mixer_arguments(replace(PAPER, gate_axis="key", norm="rmsnorm", qk_calibration=True)),
     "linear_rope": True,
-    "linear_conv_kernel_dim": 0,
-    "qk_norm": False,
-    "output_gate": None,
-    "qk_calibration": True,
     "gate_bias": GATE_BIAS,
 }
 
@@ -65,11 +64,11 @@ def _kept(num_layers: int, keep: str) -> set[int]:
 def converted_config(original: PreTrainedConfig, keep: str | Iterable[int] = "every-2", **own: Any) -> ReGLAConfig:
     """The configuration of the converted model, see `convert`; derived from the original's, nothing from defaults."""
     arguments = config_arguments(original)
-    own = CONVERTED | own
     shared = sorted(own.keys() & arguments.keys())
     if shared:
         raise ValueError(f"{shared[0]} is the original's and cannot be set anew; leave it out")
-    return ReGLAConfig(**arguments, **own, layer_types=layer_types(arguments["num_hidden_layers"], keep))
+    kinds = layer_types(arguments["num_hidden_layers"], keep)
+    return ReGLAConfig(**CONVERTED | arguments | own, layer_types=kinds)
 
 
 def convert(

@@ -4,13 +4,14 @@ import difflib
 import math
 import os
 from collections.abc import Collection
+from dataclasses import asdict, field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from regla.layers.defaults import DEFAULTS
+from regla.layers.defaults import DEFAULTS, Mixer
 from regla.layers.feature_maps import FEATURE_MAPS
 from regla.layers.gates import GATE_AXES, GATES, SPACINGS, check_gate_start
 from regla.layers.norms import NORMS
@@ -39,6 +40,7 @@ NEW_OPTIONS: dict[int, dict[str, Any]] = {
         "update_rule": "additive",
         "beta_max": 1.0,
         "linear_conv_activation": None,
+        "gate_half_life": None,
         "gate_half_life_over": "channels",
         "softmax_rope": True,
     }
@@ -148,8 +150,8 @@ class ReGLAConfig(PreTrainedConfig):
     gate_low_rank_dim: int = DEFAULTS.gate_low_rank_dim
     gate_bias: int | float = 0.0
     refine_bias: int | float = 0.0
-    gate_half_life: int | float | list[int | float] | None = None
-    gate_half_life_over: str = "channels"
+    gate_half_life: int | float | list[int | float] | None = field(default_factory=lambda: _half_life(DEFAULTS))
+    gate_half_life_over: str = DEFAULTS.gate_half_life_over
     softmax_conv_kernel_dim: int = 0
     softmax_qk_norm: bool = False
     softmax_output_gate: str | None = None
@@ -298,6 +300,26 @@ POSITIVE = (
     "value_head_dim",
     "gate_low_rank_dim",
 )
+
+
+def mixer_arguments(mixer: Mixer) -> dict[str, Any]:
+    """The arguments of ReGLAConfig that make its linear layers this mixer."""
+    arguments = asdict(mixer) | {"gate_half_life": _half_life(mixer)}
+    return {_NAMES.get(name, name): value for name, value in arguments.items()}
+
+
+_NAMES = {  # of options that models call otherwise than layers do
+    "norm": "attention_norm",
+    "norm_eps": "rms_norm_eps",
+    "conv_size": "linear_conv_kernel_dim",
+    "conv_activation": "linear_conv_activation",
+    "bias": "attention_bias",
+}
+
+
+def _half_life(mixer: Mixer) -> int | float | list[int | float] | None:
+    """As JSON has it."""
+    return list(mixer.gate_half_life) if isinstance(mixer.gate_half_life, tuple) else mixer.gate_half_life
 
 
 def _checked_format(version: int) -> int:

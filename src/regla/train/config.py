@@ -12,7 +12,7 @@ from typing import Any
 from regla.runtime.errors import OptionError, check_choice, check_count, check_number, check_seed
 from regla.runtime.options import without_effect
 
-MIXERS = ("regla", "hybrid", "softmax", "window")
+MIXERS = ("regla", "hybrid", "softmax", "window", "paper")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 DEFAULT_VOCAB_SIZE = 2048
@@ -127,7 +127,8 @@ class TrainConfig(LoopConfig):
 
     mixer: str = _model("regla")
     """regla: every layer ReGLA; softmax: every layer softmax attention; hybrid: ReGLA, and every softmax_every-th layer
-    softmax; window: every layer softmax attention over a sliding window."""
+    softmax; window: every layer softmax attention over a sliding window; paper: every layer ReGLA in the paper's own
+    form, `regla.layers.defaults.PAPER`."""
     softmax_every: int | None = _model(None)
     """Of the mixer `hybrid`: 2 is ReGLA and softmax in turn, 4 one layer in four; None: DEFAULT_SOFTMAX_EVERY."""
     window: int | None = _model(None)

@@ -41,6 +41,7 @@ def layer_types(mixer: str, layers: int, softmax_every: int | None = None) -> li
     linear_in_between = (softmax_every or DEFAULT_SOFTMAX_EVERY) - 1
     pattern = {
         "regla": ["linear_attention"],
+        "paper": ["linear_attention"],
         "hybrid": [*["linear_attention"] * linear_in_between, "full_attention"],
         "softmax": ["full_attention"],
         "window": ["sliding_attention"],
@@ -53,6 +54,9 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
 
     Raises ValueError for an override that ReGLAConfig does not know, naming the nearest one, or that does not fit.
     """
+    from regla.layers.defaults import PAPER
+    from regla.models.configuration import mixer_arguments
+
     check_overrides(config.overrides)
     arguments: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -69,7 +73,10 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
         "pad_token_id": end_of_text,
         "layer_types": layer_types(config.mixer, config.layers, config.softmax_every),
         "sliding_window": (config.window or DEFAULT_WINDOW) if config.mixer == "window" else None,
-    } | dict(config.overrides)
+    }
+    if config.mixer == "paper":
+        arguments |= mixer_arguments(PAPER)
+    arguments |= config.overrides
     if arguments["vocab_size"] < vocab_size:
         raise ValueError(
             f"vocab_size is {arguments['vocab_size']}, but the largest id of the tokenizer is {vocab_size - 1}; "
