@@ -1,9 +1,6 @@
 """One home for what a mixer is by default: the layer's own and that of a default model agree."""
 
-import inspect
-
 from regla.layers import ReGLAAttention
-from regla.layers.defaults import DEFAULTS
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 
 
@@ -22,9 +19,3 @@ def test_the_layer_is_the_mixer_of_a_default_model():
     assert shapes[0] == shapes[1]
     for (name, module), (_, other) in zip(layer.named_modules(), mixer.named_modules(), strict=True):
         assert numbers_and_names(module) == numbers_and_names(other), name
-
-
-def test_every_default_has_one_home():
-    parameters = inspect.signature(ReGLAAttention).parameters
-    for name, value in vars(DEFAULTS).items():
-        assert parameters[name].default == value, name
