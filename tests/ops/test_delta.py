@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from regla.layers.feature_maps import UnitSafeExp
 from regla.ops import gated_delta_attention
-from regla.ops.dispatch import why_not_triton
+from regla.ops.dispatch import why_not_native, why_not_triton
 
 from .definition import overall, per_token
 
@@ -68,10 +68,22 @@ def run(inputs, backend, **options):
     return o.detach(), S.detach(), backward(o, S, [x for x in leaves if x is not None])
 
 
-def backends():
-    found = ["recurrent", "chunked"]
+def quick_backends():
+    """All but the kernels for GPUs."""
     x = torch.ones(1, 1, 1, 16)
-    return found + (["triton"] if why_not_triton(x, x) is None else [])
+    return ["recurrent", "chunked"] + (["native"] if why_not_native(x, x) is None else [])
+
+
+def backends():
+    x = torch.ones(1, 1, 1, 16)
+    return quick_backends() + (["triton"] if why_not_triton(x, x) is None else [])
+
+
+@pytest.fixture(params=["recurrent", "chunked", "native", "triton"])
+def backend(request):
+    if request.param not in backends():
+        pytest.skip(f"{request.param} cannot run here")
+    return request.param
 
 
 def assert_equal_to_definition(inputs, mask=None, only=None):
@@ -90,24 +102,23 @@ def assert_equal_to_definition(inputs, mask=None, only=None):
 @pytest.mark.parametrize("T", LENGTHS)
 def test_lengths_and_decays(T, decay):
     shape = SHAPES[(LENGTHS.index(T) + DECAYS.index(decay)) % len(SHAPES)]
-    only = None if (T, decay) in WITH_KERNELS else ["recurrent", "chunked"]
+    only = None if (T, decay) in WITH_KERNELS else quick_backends()
     assert_equal_to_definition(make(T, shape, decay), only=only)
 
 
 @pytest.mark.parametrize("top", [1.0, 2.0])
 @pytest.mark.parametrize("decay", ["none", "channel"])
 def test_nearly_parallel_keys(decay, top):
-    only = None if top == 2.0 and decay == "none" else ["recurrent", "chunked"]
+    only = None if top == 2.0 and decay == "none" else quick_backends()
     assert_equal_to_definition(make(97, (2, 2, 16, 16), decay, parallel=True, top=top), only=only)
 
 
 def test_masks_anywhere():
     mask = torch.rand(2, 70) < 0.7
     mask[0, :20], mask[1, 50:] = False, False
-    assert_equal_to_definition(make(70, SHAPES[2], "extreme", B=2), mask, ["recurrent", "chunked"])
+    assert_equal_to_definition(make(70, SHAPES[2], "extreme", B=2), mask, quick_backends())
 
 
-@pytest.mark.parametrize("backend", backends())
 def test_padding_holds_anything(backend):
     mask = torch.tensor([[False, True, True, False, True, False]])
     q, k, v, beta, gk, S = make(6, (2, 2, 16, 8), "channel")
@@ -120,7 +131,6 @@ def test_padding_holds_anything(backend):
         assert all(torch.equal(a, b) for a, b in zip(grads, grads_, strict=True))
 
 
-@pytest.mark.parametrize("backend", backends())
 def test_packed_sequences(backend):
     """One with no token among them: its state is its initial state."""
     bounds = [0, 1, 34, 34, 40]
@@ -138,7 +148,6 @@ def test_packed_sequences(backend):
         assert overall(grad, right) <= GRADIENT
 
 
-@pytest.mark.parametrize("backend", backends())
 def test_causal_to_the_last_bit(backend):
     q, k, v, beta, gk, S = make(40, (1, 1, 16, 8), "extreme")
     at = 35
@@ -152,7 +161,6 @@ def test_causal_to_the_last_bit(backend):
         assert not torch.equal(before[:, at:], after[:, at:])
 
 
-@pytest.mark.parametrize("backend", backends())
 def test_any_split_into_calls(backend):
     q, k, v, beta, gk, S = make(60, SHAPES[0], "extreme")
     whole, final = gated_delta_attention(q, k, v, beta, gk, initial_state=S, output_final_state=True, backend=backend)
@@ -173,14 +181,15 @@ def test_what_the_state_answers_is_replaced():
     torch.testing.assert_close(o, v)
 
 
-def test_memory_grows_with_the_length_alone():
-    """The chunked form keeps a state per chunk and no pairs of tokens: its saved tensors double with the length."""
+@pytest.mark.parametrize("backend", ["chunked", "native"], indirect=True)
+def test_memory_grows_with_the_length_alone(backend):
+    """A state is kept per chunk and no pairs of tokens: what is saved for the backward pass doubles with the length."""
 
     def saved(T):
         sizes = []
         q, k, v, beta, gk, S = (x.requires_grad_() for x in make(T, (1, 1, 16, 16), "channel"))
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            gated_delta_attention(q, k, v, beta, gk, initial_state=S, backend="chunked")
+            gated_delta_attention(q, k, v, beta, gk, initial_state=S, backend=backend)
         return sum(sizes)
 
     assert saved(1024) < 2.1 * saved(512)
@@ -190,10 +199,9 @@ def test_bad_input():
     q, k, v, beta, gk, _ = make(4, (2, 2, 16, 8), "channel")
     with pytest.raises(ValueError, match=r"beta has shape \[1, 4, 2, 1\] on .*; expected \[B, T, H\] = \[1, 4, 2\]"):
         gated_delta_attention(q, k, v, beta[..., None], gk)
-    with pytest.raises(
-        ValueError, match="backend is 'native'; expected one of 'auto', 'recurrent', 'chunked', 'triton'"
-    ):
-        gated_delta_attention(q, k, v, beta, gk, backend="native")
+    names = "'auto', 'recurrent', 'chunked', 'native', 'triton'"
+    with pytest.raises(ValueError, match=f"backend is 'cuda'; expected one of {names}"):
+        gated_delta_attention(q, k, v, beta, gk, backend="cuda")
     with pytest.raises(ValueError, match=r"gk holds 0\.5; log-decays are"):
         gated_delta_attention(q, k, v, beta, 0 * gk + 0.5)
     with pytest.raises(ValueError, match="mask and cu_seqlens are both given"):

@@ -12,8 +12,9 @@ import torch
 
 from regla.ops import gated_linear_attention, regla_attention, safe_exp_attention
 from regla.ops.fused import Inputs
-from regla.ops.native import build, operation
+from regla.ops.native import build, delta, operation
 
+from . import test_delta
 from .test_forms import SHAPES, assert_equal_to_definition, make, native, skip_without
 
 
@@ -41,6 +42,7 @@ def no_compiler(cache, monkeypatch):
 def test_structures_are_the_same_in_c_and_python():
     skip_without("native")
     assert build.load().regla_size_of_problem() == ctypes.sizeof(operation._Problem)
+    assert build.load().regla_size_of_delta_problem() == ctypes.sizeof(delta._Problem)
 
 
 def test_compiled_once(cache, monkeypatch):
@@ -280,3 +282,4 @@ def test_other_widths_of_vectors(cache, monkeypatch, options):
     assert build.load().regla_lanes() == (8 if options else 4)
     for shape, axis, scenario in ((SHAPES[0], "both", "outliers"), (SHAPES[4], "value", "extreme")):
         assert_equal_to_definition(make(70, shape, axis, scenario), axis, forms={"native": native})
+    test_delta.assert_equal_to_definition(test_delta.make(70, (6, 3, 33, 17), "extreme"), only=["native"])

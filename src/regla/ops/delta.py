@@ -11,9 +11,10 @@ from regla.ops.call import masked
 from regla.ops.checks import check_decays, check_gla, check_mask
 from regla.ops.delta_chunked import chunked_gated_delta_rule
 from regla.ops.delta_recurrent import recurrent_gated_delta_rule
-from regla.ops.dispatch import why_not_triton
+from regla.ops.dispatch import BACKENDS, for_forward_mode, why_not_native, why_not_triton
+from regla.ops.forward_mode import has_tangents
+from regla.ops.native.delta import native_gated_delta_rule
 
-BACKENDS = ("recurrent", "chunked", "triton")
 _WIDEST = 128  # channels of a key or value that the kernels take
 
 
@@ -51,8 +52,9 @@ def gated_delta_attention(
         output_final_state: return the state after the last token.
         mask: [B, T] bool, True for real tokens. A padding token writes nothing, decays nothing, and its o is 0.
         cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1).
-        backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), "triton" (kernels for
-            GPUs, bfloat16 values and heads of up to 128 channels), or "auto".
+        backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), "native" (kernels in C
+            for CPUs, float32 or bfloat16), "triton" (kernels for GPUs, bfloat16 values and heads of up to 128
+            channels), or "auto": kernels where they can run, else recurrent for one token and chunked for more.
         validate: check the numbers too (decays <= 0, boundaries). None: on the CPU only, where that costs no wait.
 
     Returns:
@@ -86,6 +88,8 @@ def gated_delta_attention(
         beta = torch.where(mask[..., None], beta, 0.0)
         gk = gk if gk is None else masked(gk, mask)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
+    if has_tangents(x for x in (q, k, v, beta, gk, initial_state) if x is not None):
+        backend = for_forward_mode(backend)
     run = _form(backend, k, v, cu_seqlens)
     o, state = run(q, k, v, beta, gk, scale, initial_state, cu_seqlens)
     return o, state if output_final_state else None
@@ -96,6 +100,12 @@ def _form(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Call
     if backend not in ("auto", *BACKENDS):
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend is {backend!r}; expected one of {names}")
+    if backend == "native" or (backend == "auto" and k.is_cpu):
+        reason = why_not_native(k, v)
+        if reason is None:
+            return native_gated_delta_rule
+        if backend == "native":
+            raise ValueError(f"backend='native' cannot run: {reason}; use 'auto' or 'chunked'")
     is_step = k.shape[1] == 1 and cu_seqlens is None
     if backend == "recurrent" or k.shape[0] == 0 or k.shape[1] == 0 or (backend == "auto" and is_step):
         return recurrent_gated_delta_rule

@@ -50,7 +50,7 @@ def plan(call: Call, backend: str) -> Plan:
     """
     q, k, v, gates, _, key_max, _, cu_seqlens, *_ = call
     if has_tangents(call.tensors()):
-        return Plan(_for_forward_mode(backend))
+        return Plan(for_forward_mode(backend))
     if key_max is not None and cu_seqlens is None and k.shape[1] == 1:
         engine = step_engine(backend, key_max, k, v, q, *gates[:4], call.S, *(call.qk_norm or ())[:2])
         if engine is not None:
@@ -105,7 +105,7 @@ def step_engine(backend: str, key_max: str, k: Tensor, v: Tensor, *others: Tenso
     return "triton" if why_not_triton(k, v, key_max) is None else None
 
 
-def _for_forward_mode(backend: str) -> str:
+def for_forward_mode(backend: str) -> str:
     """The recurrence, whose operations PyTorch differentiates in any mode."""
     if backend in ("auto", "recurrent"):
         return "recurrent"

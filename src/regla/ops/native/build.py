@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` with the machine's C compiler, once, and loads it.
+"""Compiles `kernels.c` and `delta.c` with the machine's C compiler, once, and loads it.
 
 The compiled file lies in the user's cache folder under a name that says what went into it: the source, the options and
 what the compiler knows of the processor. One that is there is loaded without a question, in milliseconds.
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("kernels.c", "token.h", "vector.h")
+_SOURCES = ("kernels.c", "delta.c")
+_HEADERS = ("token.h", "rows.h", "threads.h", "vector.h")
 #: Nothing that changes what a number is: no -ffast-math. The two only say that nobody looks at errno and traps.
 _OPTIONS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
@@ -50,7 +51,7 @@ def _load() -> ctypes.CDLL | str:
     here = Path(__file__).parent
     digest = hashlib.sha256(" ".join(command).encode())
     digest.update(_run([*command, "-dM", "-E", "-x", "c", os.devnull]).encode())  # the processor, and the compiler
-    for name in _SOURCES:
+    for name in _SOURCES + _HEADERS:
         digest.update((here / name).read_bytes())
     path = _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
     if not path.exists():
@@ -65,7 +66,8 @@ def _load() -> ctypes.CDLL | str:
 def _compile(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder, "kernels.so")
-        _run([*command, str(Path(__file__).parent / "kernels.c"), "-o", str(made), "-lm", "-lpthread"])
+        sources = [str(Path(__file__).parent / name) for name in _SOURCES]
+        _run([*command, *sources, "-o", str(made), "-lm", "-lpthread"])
         made.replace(path)  # whole or not at all, whoever else is at it
 
 

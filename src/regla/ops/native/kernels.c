@@ -17,23 +17,15 @@
  * Columns of a state, the value channels, are worked on in tiles of up to TILE vectors, padded with zeros to whole
  * vectors. Written for GCC and Clang: vector_size types, pthreads, nothing else beyond C11.
  */
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdlib.h>
-
+#include "threads.h"
 #include "token.h"
 
-#define TILE 4 /* vectors that a tile's rows have: as many as there are registers for */
 #define GROUP 2 /* tokens that the backward pass takes a tile through at once */
 #define AHEAD 2 /* tokens whose numbers are asked for before their turn */
-#define ALIGNMENT 64
 #define PARTS 4 /* of the work, per thread: none waits long for the last */
-#define MOST_THREADS 256
-#define WORTH_A_THREAD (1 << 19) /* numbers of states that tokens go through: tenths of a millisecond */
 
 /* What one thread works with. */
 typedef struct {
-    char *memory;
     Token *tokens;                  /* [chunk], or one at a time */
     int64_t *real;                  /* [chunk] where they are */
     float *S, *m;                   /* of some heads, state or its gradient [tiles][K, width of the tile]; and m */
@@ -178,26 +170,12 @@ INLINE void step_back(const int n, const int m, const int has_a, int64_t K, vec 
         }
 }
 
-/* One body for each width of a tile. */
-#define BY_WIDTH(n, call)          \
-    switch (n) {                   \
-    case 1: { enum { W = 1 }; call; } break; \
-    case 2: { enum { W = 2 }; call; } break; \
-    case 3: { enum { W = 3 }; call; } break; \
-    default: { enum { W = TILE }; call; } break; \
-    }
-
-/* And for each number of tokens, with and without decays of rows. */
+/* One body for each shape of a tile, width and number of tokens, with and without decays of rows. */
 #define BY_SHAPE(n, m, a, call)                                       \
     if (m == 1 && a) { enum { M = 1, A = 1 }; BY_WIDTH(n, call) }     \
     else if (m == 1) { enum { M = 1, A = 0 }; BY_WIDTH(n, call) }     \
     else if (a) { enum { M = GROUP, A = 1 }; BY_WIDTH(n, call) }      \
     else { enum { M = GROUP, A = 0 }; BY_WIDTH(n, call) }
-
-INLINE int width_at(int64_t column, int64_t end) {
-    int64_t left = (end - column) / LANES;
-    return left < TILE ? (int)left : TILE;
-}
 
 /* ---- passes over a sequence ---- */
 
@@ -424,16 +402,8 @@ typedef void Pass(const Problem *, Work *, int64_t sequence, int64_t first_head,
 typedef struct {
     const Problem *problem;
     Pass *pass;
-    int64_t tokens, groups; /* tokens that a thread holds at a time; parts that the heads of a sequence are cut into */
-    atomic_llong next;
-    atomic_int failed;
-} Job;
-
-static float *take(char **memory, int64_t count) {
-    float *at = (float *)*memory;
-    *memory += (count * sizeof(float) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    return at;
-}
+    int64_t tokens, groups, heads; /* tokens that a thread holds at a time; parts of a sequence, and their heads */
+} Parts;
 
 /* Lays the buffers out from `memory`; with null, only tells how many bytes they take. */
 static int64_t lay_out(const Problem *p, int64_t tokens, int64_t heads, Work *w, char *memory) {
@@ -464,45 +434,23 @@ static int64_t lay_out(const Problem *p, int64_t tokens, int64_t heads, Work *w,
     return memory - start;
 }
 
-static void *worker(void *argument) {
-    Job *job = argument;
-    const Problem *p = job->problem;
+static void run_part(const void *work, char *memory, int64_t item) {
+    const Parts *parts = work;
     Work w = {0};
-    const int64_t heads = (p->heads + job->groups - 1) / job->groups;
-    if (posix_memalign((void **)&w.memory, ALIGNMENT, lay_out(p, job->tokens, heads, &w, 0))) {
-        job->failed = 1;
-        return 0;
-    }
-    lay_out(p, job->tokens, heads, &w, w.memory);
-#if defined(__x86_64__) || defined(__i386__)
-    unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040); /* what is too small to be a normal number is 0: arithmetic on it is 100 times slower */
-#endif
-    for (int64_t item; (item = job->next++) < p->sequences * job->groups;) {
-        int64_t first = item % job->groups * heads, last = first + heads < p->heads ? first + heads : p->heads;
-        if (first < last) job->pass(p, &w, item / job->groups, first, last);
-    }
-    end_of_streams();
-#if defined(__x86_64__) || defined(__i386__)
-    _mm_setcsr(mode);
-#endif
-    free(w.memory);
-    return 0;
+    lay_out(parts->problem, parts->tokens, parts->heads, &w, memory);
+    int64_t all = parts->problem->heads, first = item % parts->groups * parts->heads, last = first + parts->heads;
+    if (first < all) parts->pass(parts->problem, &w, item / parts->groups, first, last < all ? last : all);
 }
 
 static int run(const Problem *p, Pass *pass, int64_t tokens) {
     if (!p->sequences) return 0; /* a batch of none */
     int64_t groups = (PARTS * p->threads + p->sequences - 1) / p->sequences;
-    Job job = {p, pass, tokens, groups < p->heads ? groups : p->heads, 0, 0};
-    pthread_t threads[MOST_THREADS];
-    int64_t count = p->threads - 1, started = 0;
-    if (p->bounds[p->sequences] * p->heads * p->K * p->V < WORTH_A_THREAD) count = 0;
-    if (count > p->sequences * job.groups - 1) count = p->sequences * job.groups - 1;
-    if (count > MOST_THREADS) count = MOST_THREADS;
-    while (started < count && !pthread_create(&threads[started], 0, worker, &job)) started++;
-    worker(&job);
-    for (int64_t i = 0; i < started; i++) pthread_join(threads[i], 0);
-    return job.failed;
+    if (groups > p->heads) groups = p->heads;
+    Parts parts = {p, pass, tokens, groups, (p->heads + groups - 1) / groups};
+    Work w = {0};
+    const int is_much = p->bounds[p->sequences] * p->heads * p->K * p->V >= WORTH_A_THREAD;
+    return share_out(&parts, run_part, p->sequences * groups, lay_out(p, tokens, parts.heads, &w, 0),
+                     is_much ? p->threads : 1);
 }
 
 int64_t regla_lanes(void) { return LANES; }
