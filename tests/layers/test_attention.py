@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regla.layers import FEATURE_MAPS, GATES, NORMS, ReGLAAttention, init_linear_attention
+from regla.layers.defaults import ADDITIVE, DELTA
 from regla.layers.gates import GATE_AXES
 from regla.layers.norms import HeadLayerNorm, HeadRMSNorm, prescale
 from regla.layers.positions import apply_rotary
@@ -36,7 +37,7 @@ STEPS = [
 
 def mixer(**options) -> ReGLAAttention:
     plain = {"num_kv_heads": 2, "value_head_dim": 12, "qk_norm": False, "output_gate": None}
-    layer = ReGLAAttention(HIDDEN, 6, **(plain | options))
+    layer = ReGLAAttention(HIDDEN, 6, **ADDITIVE.of_layer() | plain | options)
     init_linear_attention(layer, std=0.4)
     return layer
 
@@ -75,19 +76,19 @@ def test_the_delta_rule_streams_and_ignores_padding(feature_map, gate, options):
 
 def test_the_delta_rule_says_what_it_needs():
     with pytest.raises(ValueError, match="expected features of unit length: use feature_map='unit_safe_exp'"):
-        ReGLAAttention(HIDDEN, 6, update_rule="delta")
-    delta = {"update_rule": "delta", "feature_map": "unit_safe_exp"}
+        ReGLAAttention(HIDDEN, 6, **ADDITIVE.of_layer() | {"update_rule": "delta"})
+    delta = DELTA.of_layer()
     for axis in ("value", "both"):
         with pytest.raises(ValueError, match="which decays the key axis alone: use gate_axis='key' or"):
-            ReGLAAttention(HIDDEN, 6, **delta, gate_axis=axis)
+            ReGLAAttention(HIDDEN, 6, **delta | {"gate_axis": axis})
     for gate in ("scalar", "fast_decay"):
         with pytest.raises(ValueError, match=r"update_rule is 'delta', to which a .*Gate does not belong: use another"):
-            ReGLAAttention(HIDDEN, 6, **delta, gate=gate)
+            ReGLAAttention(HIDDEN, 6, **delta | {"gate": gate})
     for beta_max in (0.0, -1.0, 2.5, float("nan")):
         with pytest.raises(ValueError, match=f"beta_max is {beta_max}; expected a number above 0 and up to 2"):
-            ReGLAAttention(HIDDEN, 6, **delta, beta_max=beta_max)
+            ReGLAAttention(HIDDEN, 6, **delta | {"beta_max": beta_max})
     with pytest.raises(ValueError, match=r"beta_max is 2.0 and update_rule 'additive', which has no beta"):
-        ReGLAAttention(HIDDEN, 6, beta_max=2.0)
+        ReGLAAttention(HIDDEN, 6, **ADDITIVE.of_layer() | {"beta_max": 2.0})
 
 
 @torch.no_grad()

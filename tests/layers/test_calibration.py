@@ -4,6 +4,7 @@ import torch
 
 from regla.layers import ReGLAAttention, init_linear_attention
 from regla.layers.calibration import QKCalibration
+from regla.layers.defaults import ADDITIVE
 
 
 def test_equation():
@@ -23,8 +24,8 @@ def test_equation():
 
 def test_it_starts_as_the_identity():
     options = {"num_kv_heads": 2, "backend": "chunked"}  # the kernels would do the norm of the plain one themselves
-    plain = ReGLAAttention(32, 4, **options)
-    calibrated = ReGLAAttention(32, 4, **options, qk_calibration=True)
+    plain = ReGLAAttention(32, 4, **ADDITIVE.of_layer() | options)
+    calibrated = ReGLAAttention(32, 4, **ADDITIVE.of_layer() | options | {"qk_calibration": True})
     for parameter in calibrated.parameters():
         torch.nn.init.constant_(parameter, torch.nan)
     init_linear_attention(plain, std=0.4)
@@ -36,7 +37,7 @@ def test_it_starts_as_the_identity():
 
 def test_means_undo_a_constant_in_the_keys():
     """What the layer is there for: the same large number in every key, as pretrained keys carry it, has no effect."""
-    layer = ReGLAAttention(32, 2, qk_norm=False, qk_calibration=True, bias=True)
+    layer = ReGLAAttention(32, 2, **ADDITIVE.of_layer() | {"qk_norm": False, "qk_calibration": True, "bias": True})
     init_linear_attention(layer, std=0.4)
     x = torch.randn(1, 9, 32)
     with torch.no_grad():

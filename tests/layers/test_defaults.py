@@ -8,25 +8,22 @@ import torch
 from regla.layers import ReGLAAttention, init_linear_attention
 from regla.layers.defaults import DEFAULTS, PAPER, Mixer
 
-STARTS = ("gate_half_life", "gate_half_life_over")  # of parameters, not of the layer
-
 
 def test_a_mixer_names_every_option():
     """What it left out would change with the defaults."""
     assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(Mixer))
     layer = inspect.signature(ReGLAAttention.__init__).parameters
     sizes = {"self", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_head_dim", "out_bias"}
-    options = dataclasses.asdict(DEFAULTS)
-    assert layer.keys() - sizes == options.keys() - set(STARTS)
-    for name in options.keys() - set(STARTS):
-        assert layer[name].default == options[name], name
+    options = DEFAULTS.of_layer()
+    assert layer.keys() - sizes == options.keys()
+    for name, value in options.items():
+        assert layer[name].default == value, name
 
 
 @torch.no_grad()
 def test_the_papers_mixer_is_its_equations():
     """W_o LayerNorm(S_t^T phi(q_t)), S_t = S_{t-1} Diag(F_t) + phi(k_t) v_t^T F_t the refined gate; no other part."""
-    options = dataclasses.asdict(PAPER)
-    layer = ReGLAAttention(32, 4, **{name: value for name, value in options.items() if name not in STARTS}).double()
+    layer = ReGLAAttention(32, 4, **PAPER.of_layer()).double()
     init_linear_attention(layer, std=0.5)
     x = torch.randn(1, 12, 32, dtype=torch.float64)
     q, k, v, a, c = (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regla.layers import ReGLAAttention, init_linear_attention
+from regla.layers.defaults import ADDITIVE
 
 HIDDEN, H, K, V = 32, 4, 6, 5
 
@@ -19,9 +20,13 @@ GATES = [
 SPREADABLE = [row for row in GATES if row[-1] != [1]]
 
 
+def additive(hidden_size: int, heads: int, **options) -> ReGLAAttention:
+    return ReGLAAttention(hidden_size, heads, **ADDITIVE.of_layer() | options)
+
+
 def log_decays(gate: str, axis: str, **start) -> list[torch.Tensor]:
     """The log-decays [T, H, D] that a mixer starts with where inputs do not matter, axis by axis."""
-    layer = ReGLAAttention(HIDDEN, H, head_dim=K, value_head_dim=V, gate=gate, gate_axis=axis)
+    layer = additive(HIDDEN, H, head_dim=K, value_head_dim=V, gate=gate, gate_axis=axis)
     for parameter in layer.parameters():
         torch.nn.init.constant_(parameter, torch.nan)
     init_linear_attention(layer, std=0.0, **start)
@@ -57,7 +62,7 @@ def test_a_pair_is_spaced_over_heads(gate, axis, sizes):
 
 def test_the_gate_of_mamba2_starts_as_mamba2_does():
     """A uniform in [1, 16], dt log-uniform in [0.001, 0.1]; one number a head."""
-    layer = ReGLAAttention(HIDDEN, 4000, head_dim=2, gate="mamba2")
+    layer = additive(HIDDEN, 4000, head_dim=2, gate="mamba2")
     for parameter in layer.gate.parameters():
         torch.nn.init.constant_(parameter, torch.nan)
     init_linear_attention(layer, std=0.0)
@@ -82,7 +87,7 @@ def test_a_bias_of_zero_as_a_half_life(gate, half_life):
 
 
 def test_q_and_k_have_a_spread_of_their_own():
-    layer = ReGLAAttention(256, 4, gate="gla", output_gate="silu")
+    layer = additive(256, 4, gate="gla")
     init_linear_attention(layer, std=0.02, qk_std=256**-0.5)
     with torch.no_grad():
         x = torch.randn(1, 500, 256)
@@ -117,12 +122,12 @@ def test_q_and_k_have_a_spread_of_their_own():
 )
 def test_starts_that_do_not_fit(gate, start, sentence):
     with pytest.raises(ValueError) as error:
-        init_linear_attention(ReGLAAttention(HIDDEN, H, gate=gate), std=0.02, **start)
+        init_linear_attention(additive(HIDDEN, H, gate=gate), std=0.02, **start)
     assert str(error.value).startswith(sentence)
 
 
 def test_a_pair_over_the_channels_of_a_gate_with_one():
-    layer = ReGLAAttention(HIDDEN, H, gate="sigmoid", gate_axis="head")
+    layer = additive(HIDDEN, H, gate="sigmoid", gate_axis="head")
     with pytest.raises(
         ValueError, match=r"one channel a head: give one number of tokens, or gate_half_life_over='heads'"
     ):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from regla.layers import ReGLAAttention, init_linear_attention
+from regla.layers.defaults import ADDITIVE
 from regla.layers.norms import HeadLayerNorm, HeadRMSNorm
 from regla.layers.plain import is_plain
 from regla.ops.dispatch import why_not_native
@@ -14,7 +15,7 @@ PARTS = ["norm", "q_norm", "k_norm", "gate", "q_proj", "k_proj", "v_proj", "o_pr
 
 
 def mixer(**options):
-    layer = ReGLAAttention(HIDDEN, 4, **({"conv_size": 3} | options))
+    layer = ReGLAAttention(HIDDEN, 4, **ADDITIVE.of_layer() | {"conv_size": 3} | options)
     init_linear_attention(layer, std=0.4)
     with torch.no_grad():
         for norm in (layer.norm, layer.q_norm, layer.k_norm):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from regla.layers import ReGLAAttention, init_linear_attention
+from regla.layers.defaults import ADDITIVE
 from regla.layers.projection import project
 from regla.ops.additive import attend
 from regla.ops.call import Call, Gates, Packed
@@ -71,13 +72,17 @@ def test_maps_that_are_more_than_linear_run_by_themselves():
     assert project(x, plain, other)[1] is None, "without autocast the weights would be copied for this"
 
 
+def additive(hidden_size: int, heads: int, **options) -> ReGLAAttention:
+    return ReGLAAttention(hidden_size, heads, **ADDITIVE.of_layer() | options)
+
+
 OPTIONS = [{}, {"conv_size": 4}, {"gate_axis": "value"}, {"gate_axis": "both"}, {"qk_norm": True}, {"norm": "sum"}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("backend", ["auto", "chunked"])
 def test_a_mixer_trains_the_same_in_one_product(options, backend, monkeypatch):
-    layer = ReGLAAttention(24, 4, num_kv_heads=2, head_dim=6, value_head_dim=8, backend=backend, **options)
+    layer = additive(24, 4, num_kv_heads=2, head_dim=6, value_head_dim=8, backend=backend, **options)
     init_linear_attention(layer, std=0.3)
 
     def gradients(x: torch.Tensor) -> list[torch.Tensor]:
@@ -111,7 +116,7 @@ def test_what_a_mixer_hands_on_in_one_tensor(options, given, monkeypatch):
     x = torch.randn(1, 2, 3, 16)
     if why_not_triton(x, x) is not None:
         pytest.skip(why_not_triton(x, x))
-    layer = ReGLAAttention(24, 4, **({"qk_norm": False} | options), backend="triton")
+    layer = additive(24, 4, **{"qk_norm": False} | options, backend="triton")
     seen = []
 
     def attention(call, engine):
@@ -177,7 +182,7 @@ def test_what_is_no_part_is_computed_from(backend):
 @pytest.mark.parametrize("train", [False, True])
 def test_a_hook_on_the_gate_has_its_way(train):
     """What it returns decays the state, in training under autocast as in inference; gradient hooks are called, too."""
-    layer = ReGLAAttention(24, 4)
+    layer = additive(24, 4)
     init_linear_attention(layer, std=0.3)
     x = torch.randn(2, 20, 24)
 
@@ -210,7 +215,7 @@ OPTIONS = [{}, {"conv_size": 4}, {"qk_calibration": True}, {"feature_map": "relu
 )
 def test_a_norm_inside_of_the_operation_is_the_module(options, backend):
     """What follows a norm of q and k may take it along; a hook says that nothing may."""
-    layer = ReGLAAttention(24, 4, num_kv_heads=2, qk_norm=True, backend=backend, **options)
+    layer = additive(24, 4, num_kv_heads=2, qk_norm=True, backend=backend, **options)
     x = torch.randn(2, 37, 24)
     reason = why_not_triton(x[..., None], x[..., None]) if backend == "triton" else None
     if reason is not None:
@@ -233,7 +238,7 @@ def test_a_norm_inside_of_the_operation_is_the_module(options, backend):
 
 
 def test_norms_of_different_eps_are_called():
-    layer = ReGLAAttention(24, 4, qk_norm=True)
+    layer = additive(24, 4, qk_norm=True)
     layer.k_norm.eps = 0.1
     seen = []
     layer.rule.register_forward_pre_hook(lambda _, args: seen.append(args[1].qk_norm))

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from regla.layers.defaults import ADDITIVE
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.configuration import mixer_arguments
 
 TINY = {
+    **mixer_arguments(ADDITIVE),
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 64,

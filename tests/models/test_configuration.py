@@ -7,22 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from regla.layers.defaults import DEFAULTS
+from regla.layers.defaults import ADDITIVE, DEFAULTS
 from regla.models import ReGLAConfig, ReGLAModel, configuration
 from regla.models.configuration import mixer_arguments
+
+SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 
 def test_round_trip(tmp_path):
     config = ReGLAConfig(
+        **mixer_arguments(replace(ADDITIVE, gate_axis="both", output_gate=None, gate_half_life=(2, 64.5))),
         hidden_size=48,
         num_attention_heads=4,
         num_key_value_heads=2,
         num_hidden_layers=3,
         layer_types=["linear_attention", "full_attention", "linear_attention"],
-        gate_axis="both",
-        output_gate=None,
         value_head_dim=20,
-        gate_half_life=[2, 64.5],
         qk_initializer_range=0.125,
         softmax_conv_kernel_dim=4,
         softmax_output_gate="silu",
@@ -137,7 +137,7 @@ def test_the_defaults_are_those_of_the_layer(monkeypatch):
 )
 def test_bad_values(arguments, sentence):
     with pytest.raises(ValueError) as error:
-        ReGLAConfig(**{"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, **arguments})
+        ReGLAConfig(**{**SHAPE, **mixer_arguments(ADDITIVE), **arguments})
     assert str(error.value).startswith(sentence)
 
 

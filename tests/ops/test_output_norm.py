@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from regla.layers import ReGLAAttention
+from regla.layers.defaults import ADDITIVE
 from regla.ops.dispatch import output_norm_kernel_runs
 from regla.ops.output_norm import output_norm
 
@@ -197,7 +198,10 @@ def test_in_a_mixer(norm, gate, monkeypatch):
     for name in ("forward", "backward"):
         run = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *x, run=run, name=name: (calls.append(name), run(*x)))
-    layer, x = ReGLAAttention(32, 2, norm=norm, output_gate=gate), torch.randn(1, 40, 32)
+    layer, x = (
+        ReGLAAttention(32, 2, **ADDITIVE.of_layer() | {"norm": norm, "output_gate": gate}),
+        torch.randn(1, 40, 32),
+    )
     with torch.no_grad():
         layer.norm.weight.normal_()
     found = []

@@ -1,10 +1,11 @@
-"""What a mixer is unless told otherwise: for `ReGLAAttention` and, through `ReGLAConfig`, for models and `regla train`;
-and the paper's own form. docs/results/defaults.md says how the defaults were chosen.
+"""Mixers with all their options, and the one that is meant unless told otherwise: by `ReGLAAttention` and, through
+`ReGLAConfig`, by models and `regla train`. docs/results/defaults.md says how it was chosen.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,14 @@ class Mixer:
     bias: bool
     backend: str
 
+    def of_layer(self) -> dict[str, Any]:
+        """The arguments of `ReGLAAttention` that make it this mixer; where its gate starts is another's business."""
+        return {name: value for name, value in asdict(self).items() if name not in _STARTS}
 
-DEFAULTS = Mixer(
+
+_STARTS = ("gate_half_life", "gate_half_life_over")
+
+ADDITIVE = Mixer(
     update_rule="additive",
     beta_max=1.0,
     feature_map="safe_exp",
@@ -54,27 +61,21 @@ DEFAULTS = Mixer(
     bias=False,
     backend="auto",
 )
+"""The additive rule at its best: the paper's with the gate on the key axis, an RMS norm, and extras."""
 
-PAPER = Mixer(
-    update_rule="additive",
-    beta_max=1.0,
-    feature_map="safe_exp",
-    gate="refined",
-    gate_axis="value",
-    gate_low_rank_dim=16,
-    gate_half_life=None,
-    gate_half_life_over="channels",
-    key_max="decay",
-    norm="layernorm",
-    norm_eps=1e-6,
-    conv_size=0,
-    conv_activation=None,
-    qk_norm=False,
-    qk_calibration=False,
-    output_gate=None,
-    bias=False,
-    backend="auto",
+DELTA = replace(
+    ADDITIVE,
+    update_rule="delta",
+    feature_map="unit_safe_exp",
+    gate="refined_low_rank",
+    gate_low_rank_dim=64,
+    gate_half_life=(1, 256),
+    conv_size=4,
+    conv_activation="silu",
 )
+"""The delta rule over the paper's features, of unit length."""
+
+PAPER = replace(ADDITIVE, gate_axis="value", norm="layernorm", qk_norm=False, output_gate=None)
 """The paper's equations and no more: safe exponential, refined gate on the value axis (F_t 1^T read literally), layer
 norm per head. Where the paper is not causal or does not say:
 
@@ -82,3 +83,5 @@ norm per head. Where the paper is not causal or does not say:
   future would leak through. Outputs differ by a factor per token, which the norm forgets.
 - Gates start at F = 1/2; projections have no biases; linear layers have no RoPE.
 """
+
+DEFAULTS = ADDITIVE

@@ -127,7 +127,10 @@ class DeltaRule(nn.Module):
 
 UPDATE_RULES: dict[str, type[AdditiveRule] | type[DeltaRule]] = {"additive": AdditiveRule, "delta": DeltaRule}
 
-_KEY_AXIS_ALONE = "update_rule is 'delta', which decays the key axis alone: use gate_axis='key' or gate_axis='head'"
+_KEY_AXIS_ALONE = (
+    "update_rule is 'delta', which decays the key axis alone: use gate_axis='key' or gate_axis='head', or "
+    "update_rule='additive'"
+)
 
 
 def check_rule(update_rule: str, *, feature_map: str, gate: type[Gate], gate_axis: str, beta_max: float) -> None:
@@ -144,12 +147,12 @@ def check_rule(update_rule: str, *, feature_map: str, gate: type[Gate], gate_axi
     if issubclass(FEATURE_MAPS[feature_map], SafeExp):
         raise ValueError(
             f"update_rule is 'delta' and feature_map {feature_map!r}, whose keys have no fixed length; expected "
-            "features of unit length: use feature_map='unit_safe_exp'"
+            "features of unit length: use feature_map='unit_safe_exp', or update_rule='additive'"
         )
     if gate.has_axis and gate_axis not in ("key", "head"):
         raise ValueError(f"gate_axis is {gate_axis!r}, and {_KEY_AXIS_ALONE}")
     if issubclass(gate, ScalarGate | FastDecayGate):
         raise ValueError(
             f"update_rule is 'delta', to which a {gate.__name__} does not belong: use another gate, with one number a "
-            "head gate='sigmoid' and gate_axis='head'"
+            "head gate='sigmoid' and gate_axis='head', or update_rule='additive'"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from regla.layers.defaults import PAPER
+from regla.layers.defaults import ADDITIVE
 from regla.linearize.config import GATE_BIAS
 from regla.linearize.families import config_arguments
 from regla.linearize.transfer import check_transfer, linear_layers
@@ -20,7 +20,7 @@ from regla.runtime.errors import OptionError
 #: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
 #: way in or out but the calibration of q and k, which starts as the identity.
 CONVERTED: dict[str, Any] = {
-    **mixer_arguments(replace(PAPER, gate_axis="key", norm="rmsnorm", qk_calibration=True)),
+    **mixer_arguments(replace(ADDITIVE, qk_norm=False, output_gate=None, qk_calibration=True)),
     "linear_rope": True,
     "gate_bias": GATE_BIAS,
 }
