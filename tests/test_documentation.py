@@ -21,12 +21,12 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The arguments of every `regla` command in the shell blocks of a page."""
+    """The arguments of every `regla` command in the shell blocks of a page, under torchrun as well."""
     for block in blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.partition(" > ")[0], comments=True)
-            if words and words[0] == "regla":
-                yield words[1:]
+            if words and words[0] in ("regla", "torchrun"):
+                yield words[words.index("regla") + 1 :]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,8 +39,8 @@ def test_commands_parse(name: str) -> None:
 
 
 def test_the_check_of_commands_sees_them_and_can_fail() -> None:
-    page = "```sh\nregla train --out a \\\n  --steps 3  # a note\nregla eval x > y\nmake test\n```\n"
-    assert list(commands(page)) == [["train", "--out", "a", "--steps", "3"], ["eval", "x"]]
+    page = "```sh\nregla train --out a \\\n  --steps 3  # a note\nregla eval x > y\ntorchrun -m regla train\nls\n```\n"
+    assert list(commands(page)) == [["train", "--out", "a", "--steps", "3"], ["eval", "x"], ["train"]]
     with pytest.raises(SystemExit):
         _parser().parse_args(["train", "--out", "a", "--stepps", "3"])
     assert sum(len(list(commands(page.read_text(encoding="utf-8")))) for page in PAGES) > 10

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from regla import help_texts
-from regla.runtime.errors import is_out_of_memory, told_in_flags
+from regla.runtime.errors import LostProcessError, OtherProcessError, is_out_of_memory, told_in_flags
 from regla.runtime.reading import check_text
 from regla.train.config import (
     DEFAULT_PAIRS,
@@ -23,6 +23,7 @@ from regla.train.config import (
     DEVICES,
     DTYPES,
     MIXERS,
+    PARALLEL,
     RESUME,
     TASKS,
     TrainConfig,
@@ -68,7 +69,9 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         print("regla: interrupted", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
-    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
+    except OtherProcessError:  # which says why
+        return 1
+    except (ValueError, FloatingPointError, OSError, MemoryError, LostProcessError) as error:
         print(f"regla: error: {told_in_flags(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | OSError) else 1
     except RuntimeError as error:
@@ -249,7 +252,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add(run, "--steps", int, f"optimiser steps (default: {DEFAULT_STEPS})")
     add(run, "--tokens", int, "or tokens to train on, rounded up to whole steps")
     add(run, "--seq-len", int, "tokens of a sequence")
-    add(run, "--batch-size", int, "sequences per forward pass")
+    add(run, "--batch-size", int, "sequences per forward pass, of all processes")
     add(run, "--accumulate", int, "forward passes per step")
     add(run, "--lr", float, "peak learning rate; decays to a tenth along a cosine")
     add(run, "--warmup", int, "steps of linear warm-up (default: a tenth of all)")
@@ -258,6 +261,12 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--compile", action="store_true", help="torch.compile the blocks and the loss")
     run.add_argument(
         "--activation-checkpointing", action="store_true", help="less memory, more time: compute activations twice"
+    )
+    run.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        default=_DEFAULTS["parallel"],
+        help="how processes that torchrun started share a step (default: %(default)s)",
     )
     _where_arguments(run)
 

@@ -7,7 +7,6 @@ import pytest
 from regla.cli import main
 
 COMMANDS = {
-    "train": ["train", "--out", "new"],
     "linearize": ["linearize", "model", "--out", "new"],
     "study": ["study", "demo", "--out", "new"],
     "tokenize": ["tokenize", "a.txt", "--out", "new", "--vocab-size", "300"],
@@ -26,6 +25,19 @@ def test_several_processes_are_refused_in_one_sentence(
         "",
         f"regla: error: `regla {command}` runs in one process, but a launcher started 2 (WORLD_SIZE=2); start it "
         "without torchrun.\n",
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_launcher_that_does_not_say_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "--out", "new"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "regla: error: WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set; start several processes "
+        "with torchrun, or unset WORLD_SIZE.\n",
     )
     assert not list(tmp_path.iterdir())
 

@@ -7,7 +7,8 @@
         state.json              format, step, last losses, seconds, and the settings of the run
         manifest.json           size and SHA-256 of each file above
 
-The crops of a batch depend on its number alone, so the step is also the position in the data.
+The crops of a batch depend on its number alone, so the step is also the position in the data. Of several processes the
+first reads and writes, whole tensors also where each has a shard: a run goes on in any number of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from regla.runtime.distributed import ALONE, Processes, local, whole
 from regla.runtime.files import remove_unfinished, sync_folder, unfinished_name, write_synced
 from regla.runtime.progress import CALMER, FINAL_STEPS, Progress
 
@@ -42,7 +44,8 @@ class Checkpoints:
     settings: what the weights depend on, by the name of its option; JSON types. A checkpoint of other settings is
     refused. resume: None (a new run), "latest", or "previous" to the newest. completed: whether the run that has made
     its last step leaves a checkpoint, too, for another that follows; a run that was too short for any other leaves one
-    anyway. free: settings that may differ from those of the checkpoint.
+    anyway. free: settings that may differ from those of the checkpoint. processes: those of the run; each of them calls
+    the same methods.
 
     Raises ValueError where the checkpoint to resume from is of other settings or of an older version of regla, corrupt
     or, for "previous", absent.
@@ -56,17 +59,19 @@ class Checkpoints:
         resume: str | None = None,
         completed: bool = False,
         free: Collection[str] = (),
+        processes: Processes = ALONE,
     ) -> None:
         self._completed = completed
+        self._processes = processes
         self.folder = Path(out) / FOLDER
         self.settings = json.loads(json.dumps(settings))
         self._resumed: Path | None = None
         self._files: dict[str, bytes] = {}
         if resume is not None:
-            self._resumed = _choose(self.folder, resume)
-            if self._resumed is not None:
-                self._files = _verified(self._resumed)
-                self._check_state(json.loads(self._files[_STATE]), free)
+            with processes.together():
+                if processes.is_first:
+                    self._read(resume, free)
+            self._resumed = processes.value_of_first(self._resumed)
 
     @property
     def resumed(self) -> Path | None:
@@ -76,7 +81,7 @@ class Checkpoints:
     @property
     def completed(self) -> bool:
         """Whether the last step of the run is to be saved, too."""
-        return self._completed or not found_in(self.folder)
+        return self._completed or not self._processes.value_of_first(found_in(self.folder))
 
     @property
     def step(self) -> int:
@@ -94,27 +99,38 @@ class Checkpoints:
 
         Checkpoints behind it and unfinished ones are removed: the run writes them anew.
         """
-        remove_unfinished(self.folder)
+        first = self._processes.is_first
+        if first:
+            remove_unfinished(self.folder)
         if self._resumed is None:
             return
-        for later in found_in(self.folder):
+        for later in found_in(self.folder) if first else ():
             if _step(later) > _step(self._resumed):
                 _remove(later)
-        weights = safetensors.torch.load(self._files[_MODEL])
-        for name, tensor in _weights(model).items():
-            tensor.copy_(weights[name])
-        numbers = {name: number for number, name in enumerate(_trained(model, optimizer))}
-        optimizer.load_state_dict(
-            {
-                "state": _unflatten(safetensors.torch.load(self._files[_OPTIMIZER]), numbers),
-                "param_groups": optimizer.state_dict()["param_groups"],
-            }
+        weights, kept, generators = (
+            safetensors.torch.load(self._files[name]) if first else {} for name in (_MODEL, _OPTIMIZER, _RANDOM)
         )
-        generators = safetensors.torch.load(self._files[_RANDOM])
+        for name, tensor in _weights(model).items():
+            self._processes.fill(tensor, weights.get(name))
+        numbers = {name: number for number, name in enumerate(_trained(model, optimizer))}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        entries = self._processes.value_of_first({key: (x.shape, x.dtype) for key, x in kept.items()})
+        for key, (shape, dtype) in entries.items():
+            parameter = parameters[numbers[key.rpartition("/")[0]]]
+            # On the CPU what is no number for every weight, as AdamW has it itself.
+            like = shape == parameter.shape
+            target = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(shape, dtype=dtype)
+            self._processes.fill(target, kept.get(key))
+            kept[key] = target
+        optimizer.load_state_dict(
+            {"state": _unflatten(kept, numbers), "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+        generators, state = self._processes.value_of_first(
+            (generators, json.loads(self._files[_STATE]) if first else {})
+        )
         torch.set_rng_state(generators["cpu"])
         if "cuda" in generators and torch.cuda.is_available():
             torch.cuda.set_rng_state(generators["cuda"])
-        state = json.loads(self._files[_STATE])
         progress.steps = state["step"]
         progress.losses = state["losses"]
         progress.seconds_before = state["seconds"]
@@ -127,7 +143,23 @@ class Checkpoints:
         cannot be written; nothing of it stays then, and those before it are untouched. FloatingPointError where the
         model or the optimiser's state is not finite, before anything is written.
         """
-        check_finite(model, optimizer, progress.steps)
+        check_finite(model, optimizer, progress.steps, self._processes)
+        weights = whole_weights(model, self._processes)
+        kept = _whole(_flatten(optimizer.state_dict()["state"], _trained(model, optimizer)), self._processes)
+        target = self.folder / f"{_PREFIX}{progress.steps:06d}"
+        with self._processes.together():
+            if self._processes.is_first:
+                self._write(target, weights, kept, progress)
+        return target
+
+    def _read(self, resume: str, free: Collection[str]) -> None:
+        """The files of the checkpoint to go on from, verified."""
+        self._resumed = _choose(self.folder, resume)
+        if self._resumed is not None:
+            self._files = _verified(self._resumed)
+            self._check_state(json.loads(self._files[_STATE]), free)
+
+    def _write(self, target: Path, weights: dict[str, Tensor], kept: dict[str, Tensor], progress: Progress) -> None:
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators["cuda"] = torch.cuda.get_rng_state()
@@ -138,18 +170,16 @@ class Checkpoints:
             "seconds": progress.total_seconds,
             "settings": self.settings,
         }
-        target = self.folder / f"{_PREFIX}{progress.steps:06d}"
         temporary = unfinished_name(target)
         try:
             temporary.mkdir(parents=True)
             manifest = {}
             for name, tensors in (
-                (_MODEL, _weights(model)),
-                (_OPTIMIZER, _flatten(optimizer.state_dict()["state"], _trained(model, optimizer))),
+                (_MODEL, weights),
+                (_OPTIMIZER, kept),
                 (_RANDOM, generators),
             ):
-                content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
-                manifest[name] = _write(temporary / name, content)
+                manifest[name] = _write(temporary / name, safetensors.torch.save(tensors))
             manifest[_STATE] = _write(temporary / _STATE, _json(state))
             _write(temporary / _MANIFEST, _json({"files": manifest}))
             sync_folder(temporary)
@@ -166,7 +196,6 @@ class Checkpoints:
             raise
         for old in found_in(self.folder)[:-_KEEP]:
             _remove(old)
-        return target
 
     def _check_state(self, state: Mapping[str, Any], free: Collection[str]) -> None:
         if state.get("format") != FORMAT:
@@ -227,27 +256,42 @@ def _verified(checkpoint: Path) -> dict[str, bytes]:
     return contents
 
 
+def whole_weights(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once, on the CPU; in processes but the first, which only help to put
+    shards together, none."""
+    return _whole(_weights(model), processes)
+
+
+def _whole(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        together = whole(tensor.detach())
+        if processes.is_first:
+            found[name] = together.cpu().contiguous()
+    return found
+
+
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied ones once; they share the model's memory."""
     weights: dict[str, Tensor] = {}
     seen = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            weights[name] = tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[name] = tensor.detach()
     return weights
 
 
-def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Raise FloatingPointError unless all parameters and all that the optimiser keeps are finite."""
+def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, processes: Processes = ALONE) -> None:
+    """Raise FloatingPointError unless all parameters and all that the optimiser keeps are finite, in all processes."""
     kept = (tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor))
-    if not (is_finite(model) and all(bool(torch.isfinite(tensor).all()) for tensor in kept)):
+    if not processes.all(is_finite(model) and all(bool(torch.isfinite(local(tensor)).all()) for tensor in kept)):
         raise FloatingPointError(f"The weights are no longer finite (by step {step}); {CALMER}.")
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all parameters are finite."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    """Whether all parameters are finite, or this process's shards of them."""
+    return all(bool(torch.isfinite(local(parameter)).all()) for parameter in model.parameters())
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -52,6 +52,14 @@ class OptionMemoryError(NamesOptions, MemoryError):
     """The memory of the device is too small for what the options ask for."""
 
 
+class OtherProcessError(RuntimeError):
+    """Another process of the run failed, and says why."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run ended while this one waited for it."""
+
+
 class _Values(dict[str, object]):
     def __init__(self, values: Mapping[str, object], call: Callable[[str], str]) -> None:
         super().__init__(values)

@@ -18,11 +18,13 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """While it is open, the first SIGINT or SIGTERM is only noted in `received`; a second raises Interrupted.
 
-    So no update and no file is cut short. Signals reach the main thread alone; in any other it does nothing.
+    So no update and no file is cut short. patient: so is a second; a launcher passes on what the terminal has sent to
+    all of its processes. Signals reach the main thread alone; in any other it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.received: int | None = None
+        self._patient = patient
 
     def __enter__(self) -> Signals:
         self._previous = {}
@@ -38,6 +40,6 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None and not self._patient:
             raise Interrupted(signum)
         self.received = signum

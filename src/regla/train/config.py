@@ -22,6 +22,7 @@ DEFAULT_SOFTMAX_EVERY = 2
 TASKS = ("mqar",)
 DEFAULT_PAIRS = (4, 8, 16)
 RESUME = ("latest", "previous")
+PARALLEL = ("ddp", "fsdp", "sequence")
 SHORTEST_SAVE = 50
 _MOST_TOKENS = 2**53
 
@@ -35,7 +36,7 @@ class LoopConfig:
     """Length of the run, in optimiser steps or in tokens (rounded up to whole steps); neither: DEFAULT_STEPS."""
     seq_len: int = 256
     batch_size: int = 4
-    """Sequences per forward pass."""
+    """Sequences per forward pass, of all processes together."""
     accumulate: int = 1
     """Forward passes per optimiser step."""
     lr: float = 3e-3
@@ -146,6 +147,9 @@ class TrainConfig(LoopConfig):
     """Arguments of ReGLAConfig that win over all of the above."""
 
     device: str = without_effect("auto")
+    parallel: str = without_effect("ddp")
+    """How the processes that torchrun started share a step, see `regla.train.parallel`: ddp or fsdp, the sequences of a
+    batch; sequence, the tokens of every sequence. Without effect in one process."""
     resume: str | None = without_effect(None)
     """Go on in `out`, from its newest checkpoint (`latest`) or the one before that (`previous`)."""
     eval_context: int | None = without_effect(None)
@@ -160,6 +164,7 @@ class TrainConfig(LoopConfig):
             check_count(name, getattr(self, name))
         check_choice("mixer", self.mixer, MIXERS)
         check_choice("device", self.device, DEVICES)
+        check_choice("parallel", self.parallel, PARALLEL)
         check_choice("resume", self.resume, (None, *RESUME))
         if self.init is not None:
             self._check_init()

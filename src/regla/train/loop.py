@@ -24,6 +24,7 @@ from regla.runtime.checkpoint import Checkpoints, check_finite
 from regla.runtime.device import TF32_IN_TRAINING, autocast, float32_products
 from regla.runtime.progress import CALMER, READ_EVERY, Progress
 from regla.train.config import LoopConfig
+from regla.train.parallel import Parallel
 from regla.train.regions import compiled_blocks
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ DECAYING = (nn.Linear, nn.Embedding, nn.EmbeddingBag, _ConvNd, ShortConvolution)
 Batches = Callable[[int], Tensor]
 """The number of a batch, from 0 on and through all of a run, to what the loss takes; it depends on nothing else, so
 that a run can go on from any step."""
+
+
+Count = Callable[[Tensor], "Tensor | int"]
+"""A batch, or a part of one, to the number of its tokens that the loss is the mean of."""
 
 
 class Group(TypedDict):
@@ -77,6 +82,11 @@ def next_token_loss(model: nn.Module, crop_BL: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token given those before it in its crop."""
     logits_BTV = model(input_ids=crop_BL[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), crop_BL[:, 1:].flatten())
+
+
+def predicted_tokens(crop_BL: Tensor) -> int:
+    """How many tokens `next_token_loss` is the mean of."""
+    return crop_BL.shape[0] * (crop_BL.shape[1] - 1)
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
@@ -148,16 +158,19 @@ def optimise(
     progress: Progress,
     stop: Callable[[], bool],
     loss: Loss = next_token_loss,
+    count: Count = predicted_tokens,
     groups: Sequence[Group] | None = None,
     checkpoints: Checkpoints | None = None,
     evaluate: Callable[[], float] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
+    parallel: Parallel | None = None,
 ) -> None:
     """Train `model` in place until the last step, or `stop()` after any step.
 
     `tokens` are int32 [N] on its device, of which batches are random crops of `config.seq_len + 1` tokens, int64; or a
-    function of the batch's number. `loss(model, batch)` is minimised, a scalar. It runs under the
-    autocast of `config.dtype`, is divided by `config.accumulate` here, and is compiled where `config.compile` says so,
+    function of the batch's number. `loss(model, batch)` is minimised, the mean over
+    `count(batch)` tokens; of a step, the mean over those of all its batches. It runs under the
+    autocast of `config.dtype`, and is compiled where `config.compile` says so,
     the blocks of `model` and what is around them as regions of their own, see `regla.train.regions`.
     `groups`, each `{"params": parameters, "lr_scale": factor}`, are what is trained and how fast in relation to
     `config.lr`; other parameters stay as they are. None: all of `model` at `config.lr`.
@@ -168,6 +181,9 @@ def optimise(
     one, `"validation_loss"`, each time the losses are read: after every step on a CPU, every tenth elsewhere; `loss`
     and `tokens_per_second` are the means since the record before.
 
+    `parallel` shares the work with other processes, each of which calls this with the same arguments; `log` is the
+    first one's.
+
     A gradient that is not finite never reaches the optimiser, and no weights that are not finite are saved.
 
     Raises:
@@ -176,6 +192,8 @@ def optimise(
         OSError: a checkpoint cannot be written.
     """
     device = model.device
+    parallel = parallel or Parallel()
+    called = parallel.prepare(model, config)
     batch_of = random_crops(tokens, config) if isinstance(tokens, Tensor) else tokens
     optimizer = make_optimizer(model, weight_decay=config.weight_decay, device=device, groups=groups)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -195,7 +213,15 @@ def optimise(
     done = first * config.tokens_per_step
     with (
         compiled_blocks(model) if config.compile else nullcontext(),
-        tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="train", mininterval=shown_every) as bar,
+        tqdm(
+            total=total,
+            initial=done,
+            unit="tok",
+            unit_scale=True,
+            desc="train",
+            mininterval=shown_every,
+            disable=not parallel.processes.is_first,
+        ) as bar,
     ):
         loss_of = torch.compile(loss, dynamic=False) if config.compile else loss
         for step in range(first, steps):
@@ -204,19 +230,26 @@ def optimise(
                 group["lr"] = rate * group["lr_scale"]
             step_loss = torch.zeros((), device=device)
             with float32_products(tf32=config.dtype in TF32_IN_TRAINING):
-                for micro in range(config.accumulate):
-                    batch = batch_of(step * config.accumulate + micro)
-                    try:
-                        with autocast(device, config.dtype):
-                            part = loss_of(model, batch) / config.accumulate
-                    except ValueError as error:
-                        if step == first:
-                            raise
-                        # Every step has the same shapes, so behind the first only the numbers can be at fault.
-                        raise FloatingPointError(f"Step {step + 1} failed: {error}; {CALMER}.") from error
-                    part.backward()
-                    step_loss += part.detach()
-            norm = nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
+                batches = [batch_of(step * config.accumulate + micro) for micro in range(config.accumulate)]
+                tokens_of_step = sum(count(batch) for batch in batches)
+                for micro, batch in enumerate(batches, start=1):
+                    part = parallel.part(batch)
+                    with parallel.batch(last=micro == config.accumulate):
+                        try:
+                            with autocast(device, config.dtype):
+                                part_loss = loss_of(called, part)
+                        except ValueError as error:
+                            if step == first:
+                                raise
+                            # Every step has the same shapes, so behind the first only the numbers can be at fault.
+                            raise FloatingPointError(f"Step {step + 1} failed: {error}; {CALMER}.") from error
+                        # Times the number of processes, as gradients and losses are their mean.
+                        part_loss = part_loss * (count(part) * parallel.processes.count / tokens_of_step)
+                        part_loss.backward()
+                    step_loss += part_loss.detach()
+            step_loss = parallel.processes.mean(step_loss)
+            parallel.reduce(trained)
+            norm = parallel.clip(trained, _MAX_GRADIENT_NORM)
             if finite_step(optimizer, norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -224,11 +257,16 @@ def optimise(
             unread.append((step_loss, norm))
             complete = progress.steps == steps
             last = complete or stop()
-            due = checkpoints is not None and (checkpoints.completed or not complete)
+            due = checkpoints is not None and (not complete or checkpoints.completed)
             save = due and (last or progress.steps % config.save_steps == 0)
             score = evaluate is not None and config.eval_every is not None and progress.steps % config.eval_every == 0
             if last or save or score or device.type == "cpu" or progress.steps % READ_EVERY == 0:
-                progress.read(unread, started)
+                try:
+                    progress.read(unread, started)
+                    if save or last:
+                        check_finite(model, optimizer, progress.steps, parallel.processes)
+                except FloatingPointError as error:  # of a mean over the processes: all of them meet it
+                    raise parallel.processes.shared(error) from error
                 now = time.perf_counter()
                 record = {
                     "step": progress.steps,
@@ -241,8 +279,6 @@ def optimise(
                 }
                 unread.clear()
                 bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
-                if save or last:
-                    check_finite(model, optimizer, progress.steps)
                 if score and evaluate is not None:
                     with torch.compiler.set_stance("force_eager"):  # its shapes are others, each a compilation
                         record["validation_loss"] = evaluate()

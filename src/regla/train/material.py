@@ -26,7 +26,7 @@ from regla.models.folders import check_ids
 from regla.report.tables import markdown
 from regla.runtime.errors import OptionError
 from regla.train.config import DEFAULT_PAIRS, DEFAULT_VOCAB_SIZE, TrainConfig
-from regla.train.loop import next_token_loss
+from regla.train.loop import next_token_loss, predicted_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +50,9 @@ class Material(Protocol):
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         """A scalar with a gradient."""
+
+    def count(self, batch: Tensor) -> Tensor | int:
+        """How many tokens of a batch, or a part of one, the loss is the mean of."""
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the model does not fit."""
@@ -99,6 +102,9 @@ class TextMaterial:
 
     def loss(self, model: nn.Module, crop_BL: Tensor) -> Tensor:
         return next_token_loss(model, crop_BL)
+
+    def count(self, crop_BL: Tensor) -> int:
+        return predicted_tokens(crop_BL)
 
     def check(self, model: PreTrainedModel) -> None:
         for name, ids_N in (("the training text", self.ids_N), *((text.name, text.ids) for text in self.valid)):
@@ -154,10 +160,16 @@ class TaskMaterial:
         self.settings: dict[str, Any] = {}
 
     def loss(self, model: nn.Module, both_2BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the answers alone. both_2BT: ids and targets, IGNORE where nothing is asked."""
+        """Mean cross-entropy in nats of the answers alone, 0 without any. both_2BT: ids and targets, IGNORE where
+        nothing is asked."""
         ids_BT, targets_BT = both_2BT
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-        return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
+        logits, targets = logits_BTV.float().flatten(0, 1), targets_BT.flatten()
+        nats = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        return nats / self.count(both_2BT).clamp_min(1)
+
+    def count(self, both_2BT: Tensor) -> Tensor:
+        return (both_2BT[1] != IGNORE).sum()
 
     def check(self, model: PreTrainedModel) -> None:
         """The vocabulary is the model's."""

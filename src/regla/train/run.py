@@ -6,26 +6,28 @@ import hashlib
 import json
 import math
 import shutil
+import signal
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from regla.eval.perplexity import mean_score
 from regla.models.folders import load_model
 from regla.models.modeling import ReGLAForCausalLM
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
-from regla.runtime.checkpoint import Checkpoints, found_in, is_finite
+from regla.runtime.checkpoint import Checkpoints, found_in, is_finite, whole_weights
 from regla.runtime.device import float32_products, out_of_memory, pick_device
+from regla.runtime.distributed import Processes, is_lost, processes
 from regla.runtime.errors import OptionError, OptionMemoryError
 from regla.runtime.files import alone_in, check_new, content_of, new_folder_alone, remove_unfinished, write_json
 from regla.runtime.log import FILE as LOG
 from regla.runtime.log import TENSORBOARD, TrainingLog, check_tensorboard
 from regla.runtime.options import by_flag, with_effect
-from regla.runtime.processes import check_one_process
 from regla.runtime.progress import CALMER, Progress
 from regla.runtime.signals import Interrupted, Signals
 from regla.runtime.versions import commit, device_name, versions
@@ -33,9 +35,7 @@ from regla.train.config import TrainConfig
 from regla.train.loop import optimise
 from regla.train.material import Material, material
 from regla.train.model import match_softmax, model_config
-
-if TYPE_CHECKING:
-    pass
+from regla.train.parallel import PARALLEL, Parallel
 
 SUMMARY = "training.json"
 _OF_A_BEGINNING = (LOG, TENSORBOARD, CHECKPOINTS)  # what a run writes before its model
@@ -52,6 +52,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     step saves the model, too, unless the weights are spoilt (FloatingPointError) or the disk is full (OSError): those
     name the last checkpoint.
 
+    Several processes, which torchrun has started, share every step as `config.parallel` says; the first writes and
+    prints. What is wrong in one of them ends all, and only Ctrl-C and SIGTERM save a checkpoint then.
+
     On a CPU a resumed run ends in the same weights, bit for bit, as one that nothing disturbed. A finished run that is
     resumed with more steps goes on from its last checkpoint, with the learning rates of the longer run from there on.
 
@@ -60,13 +63,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FloatingPointError: the loss, a gradient, a weight or the validation loss is not finite.
         MemoryError: that of the device is too small.
         OSError: the disk is full or refuses.
+        OtherProcessError, LostProcessError: another of several processes failed, or is gone.
     """
-    check_one_process("train")
     if config.tensorboard:
         check_tensorboard()
-    with ExitStack() as held:
+    with processes(pick_device(config.device)) as (found, device), ExitStack() as held:
         try:
-            return _train(config, held)
+            return _train(config, found, device, held)
         except BaseException as error:
             if not out_of_memory(error):
                 raise
@@ -76,28 +79,36 @@ def train(config: TrainConfig) -> dict[str, Any]:
             ) from error
 
 
-def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
-    goes_on = config.resume is not None and Path(config.out).is_dir()
-    if goes_on:
-        held.enter_context(alone_in(config.out, "run"))
-    _check_out(config)
-    device = pick_device(config.device)
-    source = material(config)
-    torch.manual_seed(config.seed)
-    model, softmax_parameters = _model(config, source)
-    source.check(model)
-    model.to(device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    settings = _settings(config, model) | source.settings
+def _train(config: TrainConfig, all_: Processes, device: torch.device, held: ExitStack) -> dict[str, Any]:
+    out = Path(config.out)
+    parallel = Parallel() if all_.is_alone else PARALLEL[config.parallel](all_)
+    with all_.together():
+        goes_on = config.resume is not None and out.is_dir()
+        if all_.is_first:
+            if goes_on:
+                held.enter_context(alone_in(out, "run"))
+            _check_out(config)
+        source = material(config)
+        torch.manual_seed(config.seed)
+        model, softmax_parameters = _model(config, source)
+        source.check(model)
+        parallel.check(model, config)
+        model.to(device)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        settings = _settings(config, model) | source.settings
+    _check_alike(settings, all_)
     free = _LENGTH if _extends(config) else ()
-    checkpoints = Checkpoints(config.out, settings, resume=config.resume, free=free)
-    out = Path(config.out) if goes_on else held.enter_context(new_folder_alone(config.out, "run"))
+    checkpoints = Checkpoints(out, settings, resume=config.resume, free=free, processes=all_)
+    with all_.together():
+        if all_.is_first and not goes_on:
+            held.enter_context(new_folder_alone(out, "run"))
     against = f" ({parameters / softmax_parameters - 1:+.2%} against softmax)" if softmax_parameters else ""
     print(
         f"{config.init or config.mixer}: {parameters:,} parameters{against}, "
         f"MLP width {model.config.intermediate_size}, vocabulary {model.config.vocab_size:,}; "
         f"{source.described}; "
         f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens on {device.type}"
+        + ("" if all_.is_alone else f", {all_.count} processes ({config.parallel})")
     )
     if config.resume is not None:
         print(f"Goes on from {checkpoints.resumed or 'the start: there is no checkpoint yet'}.")
@@ -108,6 +119,7 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         "softmax_parameters": softmax_parameters,
         "intermediate_size": model.config.intermediate_size,
         "device": device_name(device) if device.type == "cuda" else "cpu",
+        "processes": all_.count,
         "versions": versions(),
         "commit": commit(),
         **source.facts,
@@ -115,9 +127,15 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
     progress = Progress()
 
     def save() -> None:
+        weights = None if all_.is_alone else whole_weights(model, all_)
+        with all_.together():
+            if all_.is_first:
+                write(weights)
+
+    def write(weights: dict[str, Tensor] | None) -> None:
         try:
             remove_unfinished(out)
-            model.save_pretrained(out)
+            model.save_pretrained(out, state_dict=weights)
             source.save(out)
             summary.update(
                 steps=progress.steps,
@@ -131,24 +149,35 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         except (OSError, SafetensorError) as error:
             raise OSError(f"The model cannot be written to {out} ({error}). {checkpoints.kept}") from error
 
-    with Signals() as signals:
+    with Signals(patient=not all_.is_alone) as signals:
         try:
-            with TrainingLog(out, after=checkpoints.step, tensorboard=config.tensorboard) as log:
+            with ExitStack() as logged:
+                log = None
+                if all_.is_first:
+                    log = TrainingLog(out, after=checkpoints.step, tensorboard=config.tensorboard)
+                    logged.enter_context(log)
                 optimise(
                     model,
                     source.batches(device),
                     config,
                     progress=progress,
-                    stop=lambda: signals.received is not None,
+                    stop=lambda: all_.any(signals.received is not None),
                     checkpoints=checkpoints,
                     loss=source.loss,
+                    count=source.count,
                     evaluate=lambda: source.validate(model),
                     log=log,
+                    parallel=parallel,
                 )
         except (FloatingPointError, OSError) as error:
-            _tidy(out)
+            if all_.is_first:
+                _tidy(out)
             raise type(error)(f"{error} {checkpoints.kept}") from error
         except BaseException as error:
+            if is_lost(error):
+                raise all_.lost(checkpoints.kept) from error
+            if not all_.is_alone:
+                raise
             if progress.steps > checkpoints.step and is_finite(model):
                 save()
                 print(
@@ -158,12 +187,12 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
             _tidy(out)
             raise
         save()
-    if not summary["complete"] and signals.received is not None:
+    if progress.steps < config.total_steps:
         print(
             f"Interrupted after {progress.steps} of {config.total_steps} steps; the model as it is now is in {out}. "
             f"{checkpoints.kept}"
         )
-        raise Interrupted(signals.received)
+        raise Interrupted(signals.received or signal.SIGTERM)
 
     scores = source.scores(model, summary)
     mean = mean_score(scores)
@@ -172,7 +201,9 @@ def _train(config: TrainConfig, held: ExitStack) -> dict[str, Any]:
         "validation_loss": mean.loss,
         "validation_perplexity": mean.perplexity,
     }
-    write_json(out / SUMMARY, summary)
+    with all_.together():
+        if all_.is_first:
+            write_json(out / SUMMARY, summary)
     if not math.isfinite(mean.loss):
         raise FloatingPointError(f"The validation loss of the model in {out} is not finite; {CALMER}.")
     print(f"Validation loss {mean.loss:.4f}, perplexity {mean.perplexity:.2f}. Saved to {out}.")
@@ -215,6 +246,18 @@ def _settings(config: TrainConfig, model: ReGLAForCausalLM) -> dict[str, Any]:
             digest.update(name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         options["--init (SHA-256 of its weights)"] = digest.hexdigest()
     return options
+
+
+def _check_alike(settings: dict[str, Any], all_: Processes) -> None:
+    """Raise ValueError where a process has other options or another text than the first."""
+    of_first = all_.value_of_first(settings)
+    with all_.together():
+        for name, value in of_first.items():
+            if settings.get(name) != value:
+                raise ValueError(
+                    f"Process {all_.rank} has {name} {settings.get(name)}, but process 0 has {value}; give all of them "
+                    "the same command and the same files."
+                )
 
 
 def _tidy(out: Path) -> None:
