@@ -44,7 +44,8 @@ A finished run goes on with more --steps: from its last checkpoint, with the lea
   regla train --out runs/tuned --init runs/mine --data notes.txt --steps 200 --lr 3e-4
 
 Several processes share every step (--parallel): ddp and fsdp share the sequences of a batch, sequence the tokens of
-each sequence (every layer linear). All options count for all processes together, and a run goes on in any number of them.
+each sequence (every layer linear). All options count for all processes together, and a run goes on in any number of
+them.
   torchrun --nproc-per-node 2 -m regla train --out runs/two --data book.txt --batch-size 32
 """
 
