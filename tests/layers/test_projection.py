@@ -12,7 +12,7 @@ from regla.layers.projection import project
 from regla.ops.additive import attend
 from regla.ops.call import Call, Gates, Packed
 from regla.ops.dispatch import why_not_triton
-from regla.ops.fused import _in_buffers
+from regla.ops.fused import in_buffers
 
 
 def maps(*biases: bool) -> list[nn.Linear]:
@@ -120,7 +120,7 @@ def test_what_a_mixer_hands_on_in_one_tensor(options, given, monkeypatch):
     seen = []
 
     def attention(call, engine):
-        buffers, _ = _in_buffers(call)
+        buffers, _ = in_buffers(call)
         wholes = [
             packed is not None and any(x is packed.whole for x in buffers) for packed in (call.qkv, call.gates.packed)
         ]

@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 HOPPER = 90
-DECIDE = ("forward_kernel", "backward_kernel")  # by minima of their inputs, too, which way to compute a chunk
+#: By minima, too, which way to compute a chunk, or hold what is no number (`tiles.finite`).
+DECIDE = ("forward_kernel", "backward_kernel", "delta_prepare_kernel", "delta_gradient_kernel")
 
 
 class NoGPU:
@@ -29,9 +30,8 @@ class NoGPU:
         return 0
 
 
-def compile_all(axis, dtype, packed, T, HQ, K, V):
-    """Forward and backward of the recurrence and of the norm of what it gives, and the next token, with every launch
-    stopped after its compilation."""
+def compile_all(call, *arguments):
+    """What `call` launches, with every launch stopped after its compilation."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -45,7 +45,7 @@ def compile_all(axis, dtype, packed, T, HQ, K, V):
         print(self.__name__)
 
     JITFunction.run = only_compile
-    call_all(axis, dtype, packed, T, HQ, K, V)
+    call(*arguments)
 
 
 def launch_all_twice():
@@ -87,6 +87,7 @@ def launch_all_twice():
 
 
 def call_all(axis, dtype, packed, T, HQ, K, V):
+    """Forward and backward of the recurrence and of the norm of what it gives, and the next token."""
     from regla.ops.fused import Inputs, QKNorm
     from regla.ops.triton import operation, output_norm
 
@@ -100,7 +101,7 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
     grads = [None if x is None else torch.empty_like(x) for x in inputs[:7]]
     operation.backward(o, None, inputs, m, lower, states, 0.125, True, True, grads, torch.empty_like(final))
     norm = QKNorm(torch.ones(K), torch.ones(K), 1e-6)
-    operation._norm_gradient(q, k, norm, None, grads[0], grads[1], torch.empty(2, K))
+    operation.norm_gradient(q, k, norm, None, grads[0], grads[1], torch.empty(2, K))
     weight, gate, eps = torch.ones(HQ, V), torch.zeros(1, T, HQ * V, dtype=dtype), 1e-6
     bias = weight if axis == "key" else None
     activation = "silu" if axis == "key" else "sigmoid"
@@ -110,6 +111,19 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
     if not packed:
         one = Inputs(*(None if x is None else x[:, :1] for x in inputs[:7]), None, None, None, None)
         operation.step(one, final, torch.zeros(1, 1), None, None, 0.125, True, 1e-6, torch.empty_like(o[:, :1]))
+
+
+def call_delta(dtype, HQ, K):
+    """Forward and backward of the delta rule from logits, with a mask and a norm of q and k."""
+    from regla.ops.call import Call, Gates, QKNorm
+    from regla.ops.triton.delta_operation import triton_gated_delta_rule
+
+    q = torch.zeros(1, 64, HQ, K, dtype=dtype, requires_grad=True)
+    k, v, g, r = (torch.zeros(1, 64, 1, K, dtype=dtype) for _ in range(4))
+    norm = QKNorm(torch.ones(K), torch.ones(K), 1e-6)
+    call = Call(q, k, v, Gates(g, r, write=torch.zeros(1, 64, 1)), 1.0, mask=torch.ones(1, 64) > 0, qk_norm=norm)
+    o, state = triton_gated_delta_rule(call, 1.0, True)
+    (o.sum() + state.sum()).backward()
 
 
 LONG = 8 * 16 * 32  # in segments
@@ -125,6 +139,7 @@ CASES = [
     pytest.param("value", "bfloat16", "packed", 64, HEAD, marks=pytest.mark.slow),
     pytest.param("both", "float32", "whole", 64, HEAD, marks=pytest.mark.slow),
 ]
+DELTA_CASES = [("bfloat16", 1, 128), ("bfloat16", 2, 72), ("float32", 1, 128)]
 
 
 def in_a_process_of_its_own(tmp_path, *arguments):
@@ -146,6 +161,17 @@ def test_kernels_compile(axis, dtype, layout, T, head, tmp_path):
     assert found == expected + NORM + ["decode_kernel"] * (layout == "whole")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "HQ", "K"),
+    [("bfloat16", 1, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in DELTA_CASES)],
+)
+def test_kernels_of_the_delta_rule_compile(dtype, HQ, K, tmp_path):
+    prepare, gradient = ["delta_prepare_kernel"] * 2, ["delta_gradient_kernel"] * 2
+    forward = [*prepare, "delta_state_kernel", "delta_output_kernel"]
+    backward = [*prepare, "delta_state_gradient_kernel", *gradient, "norm_gradient_kernel"]
+    assert in_a_process_of_its_own(tmp_path, "delta", dtype, HQ, K) == forward + backward
+
+
 def test_direct_launches_are_those_of_triton(tmp_path):
     assert in_a_process_of_its_own(tmp_path, "launch") == []
 
@@ -153,6 +179,9 @@ def test_direct_launches_are_those_of_triton(tmp_path):
 if __name__ == "__main__":
     if sys.argv[1] == "launch":
         launch_all_twice()
+    elif sys.argv[1] == "delta":
+        dtype, *sizes = sys.argv[2:]
+        compile_all(call_delta, getattr(torch, dtype), *map(int, sizes))
     else:
         axis, dtype, layout, *sizes = sys.argv[1:]
-        compile_all(axis, getattr(torch, dtype), layout == "packed", *map(int, sizes))
+        compile_all(call_all, axis, getattr(torch, dtype), layout == "packed", *map(int, sizes))

@@ -131,6 +131,33 @@ def test_padding_holds_anything(backend):
         assert all(torch.equal(a, b) for a, b in zip(grads, grads_, strict=True))
 
 
+@pytest.mark.parametrize("decay", ["none", "channel", "extreme"])
+def test_kernels_in_bfloat16(decay):
+    """Operands are rounded to 2^-9; a result is some of them deep."""
+    inputs = [x.bfloat16() if x is not None else None for x in make(70, (2, 1, 32, 32), decay)]
+    inputs[-1] = inputs[-1].float()
+    if why_not_triton(inputs[0], inputs[2]) is not None:
+        pytest.skip("no GPU and no interpreter")
+    leaves = [None if x is None else x.double().requires_grad_() for x in inputs]
+    o, S = definition(*leaves)
+    found, state, grads = run(inputs, "triton")
+    for x, right in zip(
+        (found, state, *grads), (o, S, *backward(o, S, [x for x in leaves if x is not None])), strict=True
+    ):
+        assert overall(x, right.detach()) <= 2.0**-7
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "gk"])
+def test_a_nan_is_not_hidden(name, backend):
+    """A NaN of one token is in everything that the definition computes from it."""
+    inputs = make(40, (1, 1, 16, 8), "extreme")
+    inputs[["q", "k", "v", "beta", "gk"].index(name)][:, 3, 0] = torch.nan
+    expected, expected_state, expected_grads = run(inputs, "recurrent", validate=False)
+    o, state, grads = run(inputs, backend, validate=False)
+    for x, right in zip((o, state, *grads), (expected, expected_state, *expected_grads), strict=True):
+        assert (x.isnan() | ~right.isnan()).all()
+
+
 def test_packed_sequences(backend):
     """One with no token among them: its state is its initial state."""
     bounds = [0, 1, 34, 34, 40]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from regla.ops.call import masked
+from regla.ops.call import Call, Gates, masked
 from regla.ops.checks import check_decays, check_gla, check_mask
 from regla.ops.delta_chunked import chunked_gated_delta_rule
 from regla.ops.delta_recurrent import recurrent_gated_delta_rule
@@ -53,8 +53,8 @@ def gated_delta_attention(
         mask: [B, T] bool, True for real tokens. A padding token writes nothing, decays nothing, and its o is 0.
         cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1).
         backend: "recurrent" (the definition, token by token), "chunked" (parallel, any device), "native" (kernels in C
-            for CPUs, float32 or bfloat16), "triton" (kernels for GPUs, bfloat16 values and heads of up to 128
-            channels), or "auto": kernels where they can run, else recurrent for one token and chunked for more.
+            for CPUs, float32 or bfloat16), "triton" (kernels for GPUs, heads of up to 128 channels), or "auto":
+            kernels where they can run, else recurrent for one token and chunked for more.
         validate: check the numbers too (decays <= 0, boundaries). None: on the CPU only, where that costs no wait.
 
     Returns:
@@ -111,14 +111,27 @@ def _form(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Call
         return recurrent_gated_delta_rule
     if backend == "triton" or (backend == "auto" and k.is_cuda):
         reason = why_not_triton(k, v)
-        if reason is None and k.is_cuda and v.dtype != torch.bfloat16:
-            reason = f"v is {v.dtype}, and the kernels of the delta rule take bfloat16"
         if reason is None and max(k.shape[-1], v.shape[-1]) > _WIDEST:
             reason = f"a head has {max(k.shape[-1], v.shape[-1])} channels, and the kernels take {_WIDEST}"
         if reason is None:
-            from regla.ops.triton.delta_operation import triton_gated_delta_rule
-
-            return triton_gated_delta_rule
+            return _triton
         if backend == "triton":
             raise ValueError(f"backend='triton' cannot run: {reason}; use 'auto' or 'chunked'")
     return chunked_gated_delta_rule
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    gk: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from regla.ops.triton.delta_operation import triton_gated_delta_rule
+
+    return triton_gated_delta_rule(
+        Call(q, k, v, Gates(gk=gk, write=beta), scale, cu_seqlens=cu_seqlens, S=initial_state)
+    )

@@ -53,7 +53,7 @@ def fused_attention(call: Call, engine: str) -> tuple[Tensor, Tensor, Tensor]:
         o [B, T, HQ, V] in the dtype of v; in float32 the final state [N, H, K, V] and m [N, H] (0 without `key_max`).
         Gradients of packed tensors flow to the whole of each.
     """
-    buffers, layout = _in_buffers(call)
+    buffers, layout = in_buffers(call)
     norm = call.qk_norm
     weights = None if norm is None else [norm.q.contiguous(), norm.k.contiguous()]
     S = None if call.S is None else call.S.float().contiguous()
@@ -66,7 +66,7 @@ def fused_attention(call: Call, engine: str) -> tuple[Tensor, Tensor, Tensor]:
     return o, final, last.detach()
 
 
-def _in_buffers(call: Call) -> tuple[list[Tensor], list[int]]:
+def in_buffers(call: Call) -> tuple[list[Tensor], list[int]]:
     """(buffers, layout): HQ, H, K, V, then the buffer and the first channel of each of q .. rv, -1 for none."""
     (B, T, H, K), V = call.k.shape, call.v.shape[-1]
     tensors = (call.q, call.k, call.v, *call.gates[:4])
@@ -89,7 +89,7 @@ def _in_buffers(call: Call) -> tuple[list[Tensor], list[int]]:
     return buffers, [call.q.shape[2], H, K, V, *itertools.chain(*places)]
 
 
-def _unpack(buffers: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor | None]:
+def unpack(buffers: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor | None]:
     """q .. rv, [B, T, heads, channels], views of the buffers."""
     HQ, H, K, V, *places = layout
     tensors: list[Tensor | None] = []
@@ -108,7 +108,7 @@ def _unpack(buffers: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor | N
 def _inputs(buffers: Sequence[Tensor], layout: Sequence[int], *others: Any) -> Inputs:
     *tensors, weights, eps = others
     norm = QKNorm(weights[0], weights[1], eps) if weights else None
-    return Inputs(*_unpack(buffers, layout), *tensors, norm=norm)  # type: ignore[arg-type,misc]
+    return Inputs(*unpack(buffers, layout), *tensors, norm=norm)  # type: ignore[arg-type,misc]
 
 
 def rows(x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @_forward.register_fake
 def _(buffers, layout, mask, cu_seqlens, initial_state, before, weights, eps, scale, safe_exp, decaying, engine, keep):  # type: ignore[no-untyped-def]
-    q, k, v, *_ = _unpack(buffers, layout)
+    q, k, v, *_ = unpack(buffers, layout)
     return _engine(engine).outputs(q, k, v, cu_seqlens, safe_exp, keep)
 
 
@@ -154,7 +154,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
     d_o, d_final, buffers, layout, *others, m, factors, states, scale, safe_exp, decaying, engine = arguments
     inputs = _inputs(buffers, layout, *others)
     grads = _gradients_like(buffers, layout, inputs.cu_seqlens, others[-2])
-    of_inputs, (d_initial, *d_weights) = _unpack(grads, layout), grads[len(buffers) :]
+    of_inputs, (d_initial, *d_weights) = unpack(grads, layout), grads[len(buffers) :]
     _engine(engine).backward(
         d_o, d_final, inputs, m, factors, states, scale, safe_exp, decaying, of_inputs, d_initial, *d_weights
     )

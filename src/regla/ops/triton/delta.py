@@ -1,19 +1,25 @@
 """Kernels of the gated delta rule, in chunks of C tokens. `regla.ops.triton.delta_operation` launches them.
 
-    A_ts = beta_t sum_i k_ti k_si D_i(s, t]   s < t        T = (I + A)^-1
-    W = T Diag(beta) (K o E)      Y = T Diag(beta) V       U = Y - W S
-    O = scale * ((Q o E) S + tril(P) U)                    S <- Diag(total) S + (K o F)^T U
+With w_t = beta_t k_t, what token t writes to, the rule is u_t = v_t - S'_t^T k_t, S_t = S'_t + w_t u_t^T. In a chunk
+
+    A_ts = sum_i k_ti w_si D_i(s, t]   s < t         X = (I + A)^-1
+    U = X V - X (K o E) S                            O = scale * ((Q o E) S + tril(P) U)
+    S <- Diag(total) S + (W o F)^T U
 
 with D(s, t] the decay between two tokens, E that from the chunk's start to a token, F that from a token to its end, and
-P as A with queries in place of keys and without beta.
+P as A with queries in place of keys. beta is a factor of what is written alone, so its gradient is k_t . d_w_t.
 
 Decays. Logarithms are to the base 2, B is the inclusive cumulative log-decay. D(s, t] = 2^B_t 2^-B_s as long as channel
-i of token s has B_s > -NEAR: no factor leaves float32, and scores are one product of matrices. The few pairs whose s
-lies behind that are summed one column at a time, with the decays over (s, t] summed from their own tokens. Which way a
-pair goes depends on s alone, so a later token never changes an earlier row.
+i of token s has B_s > -NEAR: no factor leaves float32, and scores are one product of matrices. Pairs whose s lies
+behind that are summed over a tree of halves (`regla.ops.triton.tree`). Which way a pair goes depends on s alone, so a
+later token never changes an earlier row.
 
-Shape legend: C tokens of a chunk, K key channels, V value channels, G queries per state head; padded to powers of two.
-Intermediates lie by chunk: [chunks, H, C, D].
+A chunk with such pairs is *deep*. The kernels that meet decays run twice: first for all chunks as if none were deep,
+of which `delta_prepare_kernel` finds out which are; then, compiled with DEEP, for those alone, whose results they
+write again.
+
+Shape legend: C tokens of a chunk, K key channels, V value channels, G queries per state head; BK, BV padded to powers
+of two. Intermediates lie by chunk: [chunks, H, C, D].
 """
 
 from __future__ import annotations
@@ -21,7 +27,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.tiles import LOG2E
+from regla.ops.triton.norm import load_norm, logits
+from regla.ops.triton.tiles import (
+    LOG2E,
+    decays,
+    exp2,
+    gate_at,
+    largest,
+    later,
+    load_gate,
+    load_tile,
+    maximum,
+    nan_or,
+    store_gate_gradient,
+    store_tile,
+    sums,
+)
+from regla.ops.triton.tree import levels, score_over_tree, scores_over_tree
 
 NEAR = tl.constexpr(60.0)
 LOWEST = tl.constexpr(-150.0)  # bits: what is left below is 0 in float32
@@ -39,221 +61,235 @@ def bounds(slot, starts, stops, T, chunks, C: tl.constexpr, VARLEN: tl.constexpr
 
 
 @triton.jit
-def load(ptr, token, valid, h, heads, width: tl.constexpr, BLOCK: tl.constexpr):
-    """[C, BLOCK] float32 of head h of x [tokens, heads, width]; 0 outside."""
-    column = tl.arange(0, BLOCK)
-    at = (token * heads + h)[:, None] * width + column[None, :]
-    return tl.load(ptr + at, mask=valid[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
+def real_tokens(mask_ptr, start, inside, t, MASKED: tl.constexpr):
+    """[C]: which tokens of a chunk exist and are no padding."""
+    if MASKED:
+        inside = inside & (tl.load(mask_ptr + start + t, mask=inside, other=0) != 0)
+    return inside
 
 
 @triton.jit
-def store(ptr, token, valid, h, heads, width: tl.constexpr, x, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    at = (token * heads + h)[:, None] * width + column[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=valid[:, None] & (column < width)[None, :])
-
-
-@triton.jit
-def tile(ptr, index, ROWS: tl.constexpr, width: tl.constexpr, first, BLOCK: tl.constexpr):
-    """[ROWS, BLOCK] of the index-th of tensors [ROWS, width], from column `first` on."""
-    column = first + tl.arange(0, BLOCK)
-    at = index.to(tl.int64) * ROWS * width + tl.arange(0, ROWS)[:, None] * width + column[None, :]
-    return tl.load(ptr + at, mask=(column < width)[None, :], other=0.0)
-
-
-@triton.jit
-def put(ptr, index, ROWS: tl.constexpr, width: tl.constexpr, first, x, BLOCK: tl.constexpr):
-    column = first + tl.arange(0, BLOCK)
-    at = index.to(tl.int64) * ROWS * width + tl.arange(0, ROWS)[:, None] * width + column[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=(column < width)[None, :])
-
-
-@triton.jit
-def rows_of(ptr, index, height: tl.constexpr, width: tl.constexpr, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def tile(ptr, index, height: tl.constexpr, width: tl.constexpr, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """[ROWS, BLOCK] of the index-th of tensors [height, width], both padded, from column `first` on."""
     row, column = tl.arange(0, ROWS), first + tl.arange(0, BLOCK)
-    at = index.to(tl.int64) * height * width + row[:, None] * width + column[None, :]
-    return tl.load(ptr + at, mask=(row < height)[:, None] & (column < width)[None, :], other=0.0)
-
-
-@triton.jit
-def put_rows(ptr, index, height: tl.constexpr, width: tl.constexpr, first, x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = tl.arange(0, ROWS), first + tl.arange(0, BLOCK)
-    at = index.to(tl.int64) * height * width + row[:, None] * width + column[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=(row < height)[:, None] & (column < width)[None, :])
-
-
-@triton.jit
-def log_decays(g, token, valid, h, H, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr):
-    """[C, BK], base 2, at least LOWEST. GATE: "channel" [tokens, H, K] or "head" [tokens, H]."""
-    if GATE == "channel":
-        x = load(g, token, valid, h, H, K, BK)
+    at = ptr + index.to(tl.int64) * (height * width) + (row[:, None] * width + column[None, :])
+    if height == ROWS and width % BLOCK == 0:
+        x = tl.load(at)
     else:
-        one = tl.load(g + token * H + h, mask=valid, other=0.0).to(tl.float32)
-        x = tl.broadcast_to(one[:, None], (one.shape[0], BK))
-    return tl.maximum(x * LOG2E, LOWEST)
+        x = tl.load(at, mask=(row < height)[:, None] & (column < width)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr, dtype: tl.constexpr):
-    return tl.dot(a.to(dtype), b.to(dtype), input_precision=PRECISION)
+def put(ptr, index, height: tl.constexpr, width: tl.constexpr, first, x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write x where `tile` reads."""
+    row, column = tl.arange(0, ROWS), first + tl.arange(0, BLOCK)
+    at = ptr + index.to(tl.int64) * (height * width) + (row[:, None] * width + column[None, :])
+    x = x.to(ptr.dtype.element_ty)
+    if height == ROWS and width % BLOCK == 0:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=(row < height)[:, None] & (column < width)[None, :])
 
 
 @triton.jit
-def pick(x, j):
-    """Row j of x [C, D]: [D]."""
-    row = tl.arange(0, x.shape[0])
-    return tl.sum(tl.where((row == j)[:, None], x, 0.0), 0)
-
-
-@triton.jit(noinline=True)
-def add_deep_scores(
-    x, hx, heads, k, g, out, start, stop, h, H,
-    GATE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, STRICT: tl.constexpr,
-):  # fmt: skip
-    """Add to scores [C, C] at `out`, of rows x with the keys, what the factors leave out: channels with B_s <= -NEAR.
-
-    A function that is called, and loads the chunk again: in line it would cost the other chunks registers.
-    """
-    t = tl.arange(0, C)
-    token = start + t
-    valid = token < stop
-    xx, kk = load(x, token, valid, hx, heads, K, BK), load(k, token, valid, h, H, K, BK)
-    gg = log_decays(g, token, valid, h, H, K, BK, GATE)
-    B = tl.cumsum(gg, 0)
-    P = tl.zeros((C, C), tl.float32)
-    for j in range(C):
-        left_out = pick(B, j) <= -NEAR
-        if tl.max(left_out.to(tl.int32)) > 0:
-            decay = tl.exp2(tl.cumsum(tl.where((t > j)[:, None], gg, 0.0), 0))
-            reads = (t > j) if STRICT else (t >= j)
-            terms = xx * tl.where(left_out, pick(kk, j), 0.0)[None, :] * decay
-            column = tl.where(reads, tl.sum(terms, 1), 0.0)
-            P += tl.where((t == j)[None, :], column[:, None], 0.0)
-    at = t[:, None] * C + t[None, :]
-    tl.debug_barrier()
-    P += tl.load(out + at).to(tl.float32)
-    tl.store(out + at, P.to(out.dtype.element_ty))
-    tl.debug_barrier()
+def load_features(
+    ptr, t, real, step, weight, eps, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
+):
+    """[C, BK] float32, 0 for padding: what is in memory or, with UNIT_EXP, e / |e| with e = exp(x - max x) of it,
+    behind an RMS norm with NORM."""
+    empty: tl.constexpr = float("-inf") if UNIT_EXP and not NORM else 0.0
+    x = load_tile(ptr, t, real, step, tl.arange(0, BK), K, empty)
+    if UNIT_EXP:
+        x = logits(x, weight, eps, real, K, NORM)
+        to_log2: tl.constexpr = 1.0 if NORM else LOG2E
+        top = tl.where(real, largest(x, 1), 0.0)
+        e = exp2((x - top[:, None]) * to_log2)
+        x = e * tl.where(real, tl.rsqrt(tl.sum(e * e, 1)), 0.0)[:, None]
+    return x.to(tl.float32)
 
 
 @triton.jit
-def inverse(A):
-    """(I + A)^-1 of strictly lower triangular A [C, C], row by row."""
-    C: tl.constexpr = A.shape[0]
-    t = tl.arange(0, C)
-    X = -A
-    for i in range(2, C):
-        row = -pick(A, i)
-        row += tl.sum(row[:, None] * X, 0)
-        X = tl.where((t == i)[:, None], row[None, :], X)
-    return X + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+def feature_gradient(phi, d, UNIT_EXP: tl.constexpr):
+    """Gradient of what `load_features` read (behind its norm), from that of the features phi: both [C, BK]."""
+    if UNIT_EXP:
+        d = phi * (d - phi * tl.sum(phi * d, 1)[:, None])
+    return d
 
 
 @triton.jit
-def prepare_kernel(
-    q, k, v, g, beta, starts, stops, W, Y, KF, QE, P, total, inverses, T, chunks, H,
-    GATE: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr, KEEP: tl.constexpr,
+def load_beta(beta_ptr, start, t, real, h, H, limit, LOGITS: tl.constexpr):
+    """[C], 0 for padding. LOGITS: limit * sigmoid of what is in memory."""
+    b = tl.load(beta_ptr + (start + t) * H + h, mask=real, other=0.0).to(tl.float32)
+    if LOGITS:
+        b = tl.where(real, limit * tl.sigmoid(b), 0.0)
+    return b
+
+
+@triton.jit
+def load_decays(
+    g_ptr, r_ptr, t, real, g_step, r_step, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, PER_HEAD: tl.constexpr
+):
+    """Log2-decays [C, BK], at least LOWEST; 0 for padding. GATE: "none", "log" (natural logarithms) or "refined"
+    (logits); PER_HEAD: one for all channels."""
+    if PER_HEAD:
+        one = tl.load(g_ptr + t * g_step, mask=real, other=0.0).to(tl.float32) * LOG2E
+        gg = tl.broadcast_to(one[:, None], (t.shape[0], BK))
+    else:
+        g, r = load_gate(g_ptr, r_ptr, t, real, g_step, r_step, tl.arange(0, BK), K, GATE)
+        gg = decays(g, r, t.shape[0], BK, GATE)
+    return maximum(gg, LOWEST)
+
+
+@triton.jit
+def factors(gg, DEEP: tl.constexpr, EXACT: tl.constexpr):
+    """(E, the factor of what scores write, 0 where a token is out of range, and F, all [C, BK]; total [BK] in bits;
+    B)."""
+    B = sums(gg, 1.0, False, EXACT)
+    total = tl.sum(gg, 0)
+    D = exp2(-B)
+    if DEEP:
+        D = tl.where(B > -NEAR, D, 0.0)
+        F = exp2(later(gg, "tf32x3" if EXACT else "tf32"))
+    else:
+        F = D * exp2(total)[None, :]
+    return exp2(B), D, F, total, B
+
+
+@triton.jit
+def doubled(X, A, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """`inverse` of diagonal blocks of 2 SIZE rows, from X, that of blocks of SIZE: these on the diagonal, and
+    -X_2 A_21 X_1 below."""
+    rows = tl.arange(0, A.shape[0])
+    t, s = rows[:, None], rows[None, :]
+    below = ((t // (2 * SIZE)) == (s // (2 * SIZE))) & ((t // SIZE) > (s // SIZE))
+    AX = tl.dot(tl.where(below, A, 0.0), X, input_precision=PRECISION)
+    return X - tl.dot(X, AX, input_precision=PRECISION)
+
+
+@triton.jit
+def inverse(A, PRECISION: tl.constexpr):
+    """(I + A)^-1 of strictly lower triangular A [C, C]: of diagonal blocks of 2 rows, then of 4, 8, ... rows."""
+    rows = tl.arange(0, A.shape[0])
+    t, s = rows[:, None], rows[None, :]
+    X = tl.where(t == s, 1.0, 0.0) - tl.where((t // 2) == (s // 2), A, 0.0)
+    for level in tl.static_range(1, 6):
+        if 2**level < A.shape[0]:
+            X = doubled(X, A, 2**level, PRECISION)
+    return X
+
+
+@triton.jit
+def delta_prepare_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, r_ptr, beta_ptr, mask_ptr, q_weight_ptr, k_weight_ptr, starts, stops,
+    KE_solved, V_solved, WF, QE, P, total_ptr, is_deep, inverses,
+    scale, eps, limit, T, chunks, H, q_step, k_step, v_step, g_step, r_step,
+    GATE: tl.constexpr, PER_HEAD: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr, LOGITS: tl.constexpr,
+    MASKED: tl.constexpr, VARLEN: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr,
+    DEEP: tl.constexpr,
 ):  # fmt: skip
     """All of a chunk that needs no state; one CTA per chunk and state head."""
     slot, h = tl.program_id(0), tl.program_id(1)
     start, stop = bounds(slot, starts, stops, T, chunks, C, VARLEN)
     t = tl.arange(0, C)
-    token = start + t
-    valid = token < stop
+    real = real_tokens(mask_ptr, start, start + t < stop, t, MASKED)
     index = slot * H + h
-    dtype: tl.constexpr = k.dtype.element_ty
-    kk = load(k, token, valid, h, H, K, BK)
-    beta_t = tl.load(beta + token * H + h, mask=valid, other=0.0).to(tl.float32)
-    earlier = t[:, None] > t[None, :]
-    kE, kW, kF = kk, kk, kk
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    qw, kw = load_norm(q_weight_ptr, k_weight_ptr, K, BK, NORM)
+    if DEEP:
+        if tl.load(is_deep + index) == 0:
+            return
+    k = load_features(k_ptr + start * k_step + h * K, t, real, k_step, kw, eps, K, BK, UNIT_EXP, NORM)
+    w = k * load_beta(beta_ptr, start, t, real, h, H, limit, LOGITS)[:, None]
+    E, gg, alone = 1.0, 0.0, 0.0
+    kE, wD, wF = k, w, w
     if GATE != "none":
-        gg = log_decays(g, token, valid, h, H, K, BK, GATE)
-        B = tl.cumsum(gg, 0)
-        E = tl.exp2(B)
-        near = B > -NEAR
-        deep = tl.min(B) <= -NEAR
-        kE, kW = kk * E, tl.where(near, kk * tl.exp2(tl.minimum(-B, NEAR)), 0.0)
-        kF = kk * tl.exp2(tl.cumsum(gg, 0, reverse=True) - gg)
-        tl.store(total + index * BK + tl.arange(0, BK), tl.exp2(tl.sum(gg, 0)))
-    A = product(kE, tl.trans(kW), PRECISION, dtype)
-    if GATE != "none":
-        if deep:
-            put(inverses, index, C, C, 0, A, C)
-            add_deep_scores(k, h, H, k, g, inverses + index * C * C, start, stop, h, H, GATE, K, BK, C, True)
-            A = tile(inverses, index, C, C, 0, C)
-    inv = inverse(tl.where(earlier, A * beta_t[:, None], 0.0))
-    put(W, index, C, K, 0, product(inv, beta_t[:, None] * kE, SOLVE, tl.float32), BK)
-    vv = load(v, token, valid, h, H, V, BV)
-    put(Y, index, C, V, 0, product(inv, beta_t[:, None] * vv, SOLVE, tl.float32), BV)
-    put(KF, index, C, K, 0, kF, BK)
-    if KEEP:
-        put(inverses, index, C, C, 0, inv, C)
+        g_at, r_at = gate_at(g_ptr, r_ptr, start, h, g_step, r_step, 1 if PER_HEAD else K, GATE)
+        gg = load_decays(g_at, r_at, t, real, g_step, r_step, K, BK, GATE, PER_HEAD)
+        E, D, F, total, B = factors(gg, DEEP, EXACT)
+        kE, wD, wF = k * E, w * D, w * F
+        tl.store(total_ptr + index * BK + tl.arange(0, BK), exp2(total))
+        if DEEP:
+            alone = tl.where(B > -NEAR, 0.0, w)
+        else:
+            tl.store(is_deep + index, (tl.min(tl.min(B, 1), 0) <= -NEAR).to(tl.int32))
+    put(WF, index, C, K, 0, wF, C, BK)
+    kE, wD = kE.to(dtype), wD.to(dtype)
+    A = tl.dot(kE, tl.trans(wD), input_precision=PRECISION)
+    if DEEP:
+        A += scores_over_tree(k, alone, gg, levels(C), False, dtype, PRECISION, False)
     for i in tl.static_range(G):
-        qq = load(q, token, valid, h * G + i, H * G, K, BK)
-        qE = qq
-        if GATE != "none":
-            qE = qq * E
-        scores = product(qE, tl.trans(kW), PRECISION, dtype)
-        put(QE, index * G + i, C, K, 0, qE, BK)
-        put(P, index * G + i, C, C, 0, tl.where(earlier | (t[:, None] == t[None, :]), scores, 0.0), C)
-        if GATE != "none":
-            if deep:
-                hq, of_query = h * G + i, P + (index * G + i) * C * C
-                add_deep_scores(q, hq, H * G, k, g, of_query, start, stop, h, H, GATE, K, BK, C, False)
+        q_at = q_ptr + start * q_step + (h * G + i) * K
+        q = load_features(q_at, t, real, q_step, qw, eps, K, BK, UNIT_EXP, NORM) * scale
+        qE = (q * E).to(dtype)
+        scores = tl.dot(qE, tl.trans(wD), input_precision=PRECISION)
+        if DEEP:
+            scores += scores_over_tree(q, alone, gg, levels(C), False, dtype, PRECISION, False)
+        put(QE, index * G + i, C, K, 0, qE, C, BK)
+        put(P, index * G + i, C, C, 0, tl.where(t[:, None] >= t[None, :], scores, 0.0), C, C)
+    X = inverse(tl.where(t[:, None] > t[None, :], A, 0.0), PRECISION).to(dtype)
+    put(KE_solved, index, C, K, 0, tl.dot(X, kE, input_precision=PRECISION), C, BK)
+    v = load_tile(v_ptr + start * v_step + h * V, t, real, v_step, tl.arange(0, BV), V, 0.0).to(dtype)
+    put(V_solved, index, C, V, 0, tl.dot(X, v, input_precision=PRECISION), C, BV)
+    if KEEP:
+        put(inverses, index, C, C, 0, X, C, C)
 
 
 @triton.jit
-def state_kernel(
-    W, Y, KF, total, initial, states, final, firsts, chunks, H,
+def delta_state_kernel(
+    KE_solved, U, WF, total, initial, states, final, firsts, chunks, H,
     GATE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Chunk after chunk of a sequence and head, BV columns of the state: U in place of Y, and the state before each."""
+    """Chunk after chunk of a sequence and head, BV columns of the state: U in place of X V, and the state before
+    each."""
     first_v, n, h = tl.program_id(0) * BV, tl.program_id(1) // H, tl.program_id(1) % H
     begin, end = n * chunks, n * chunks + chunks
     if VARLEN:
         begin, end = tl.load(firsts + n), tl.load(firsts + n + 1)
-    dtype: tl.constexpr = W.dtype.element_ty
+    dtype: tl.constexpr = U.dtype.element_ty
     at = n * H + h
     S = tl.zeros((BK, BV), tl.float32)
     if INITIAL:
-        S = rows_of(initial, at, K, V, first_v, BK, BV)
+        S = tile(initial, at, K, V, first_v, BK, BV)
     for slot in range(begin, end):
         index = slot * H + h
-        put_rows(states, index, K, V, first_v, S, BK, BV)
-        U = tile(Y, index, C, V, first_v, BV).to(tl.float32)
-        U -= product(tile(W, index, C, K, 0, BK), S, PRECISION, dtype)
-        put(Y, index, C, V, first_v, U, BV)
+        Sd = S.to(dtype)
+        put(states, index, K, V, first_v, Sd, BK, BV)
+        u = tile(U, index, C, V, first_v, C, BV).to(tl.float32)
+        u -= tl.dot(tile(KE_solved, index, C, K, 0, C, BK), Sd, input_precision=PRECISION)
+        ud = u.to(dtype)
+        put(U, index, C, V, first_v, ud, C, BV)
         if GATE != "none":
             S *= tl.load(total + index * BK + tl.arange(0, BK))[:, None]
-        S += product(tl.trans(tile(KF, index, C, K, 0, BK)), U, PRECISION, dtype)
-    put_rows(final, at, K, V, first_v, S, BK, BV)
+        S += tl.dot(tl.trans(tile(WF, index, C, K, 0, C, BK)), ud, input_precision=PRECISION)
+    put(final, at, K, V, first_v, S, BK, BV)
 
 
 @triton.jit
-def output_kernel(
-    QE, P, U, states, starts, stops, o, scale, T, chunks, H,
+def delta_output_kernel(
+    QE, P, U, states, starts, stops, o, T, chunks, H,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a chunk and query head."""
     slot, hq = tl.program_id(0), tl.program_id(1)
     start, stop = bounds(slot, starts, stops, T, chunks, C, VARLEN)
-    token = start + tl.arange(0, C)
-    dtype: tl.constexpr = QE.dtype.element_ty
+    t = tl.arange(0, C)
     index = slot * H + hq // G
     of_query = slot * H * G + hq
-    S = rows_of(states, index, K, V, 0, BK, BV)
-    out = product(tile(QE, of_query, C, K, 0, BK), S, PRECISION, dtype)
-    out += product(tile(P, of_query, C, C, 0, C), tile(U, index, C, V, 0, BV), PRECISION, dtype)
-    store(o, token, token < stop, hq, H * G, V, out * scale, BV)
+    S = tile(states, index, K, V, 0, BK, BV)
+    out = tl.dot(tile(QE, of_query, C, K, 0, C, BK), S, input_precision=PRECISION)
+    u = tile(U, index, C, V, 0, C, BV)
+    out = tl.dot(tile(P, of_query, C, C, 0, C, C), u, out, input_precision=PRECISION)
+    at = o + (start * H * G + hq) * V
+    store_tile(at, t, start + t < stop, H * G * V, tl.arange(0, BV), V, out)
 
 
 @triton.jit
-def state_gradient_kernel(
-    W, KF, QE, P, total, d_o, d_final, starts, stops, firsts, d_U, d_states, d_initial, scale, T, chunks, H,
+def delta_state_gradient_kernel(
+    KE_solved, WF, QE, P, total, d_o, d_final, starts, stops, firsts, d_U, d_states, d_initial, T, chunks, H,
     GATE: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
@@ -262,153 +298,137 @@ def state_gradient_kernel(
     begin, end = n * chunks, n * chunks + chunks
     if VARLEN:
         begin, end = tl.load(firsts + n), tl.load(firsts + n + 1)
-    dtype: tl.constexpr = W.dtype.element_ty
+    dtype: tl.constexpr = KE_solved.dtype.element_ty
     at = n * H + h
+    t = tl.arange(0, C)
     column = first_v + tl.arange(0, BV)
     dS = tl.zeros((BK, BV), tl.float32)
     if FINAL:
-        dS = rows_of(d_final, at, K, V, first_v, BK, BV)
-    for slot in range(end - 1, begin - 1, -1):
+        dS = tile(d_final, at, K, V, first_v, BK, BV)
+    for backwards in range(begin, end):
+        slot = begin + end - 1 - backwards
         index = slot * H + h
         start, stop = bounds(slot, starts, stops, T, chunks, C, VARLEN)
-        token = start + tl.arange(0, C)
-        inside = (token < stop)[:, None] & (column < V)[None, :]
-        put_rows(d_states, index, K, V, first_v, dS, BK, BV)
-        dU = product(tile(KF, index, C, K, 0, BK), dS, PRECISION, dtype)
+        inside = start + t < stop
+        dSd = dS.to(dtype)
+        put(d_states, index, K, V, first_v, dSd, BK, BV)
+        du = tl.dot(tile(WF, index, C, K, 0, C, BK), dSd, input_precision=PRECISION)
         if GATE != "none":
             dS *= tl.load(total + index * BK + tl.arange(0, BK))[:, None]
         for i in tl.static_range(G):
             of_query = index * G + i
-            d_out = tl.load(d_o + (token * H * G + h * G + i)[:, None] * V + column[None, :], mask=inside, other=0.0)
-            d_out = d_out.to(tl.float32) * scale
-            dU += product(tl.trans(tile(P, of_query, C, C, 0, C)), d_out, PRECISION, dtype)
-            dS += product(tl.trans(tile(QE, of_query, C, K, 0, BK)), d_out, PRECISION, dtype)
-        put(d_U, index, C, V, first_v, dU, BV)
-        dS -= product(tl.trans(tile(W, index, C, K, 0, BK)), dU, PRECISION, dtype)
-    put_rows(d_initial, at, K, V, first_v, dS, BK, BV)
-
-
-@triton.jit(noinline=True)
-def add_deep_gradients(
-    x, hx, heads, k, g, d_read, U, d_x, d_k, d_g, start, stop, h, H, index, factor,
-    GATE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    STRICT: tl.constexpr,
-):  # fmt: skip
-    """Add the gradients of `add_deep_scores` to those of x, of k and of g, from what it read U with: d_read, times
-    `factor`."""
-    t = tl.arange(0, C)
-    token = start + t
-    valid = token < stop
-    xx, kk = load(x, token, valid, hx, heads, K, BK), load(k, token, valid, h, H, K, BK)
-    gg = log_decays(g, token, valid, h, H, K, BK, GATE)
-    B = tl.cumsum(gg, 0)
-    read = load(d_read, token, valid, hx, heads, V, BV) * factor
-    d_P = tl.dot(read, tl.trans(tile(U, index, C, V, 0, BV).to(tl.float32)), input_precision="ieee")
-    of_x, of_k, of_g = tl.zeros_like(xx), tl.zeros_like(xx), tl.zeros_like(xx)
-    for j in range(C):
-        left_out = pick(B, j) <= -NEAR
-        if tl.max(left_out.to(tl.int32)) > 0:
-            decay = tl.exp2(tl.cumsum(tl.where((t > j)[:, None], gg, 0.0), 0))
-            reads = (t > j) if STRICT else (t >= j)
-            column = tl.sum(tl.where((t == j)[None, :], d_P, 0.0), 1)
-            terms = tl.where(reads[:, None] & left_out[None, :], decay * column[:, None], 0.0)
-            k_j = pick(kk, j)[None, :]
-            of_x += terms * k_j
-            of_k += tl.where((t == j)[:, None], tl.sum(terms * xx, 0)[None, :], 0.0)
-            of_g += tl.where((t > j)[:, None], tl.cumsum(terms * xx * k_j, 0, reverse=True), 0.0)
-    tl.debug_barrier()
-    store(d_x, token, valid, hx, heads, K, of_x + load(d_x, token, valid, hx, heads, K, BK), BK)
-    tl.debug_barrier()
-    store(d_k, token, valid, h, H, K, of_k + load(d_k, token, valid, h, H, K, BK), BK)
-    if GATE == "channel":
-        store(d_g, token, valid, h, H, K, of_g + load(d_g, token, valid, h, H, K, BK), BK)
-    else:
-        so_far = tl.load(d_g + token * H + h, mask=valid, other=0.0).to(tl.float32)
-        tl.store(d_g + token * H + h, (so_far + tl.sum(of_g, 1)).to(d_g.dtype.element_ty), mask=valid)
-    tl.debug_barrier()
+            of_o = d_o + (start * H * G + h * G + i) * V
+            d_out = load_tile(of_o, t, inside, H * G * V, column, V, 0.0).to(dtype)
+            du = tl.dot(tl.trans(tile(P, of_query, C, C, 0, C, C)), d_out, du, input_precision=PRECISION)
+            dS = tl.dot(tl.trans(tile(QE, of_query, C, K, 0, C, BK)), d_out, dS, input_precision=PRECISION)
+        dud = du.to(dtype)
+        put(d_U, index, C, V, first_v, dud, C, BV)
+        dS -= tl.dot(tl.trans(tile(KE_solved, index, C, K, 0, C, BK)), dud, input_precision=PRECISION)
+    put(d_initial, at, K, V, first_v, dS, BK, BV)
 
 
 @triton.jit
-def gradient_kernel(
-    q, k, v, g, beta, starts, stops, inverses, U, states, d_U, d_states, d_o, d_q, d_k, d_v, d_g, d_beta,
-    scale, T, chunks, H,
-    GATE: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+def deep_gradients(d_P, x, alone, gg, d_x, d_alone, log_gradient, PRECISION: tl.constexpr):
+    """The gradients of x, of `alone` and of the logarithm of E, with what the pairs of tokens out of range add."""
+    everything = tl.sum(d_P.to(tl.float32), 1) + tl.sum(x + alone + gg, 1)
+    cap = nan_or(tl.sum(everything, 0), 1e37)
+    return score_over_tree(d_P, x, alone, gg, d_x, d_alone, log_gradient, False, cap, PRECISION, False)
+
+
+@triton.jit
+def delta_gradient_kernel(
+    q_ptr, k_ptr, g_ptr, r_ptr, beta_ptr, mask_ptr, q_weight_ptr, k_weight_ptr, starts, stops,
+    is_deep, inverses, U, states, d_U, d_states, d_o, d_q, d_k, d_v, d_g, d_r, d_beta,
+    scale, eps, limit, T, chunks, H, q_step, k_step, g_step, r_step, dq_step, dk_step, dv_step, dg_step, dr_step,
+    GATE: tl.constexpr, PER_HEAD: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr, LOGITS: tl.constexpr,
+    MASKED: tl.constexpr, VARLEN: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's inputs, from those of U and of the state behind it; one CTA per chunk and state head."""
     slot, h = tl.program_id(0), tl.program_id(1)
     start, stop = bounds(slot, starts, stops, T, chunks, C, VARLEN)
     t = tl.arange(0, C)
-    token = start + t
-    valid = token < stop
+    inside = start + t < stop
+    real = real_tokens(mask_ptr, start, inside, t, MASKED)
     index = slot * H + h
-    dtype: tl.constexpr = k.dtype.element_ty
-    kk = load(k, token, valid, h, H, K, BK)
-    beta_t = tl.load(beta + token * H + h, mask=valid, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = U.dtype.element_ty
+    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
+    qw, kw = load_norm(q_weight_ptr, k_weight_ptr, K, BK, NORM)
     earlier = t[:, None] > t[None, :]
-    kE, kW, E, Wf, F = kk, kk, 1.0, 1.0, 1.0
+
+    if DEEP:
+        if tl.load(is_deep + index) == 0:
+            return
+
+    # What meets the states. The value that a key reads has the gradient -d_v: a query of its own.
+    X, du = tile(inverses, index, C, C, 0, C, C), tile(d_U, index, C, V, 0, C, BV)
+    dv = tl.dot(tl.trans(X), du, input_precision=PRECISION)
+    store_tile(d_v + start * dv_step + h * V, t, inside, dv_step, vi, V, dv)
+    dv = (-dv).to(dtype)
+    u, S = tile(U, index, C, V, 0, C, BV), tile(states, index, K, V, 0, BK, BV)
+    d_A = tl.where(earlier, tl.dot(dv, tl.trans(u), input_precision=PRECISION), 0.0).to(dtype)
+    d_key = tl.dot(dv, tl.trans(S), input_precision=PRECISION)  # of k E
+    dS = tile(d_states, index, K, V, 0, BK, BV)
+    d_written = tl.dot(u, tl.trans(dS), input_precision=PRECISION)  # of w F
+    carried = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+
+    k = load_features(k_ptr + start * k_step + h * K, t, real, k_step, kw, eps, K, BK, UNIT_EXP, NORM)
+    beta = load_beta(beta_ptr, start, t, real, h, H, limit, LOGITS)
+    w = k * beta[:, None]
+    E, D, F, gg, B, total = 1.0, 1.0, 1.0, 0.0, 0.0, 0.0
+    alone, d_alone = 0.0, 0.0
+    g_at, r_at = gate_at(g_ptr, r_ptr, start, h, g_step, r_step, 1 if PER_HEAD else K, GATE)
     if GATE != "none":
-        gg = log_decays(g, token, valid, h, H, K, BK, GATE)
-        B = tl.cumsum(gg, 0)
-        near = B > -NEAR
-        deep = tl.min(B) <= -NEAR
-        E, Wf = tl.exp2(B), tl.where(near, tl.exp2(tl.minimum(-B, NEAR)), 0.0)
-        F = tl.exp2(tl.cumsum(gg, 0, reverse=True) - gg)
-        kE, kW = kk * E, kk * Wf
-    S, dS = rows_of(states, index, K, V, 0, BK, BV), rows_of(d_states, index, K, V, 0, BK, BV)
-    uu, vv = tile(U, index, C, V, 0, BV), load(v, token, valid, h, H, V, BV)
-    R = product(tl.trans(tile(inverses, index, C, C, 0, C)), tile(d_U, index, C, V, 0, BV), SOLVE, tl.float32)
-    overlap = product(kE, tl.trans(kW), PRECISION, dtype)
-    if GATE != "none":
-        if deep:
-            # Over the inverse, which has been read.
-            tl.debug_barrier()
-            put(inverses, index, C, C, 0, overlap, C)
-            add_deep_scores(k, h, H, k, g, inverses + index * C * C, start, stop, h, H, GATE, K, BK, C, True)
-            overlap = tile(inverses, index, C, C, 0, C)
-    answers = product(kE, S, PRECISION, dtype)
-    answers += product(tl.where(earlier, overlap, 0.0), uu, PRECISION, dtype)
-    tl.store(d_beta + token * H + h, tl.sum(R * (vv - answers), 1).to(d_beta.dtype.element_ty), mask=valid)
-    dv = beta_t[:, None] * R
-    store(d_v, token, valid, h, H, V, dv, BV)
-    # The keys as queries: what the state answers for them has the gradient -dv.
-    d_P = tl.where(earlier, -product(dv, tl.trans(uu), PRECISION, dtype), 0.0)
-    d_read = -product(dv, tl.trans(S), PRECISION, dtype) + product(d_P, kW, PRECISION, dtype)
-    d_column = product(tl.trans(d_P), kE, PRECISION, dtype)
-    d_row = d_read * E  # of k as what reads
-    log_gradient = kE * d_read  # of B
-    d_key = d_row
+        gg = load_decays(g_at, r_at, t, real, g_step, r_step, K, BK, GATE, PER_HEAD)
+        E, D, F, total, B = factors(gg, DEEP, EXACT)
+    kE = k * E
+    wD = (w * D).to(dtype)
+    d_key = tl.dot(d_A, wD, d_key, input_precision=PRECISION)
+    d_column = tl.dot(tl.trans(d_A), kE.to(dtype), input_precision=PRECISION)  # of w D
+    log_gradient = kE * d_key  # of the natural logarithm of E
+    d_key *= E
+    if DEEP:
+        alone = tl.where(B > -NEAR, 0.0, w)
+        d_alone = tl.zeros((C, BK), tl.float32)
+        d_key, d_alone, log_gradient = deep_gradients(d_A, k, alone, gg, d_key, d_alone, log_gradient, PRECISION)
     for i in tl.static_range(G):
         hq = h * G + i
-        qq = load(q, token, valid, hq, H * G, K, BK)
-        qE = qq * E
-        d_out = load(d_o, token, valid, hq, H * G, V, BV) * scale
-        d_Pq = tl.where(t[:, None] >= t[None, :], product(d_out, tl.trans(uu), PRECISION, dtype), 0.0)
-        d_read = product(d_out, tl.trans(S), PRECISION, dtype) + product(d_Pq, kW, PRECISION, dtype)
-        d_column += product(tl.trans(d_Pq), qE, PRECISION, dtype)
-        d_query = d_read * E
-        log_gradient += qE * d_read
-        store(d_q, token, valid, hq, H * G, K, d_query, BK)
-    d_written = product(uu, tl.trans(dS), PRECISION, dtype)  # of K o F
-    d_key += d_column * Wf + d_written * F
-    store(d_k, token, valid, h, H, K, d_key, BK)
+        d_out = load_tile(d_o + (start * H * G + hq) * V, t, real, H * G * V, vi, V, 0.0).to(dtype)
+        d_P = tl.where(t[:, None] >= t[None, :], tl.dot(d_out, tl.trans(u), input_precision=PRECISION), 0.0).to(dtype)
+        d_query = tl.dot(d_out, tl.trans(S), input_precision=PRECISION)
+        q_at = q_ptr + start * q_step + hq * K
+        phi = load_features(q_at, t, real, q_step, qw, eps, K, BK, UNIT_EXP, NORM)
+        qE = phi * E * scale
+        d_query = tl.dot(d_P, wD, d_query, input_precision=PRECISION)
+        d_column = tl.dot(tl.trans(d_P), qE.to(dtype), d_column, input_precision=PRECISION)
+        log_gradient += qE * d_query
+        d_query *= E
+        if DEEP:
+            d_query, d_alone, log_gradient = deep_gradients(
+                d_P, phi * scale, alone, gg, d_query, d_alone, log_gradient, PRECISION
+            )
+        d_query = feature_gradient(phi, d_query * scale, UNIT_EXP)
+        store_tile(d_q + start * dq_step + hq * K, t, inside, dq_step, ki, K, d_query)
+
+    d_w = d_column * D + d_written * F
     if GATE != "none":
-        log_gradient -= kW * d_column
-        written = kk * F * d_written
-        carried = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1) * tl.exp2(tl.sum(gg, 0))
         # F spans (t, end of the chunk]: of g_t, what the tokens before t wrote; the carried state takes every g.
-        through = tl.cumsum(log_gradient, 0, reverse=True) + (tl.cumsum(written, 0) - written) + carried[None, :]
-        if GATE == "channel":
-            store(d_g, token, valid, h, H, K, through, BK)
+        d_written *= w * F
+        log_gradient -= w * D * d_column + d_written
+        carried = carried * exp2(total) + tl.sum(d_written, 0)
+        if DEEP:
+            d_w += tl.where(B > -NEAR, 0.0, d_alone)
+        through = sums(log_gradient, 1.0, True, EXACT) + carried[None, :]
+        if PER_HEAD:
+            d = tl.where(real, tl.sum(through, 1), 0.0)
+            tl.store(d_g + (start + t) * H + h, d.to(d_g.dtype.element_ty), mask=inside)
         else:
-            tl.store(d_g + token * H + h, tl.sum(through, 1).to(d_g.dtype.element_ty), mask=valid)
-        if deep:
-            add_deep_gradients(
-                k, h, H, k, g, d_v, U, d_k, d_k, d_g, start, stop, h, H, index, -1.0,
-                GATE, K, V, BK, BV, C, True,
-            )  # fmt: skip
-            for i in tl.static_range(G):
-                add_deep_gradients(
-                    q, h * G + i, H * G, k, g, d_o, U, d_q, d_k, d_g, start, stop, h, H, index, scale,
-                    GATE, K, V, BK, BV, C, False,
-                )  # fmt: skip
+            g, r = load_gate(g_at, r_at, t, real, g_step, r_step, ki, K, GATE)
+            dg_at, dr_at = gate_at(d_g, d_r, start, h, dg_step, dr_step, K, GATE)
+            store_gate_gradient(dg_at, dr_at, t, inside, real, dg_step, dr_step, ki, K, g, r, through, GATE)
+    d_b = tl.sum(k * d_w, 1)
+    if LOGITS:
+        d_b *= beta * (1 - beta / limit)
+    tl.store(d_beta + (start + t) * H + h, d_b.to(d_beta.dtype.element_ty), mask=inside)
+    d_key = feature_gradient(k, d_key + beta[:, None] * d_w, UNIT_EXP)
+    store_tile(d_k + start * dk_step + h * K, t, inside, dk_step, ki, K, d_key)

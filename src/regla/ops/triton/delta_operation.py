@@ -1,227 +1,329 @@
-"""The gated delta rule on a GPU: launches of the kernels of `regla.ops.triton.delta`, forward and backward."""
+"""The gated delta rule on a GPU: launches of the kernels of `regla.ops.triton.delta`, as differentiable operations.
+
+Inputs come in buffers, and gradients leave in buffers like them, as in `regla.ops.fused`.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
+from regla.ops.call import Call, QKNorm
+from regla.ops.fused import gate_kind, in_buffers, unpack
 from regla.ops.triton.delta import (
-    gradient_kernel,
-    output_kernel,
-    prepare_kernel,
-    state_gradient_kernel,
-    state_kernel,
+    delta_gradient_kernel,
+    delta_output_kernel,
+    delta_prepare_kernel,
+    delta_state_gradient_kernel,
+    delta_state_kernel,
 )
+from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
+from regla.ops.triton.operation import norm_gradient
 
-CHUNK = 32
 _COLUMNS = 32  # of a state that a CTA of the kernels that walk a sequence keeps
 
+_INPUTS = (
+    "Tensor[] buffers, SymInt[] layout, Tensor beta, Tensor? head_decay, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor? initial_state, Tensor[]? weights, "
+)
+_OPTIONS = "float eps, float scale, float limit, bool unit_exp"
 
-def triton_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    gk: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`gated_delta_attention` by kernels; see there for the equation, shapes and dtypes. Returns (o, final_state).
+
+def triton_gated_delta_rule(call: Call, limit: float = 0.0, unit_exp: bool = False) -> tuple[Tensor, Tensor]:
+    """A call of the delta rule by kernels: (o, final state). Shapes, dtypes: `regla.ops.gated_delta_attention`.
+
+    Args:
+        call: its `gates.write` is beta [B, T, H].
+        limit: 0: beta is as given; else it is limit * sigmoid of it.
+        unit_exp: q and k are logits of the safe exponential of unit length, else features.
 
     float32 or bfloat16 (all of q, k, v alike); products are of that dtype, accumulators, decays and states float32.
     """
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    inputs = [x if x is None else x.contiguous() for x in (q, k, v, gk, beta)]
-    state = None if initial_state is None else initial_state.float().contiguous()
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, state))
-    o, final, *_ = _forward(*inputs, state, cu_seqlens, scale, needed)
+    gk, rk, _, _, beta, _ = call.gates
+    assert beta is not None
+    head_decay = None
+    if gk is not None and gk.shape[-1] == 1 and call.k.shape[-1] > 1:  # one number a head is not spread over channels
+        head_decay = call.gates.logarithms()[0].squeeze(-1).contiguous()  # type: ignore[union-attr]
+        gk = rk = None
+    dtype = call.v.dtype
+    call = call._replace(q=call.q.to(dtype), k=call.k.to(dtype), gates=call.gates._replace(gk=gk, rk=rk, write=None))
+    buffers, layout = in_buffers(call)
+    norm = call.qk_norm
+    weights = None if norm is None else [norm.q.contiguous(), norm.k.contiguous()]
+    state = None if call.S is None else call.S.float().contiguous()
+    tensors = [*buffers, beta, *(weights or ()), *(x for x in (head_decay, state) if x is not None)]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    mask, cu_seqlens = (None if x is None else x.contiguous() for x in (call.mask, call.cu_seqlens))
+    o, final, *_ = _forward(
+        buffers, layout, beta.contiguous(), head_decay, mask, cu_seqlens, state, weights,
+        0.0 if norm is None else norm.eps, call.scale, limit, unit_exp, keep,
+    )  # fmt: skip
     return o, final
 
 
-class _Shape:
-    """Sizes and the layout of chunks of a call."""
+class _Inputs(NamedTuple):
+    """What the operations get, in the order of their arguments."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, cu_seqlens: Tensor | None):
-        self.B, self.T, self.H, self.K = k.shape
-        self.V, self.G = v.shape[-1], q.shape[2] // k.shape[2]
-        self.N = self.B if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.chunks = -(-self.T // CHUNK)
-        self.slots = self.B * self.chunks
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gk: Tensor | None
+    rk: Tensor | None
+    beta: Tensor
+    head_decay: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    initial_state: Tensor | None
+    norm: QKNorm | None
+    scale: float
+    limit: float
+    unit_exp: bool
+
+
+def _inputs(buffers: Sequence[Tensor], layout: Sequence[int], *others: Any) -> _Inputs:
+    *tensors, weights, eps, scale, limit, unit_exp = others
+    norm = QKNorm(weights[0], weights[1], eps) if weights else None
+    q, k, v, gk, rk, _, _ = unpack(buffers, layout)
+    return _Inputs(q, k, v, gk, rk, *tensors, norm, scale, limit, unit_exp)  # type: ignore[arg-type,call-arg]
+
+
+class _Plan:
+    """Sizes, the layout of chunks and the constants of the kernels of a call."""
+
+    def __init__(self, x: _Inputs):
+        (self.B, self.T, self.H, self.K), self.V, self.G = x.k.shape, x.v.shape[-1], x.q.shape[2] // x.k.shape[2]
+        self.N = self.B if x.cu_seqlens is None else x.cu_seqlens.numel() - 1
+        self.C = C = _chunk(x.v.dtype, self.K, self.V)
+        self.chunks = cdiv(self.T, C)
+        self.slots = _slots(self.B, self.T, C, None if x.cu_seqlens is None else self.N)
         self.starts = self.stops = self.firsts = None
-        if cu_seqlens is not None:  # a bound on the sum of ceil(length / C), known without reading the lengths
-            self.slots = (self.T + self.N * (CHUNK - 1)) // CHUNK
-            ends = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
-            slot = torch.arange(self.slots, device=k.device)
+        if x.cu_seqlens is not None:
+            ends = ((x.cu_seqlens.diff() + C - 1) // C).cumsum(0)
+            slot = torch.arange(self.slots, device=x.k.device)
             sequence = torch.searchsorted(ends, slot, right=True).clamp_max(self.N - 1)
             firsts = torch.nn.functional.pad(ends, (1, 0))
             self.firsts = firsts.int()
-            self.stops = cu_seqlens[sequence + 1].int()
-            start = cu_seqlens[sequence] + (slot - firsts[sequence]) * CHUNK
+            self.stops = x.cu_seqlens[sequence + 1].int()
+            start = x.cu_seqlens[sequence] + (slot - firsts[sequence]) * C
             self.starts = torch.minimum(start, self.stops).int()  # slots behind the last chunk are empty
-        self.gate = "none" if gk is None else "head" if gk.shape[-1] == 1 and self.K > 1 else "channel"
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        exact = "ieee" if interpreted else "tf32x3"
-        low = v.dtype == torch.bfloat16
-        self.common: dict[str, Any] = {
+        exact = x.v.dtype == torch.float32
+        self.BK, self.BV = max(16, power_of_2(self.K)), max(16, power_of_2(self.V))
+        self.columns = min(_COLUMNS, self.BV)
+        gate = "log" if x.head_decay is not None else gate_kind(x.gk, x.rk)
+        self.every: dict[str, Any] = {
             "K": self.K,
             "V": self.V,
-            "BK": max(16, _power_of_2(self.K)),
-            "C": CHUNK,
-            "VARLEN": cu_seqlens is not None,
-            "PRECISION": "ieee" if low or interpreted else exact,
+            "BK": self.BK,
+            "C": C,
+            "VARLEN": x.cu_seqlens is not None,
+            "PRECISION": "tf32x3" if exact else "tf32",
         }
-        self.solve = {"SOLVE": "tf32" if low and not interpreted else exact}
-        self.block_v = max(16, _power_of_2(self.V))
-        self.columns = min(_COLUMNS, self.block_v)
+        self.walking = self.every | {"GATE": gate, "BV": self.columns}
+        self.chunked = self.every | {
+            "GATE": gate,
+            "PER_HEAD": x.head_decay is not None,
+            "UNIT_EXP": x.unit_exp,
+            "NORM": x.norm is not None,
+            "LOGITS": x.limit != 0,
+            "MASKED": x.mask is not None,
+            "G": self.G,
+            "BV": self.BV,
+            "EXACT": exact,
+        }
+        #: The values of DEEP with which kernels that meet decays are launched, one after the other.
+        self.passes = (False,) if gate == "none" else (False, True)
         self.warps = 4 if max(self.K, self.V) <= 64 else 8
-        self.lead = (self.slots, self.H)
 
-    def walk(self) -> tuple[int, int]:
-        return -(-self.V // self.columns), self.N * self.H
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    def walk(self) -> tuple[int, int, int]:
+        return cdiv(self.V, self.columns), self.N * self.H, 1
 
 
-def _prepare(
-    s: _Shape, q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, beta: Tensor, keep: bool
-) -> dict[str, Tensor]:
-    def new(*shape: int, dtype: torch.dtype = v.dtype) -> Tensor:
-        return v.new_empty(*s.lead, *shape, dtype=dtype)
+def _chunk(dtype: torch.dtype, K: int, V: int) -> int:
+    """Tokens of a chunk: fewer where wide float32 tiles would not fit in registers."""
+    return 16 if dtype == torch.float32 and max(K, V) > 64 else 32
 
-    x = {
-        "W": new(CHUNK, s.K),
-        "Y": new(CHUNK, s.V),
-        "KF": new(CHUNK, s.K),
-        "QE": new(s.G, CHUNK, s.K),
-        "P": new(s.G, CHUNK, CHUNK),
-        "total": new(s.common["BK"], dtype=torch.float32),
-        "inverses": new(CHUNK, CHUNK, dtype=torch.float32),
+
+def _slots(B: int, T: int, C: int, sequences: int | None) -> int:
+    """Places for chunks; of packed sequences a bound on the sum of ceil(length / C), known without the lengths."""
+    return B * cdiv(T, C) if sequences is None else (T + sequences * (C - 1)) // C
+
+
+def _prepare(x: _Inputs, s: _Plan, keep: bool) -> dict[str, Tensor]:
+    def new(*shape: int, dtype: torch.dtype = x.v.dtype) -> Tensor:
+        return x.v.new_empty(s.slots, s.H, *shape, dtype=dtype)
+
+    made = {
+        "KE_solved": new(s.C, s.K),
+        "U": new(s.C, s.V),
+        "WF": new(s.C, s.K),
+        "QE": new(s.G, s.C, s.K),
+        "P": new(s.G, s.C, s.C),
+        "total": new(s.BK, dtype=torch.float32),
+        "is_deep": new(dtype=torch.int32),
+        "inverses": new(*((s.C, s.C) if keep else (0,))),
     }
-    prepare_kernel[(s.slots, s.H)](
-        q, k, v, gk, beta, s.starts, s.stops, *x.values(), s.T, s.chunks, s.H,
-        GATE=s.gate, G=s.G, BV=s.block_v, KEEP=keep, **s.common, **s.solve, num_warps=s.warps,
-    )  # fmt: skip
-    return x
+    gate, steps = _gate(x)
+    for deep in s.passes:
+        launch(
+            delta_prepare_kernel, (s.slots, s.H, 1),
+            (x.q, x.k, x.v, *gate, x.beta, x.mask, *_weights(x.norm), s.starts, s.stops, *made.values()),
+            (x.scale, _eps(x.norm), x.limit, s.T, s.chunks, s.H, *map(token_step, (x.q, x.k, x.v)), *steps),
+            **s.chunked, KEEP=keep, DEEP=deep, num_warps=s.warps,
+        )  # fmt: skip
+    return made
+
+
+def _gate(x: _Inputs) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int]]:
+    """(gate, refine) and the steps from token to token."""
+    if x.head_decay is not None:
+        return (x.head_decay, None), (x.head_decay.shape[2], 0)
+    return (x.gk, x.rk), (token_step(x.gk), token_step(x.rk))
+
+
+def _weights(norm: QKNorm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm.q, norm.k)
+
+
+def _eps(norm: QKNorm | None) -> float:
+    return 0.0 if norm is None else norm.eps
 
 
 @library.custom_op(
-    "regla::triton_delta_forward",
+    "regla::delta_forward",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? gk, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, "
-    "float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS}{_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, and if `keep` for the backward pass: U and the state before each chunk)."""
-    s = _Shape(q, k, v, gk, cu_seqlens)
-    x = _prepare(s, q, k, v, gk, beta, keep=False)
+    *inputs, keep = arguments
+    x = _inputs(*inputs)
+    s = _Plan(x)
+    made = _prepare(x, s, keep=False)
+    U, v = made["U"], x.v
     o = v.new_empty(s.B, s.T, s.H * s.G, s.V)
     final = v.new_empty(s.N, s.H, s.K, s.V, dtype=torch.float32)
-    states = v.new_empty(*s.lead, s.K, s.V)
-    state_kernel[s.walk()](
-        x["W"], x["Y"], x["KF"], x["total"], initial_state, states, final, s.firsts, s.chunks, s.H,
-        GATE=s.gate, BV=s.columns, INITIAL=initial_state is not None, **s.common, num_warps=4,
+    states = v.new_empty(s.slots, s.H, s.K, s.V)
+    launch(
+        delta_state_kernel, s.walk(),
+        (made["KE_solved"], U, made["WF"], made["total"], x.initial_state, states, final, s.firsts), (s.chunks, s.H),
+        **s.walking, INITIAL=x.initial_state is not None, num_warps=4,
     )  # fmt: skip
-    output_kernel[(s.slots, s.H * s.G)](
-        x["QE"], x["P"], x["Y"], states, s.starts, s.stops, o, scale, s.T, s.chunks, s.H,
-        G=s.G, BV=s.block_v, **s.common, num_warps=s.warps,
+    launch(
+        delta_output_kernel, (s.slots, s.H * s.G, 1),
+        (made["QE"], made["P"], U, states, s.starts, s.stops, o), (s.T, s.chunks, s.H),
+        **s.every, G=s.G, BV=s.BV, num_warps=s.warps,
     )  # fmt: skip
-    empty = v.new_empty(0)
-    return o, final, x["Y"] if keep else empty, states if keep else v.new_empty(0)
+    return o, final, U if keep else v.new_empty(0), states if keep else v.new_empty(0)
 
 
 @_forward.register_fake
-def _(q, k, v, gk, beta, initial_state, cu_seqlens, scale, keep):  # type: ignore[no-untyped-def]
-    B, T, H, K = k.shape
-    V, N = v.shape[-1], B if cu_seqlens is None else cu_seqlens.numel() - 1
-    slots = B * -(-T // CHUNK) if cu_seqlens is None else (T + N * (CHUNK - 1)) // CHUNK
+def _(buffers, layout, beta, head_decay, mask, cu_seqlens, S, weights, eps, scale, limit, unit_exp, keep):  # type: ignore[no-untyped-def]
+    HQ, H, K, V, *_ = layout
+    v, (B, T) = buffers[0], beta.shape[:2]
+    N = None if cu_seqlens is None else cu_seqlens.numel() - 1
+    C = _chunk(v.dtype, K, V)
+    slots = _slots(B, T, C, N)
     return (
-        v.new_empty(B, T, q.shape[2], V),
-        v.new_empty(N, H, K, V, dtype=torch.float32),
-        v.new_empty(*((slots, H, CHUNK, V) if keep else (0,))),
+        v.new_empty(B, T, HQ, V),
+        v.new_empty(B if N is None else N, H, K, V, dtype=torch.float32),
+        v.new_empty(*((slots, H, C, V) if keep else (0,))),
         v.new_empty(*((slots, H, K, V) if keep else (0,))),
     )
 
 
 @library.custom_op(
-    "regla::triton_delta_backward",
+    "regla::delta_backward",
     mutates_args=(),
-    schema="(Tensor d_o, Tensor? d_final, Tensor q, Tensor k, Tensor v, Tensor? gk, Tensor beta, Tensor? cu_seqlens, "
-    "Tensor U, Tensor states, float scale) -> Tensor[]",
+    schema=f"(Tensor d_o, Tensor? d_final, Tensor U, Tensor states, {_INPUTS}{_OPTIONS}) -> Tensor[]",
 )
-def _backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None,
-    beta: Tensor,
-    cu_seqlens: Tensor | None,
-    U: Tensor,
-    states: Tensor,
-    scale: float,
-) -> list[Tensor]:
-    """Gradients of q, k, v, beta, the initial state and, where there is one, gk."""
-    s = _Shape(q, k, v, gk, cu_seqlens)
-    x = _prepare(s, q, k, v, gk, beta, keep=True)
+def _backward(*arguments: Any) -> list[Tensor]:
+    """Gradients of the buffers, of beta, and, in float32, of the initial state; then, where there are such, in float32
+    of the norm's weights [2, K], and of the decays a head."""
+    d_o, d_final, U, states, *inputs = arguments
+    x = _inputs(*inputs)
+    s = _Plan(x)
+    buffers, layout = inputs[:2]
+    grads = _gradients_like(*inputs[:9])
+    d_beta, d_initial, *rest = grads[len(buffers) :]
+    d_q, d_k, d_v, *d_gates = unpack(grads, layout)
+    assert d_q is not None and d_k is not None
+    d_weights = rest.pop(0) if x.norm is not None else None
+    d_decay = (rest[0], None) if x.head_decay is not None else d_gates[:2]
     d_o = d_o.contiguous()
     d_final = None if d_final is None else d_final.float().contiguous()
+    made = _prepare(x, s, keep=True)
     d_U, d_states = torch.empty_like(U), torch.empty_like(states)
-    d_initial = v.new_empty(s.N, s.H, s.K, s.V, dtype=torch.float32)
-    state_gradient_kernel[s.walk()](
-        x["W"], x["KF"], x["QE"], x["P"], x["total"], d_o, d_final, s.starts, s.stops, s.firsts,
-        d_U, d_states, d_initial, scale, s.T, s.chunks, s.H,
-        GATE=s.gate, G=s.G, BV=s.columns, FINAL=d_final is not None, **s.common, num_warps=4,
+    launch(
+        delta_state_gradient_kernel, s.walk(),
+        (made["KE_solved"], made["WF"], made["QE"], made["P"], made["total"], d_o, d_final, s.starts, s.stops, s.firsts,
+         d_U, d_states, d_initial), (s.T, s.chunks, s.H),
+        **s.walking, G=s.G, FINAL=d_final is not None, num_warps=4,
     )  # fmt: skip
-    grads = [torch.empty_like(y) for y in (q, k, v, beta)]
-    d_g = None if gk is None else torch.empty_like(gk)
-    gradient_kernel[(s.slots, s.H)](
-        q, k, v, gk, beta, s.starts, s.stops, x["inverses"], U, states, d_U, d_states, d_o,
-        *grads[:3], d_g, grads[3], scale, s.T, s.chunks, s.H,
-        GATE=s.gate, G=s.G, BV=s.block_v, **s.common, **s.solve, num_warps=s.warps,
-    )  # fmt: skip
-    return [*grads, d_initial] + ([] if d_g is None else [d_g])
+    gate, steps = _gate(x)
+    for deep in s.passes:
+        launch(
+            delta_gradient_kernel, (s.slots, s.H, 1),
+            (x.q, x.k, *gate, x.beta, x.mask, *_weights(x.norm), s.starts, s.stops,
+             made["is_deep"], made["inverses"], U, states, d_U, d_states, d_o, d_q, d_k, d_v, *d_decay, d_beta),
+            (x.scale, _eps(x.norm), x.limit, s.T, s.chunks, s.H, *map(token_step, (x.q, x.k)), *steps,
+             *map(token_step, (d_q, d_k, d_v, *d_decay))),
+            **s.chunked, DEEP=deep, num_warps=s.warps,
+        )  # fmt: skip
+    if x.norm is not None:
+        assert d_weights is not None
+        norm_gradient(x.q, x.k, x.norm, x.mask, d_q, d_k, d_weights)
+    return grads
 
 
 @_backward.register_fake
-def _(d_o, d_final, q, k, v, gk, beta, cu_seqlens, U, states, scale):  # type: ignore[no-untyped-def]
-    N = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    grads = [torch.empty_like(x) for x in (q, k, v, beta)]
-    grads.append(v.new_empty(N, *k.shape[2:], v.shape[-1], dtype=torch.float32))
-    return grads + ([] if gk is None else [torch.empty_like(gk)])
+def _(d_o, d_final, U, states, *inputs):  # type: ignore[no-untyped-def]
+    return _gradients_like(*inputs[:9])
+
+
+def _gradients_like(
+    buffers: Sequence[Tensor],
+    layout: Sequence[int],
+    beta: Tensor,
+    head_decay: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    weights: Sequence[Tensor] | None,
+    eps: float,
+) -> list[Tensor]:
+    _HQ, H, K, V, *_ = layout
+    N = beta.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    shapes = [(N, H, K, V), (2, K)][: 2 if weights else 1]
+    like = [*buffers, beta]
+    grads = [x.new_empty(x.shape) for x in like] + [beta.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return grads if head_decay is None else [*grads, torch.empty_like(head_decay)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, gk, beta, initial, cu_seqlens, ctx.scale, _ = inputs
-    ctx.has_initial = initial is not None
-    ctx.save_for_backward(q, k, v, gk, beta, cu_seqlens, *output[2:])
+    buffers, layout, *tensors, weights, eps, scale, limit, unit_exp, _ = inputs
+    ctx.layout, ctx.buffers, ctx.options = layout, len(buffers), (eps, scale, limit, unit_exp)
+    ctx.save_for_backward(*buffers, *(weights or ()), *tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, gk, beta, cu_seqlens, U, states = ctx.saved_tensors
+def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    *of_lists, beta, head_decay, mask, cu_seqlens, initial_state, U, states = ctx.saved_tensors
+    buffers, weights = of_lists[: ctx.buffers], of_lists[ctx.buffers :] or None
     if d_o is None:
-        d_o = v.new_zeros(*q.shape[:3], v.shape[-1])
-    d_q, d_k, d_v, d_beta, d_initial, *rest = _backward(
-        d_o, d_final, q, k, v, gk, beta, cu_seqlens, U, states, ctx.scale
-    )
-    return d_q, d_k, d_v, rest[0] if rest else None, d_beta, d_initial if ctx.has_initial else None, *(None,) * 3
+        HQ, _H, _K, V, *_ = ctx.layout
+        d_o = U.new_zeros(*beta.shape[:2], HQ, V)
+    inputs = buffers, ctx.layout, beta, head_decay, mask, cu_seqlens, initial_state, weights
+    grads = _backward(d_o, d_final, U, states, *inputs, *ctx.options)
+    d_buffers, (d_beta, d_initial, *rest) = grads[: ctx.buffers], grads[ctx.buffers :]
+    d_weights = None
+    if weights is not None:
+        d_weights = [d.to(w.dtype) for d, w in zip(rest.pop(0), weights, strict=True)]
+    d_head = None if head_decay is None else rest[0]
+    d_initial = None if initial_state is None else d_initial
+    return d_buffers, None, d_beta, d_head, None, None, d_initial, d_weights, *(None,) * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

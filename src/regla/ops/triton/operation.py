@@ -129,7 +129,7 @@ def backward(
         d_initial.copy_(d_initials[::parts])
     if norm is not None:
         assert d_weights is not None
-        _norm_gradient(q, k, norm, mask, grads[0], grads[1], d_weights)
+        norm_gradient(q, k, norm, mask, grads[0], grads[1], d_weights)
 
 
 def step(
@@ -241,7 +241,7 @@ def _in_order(inputs: Inputs) -> Inputs:
     return inputs._replace(**{name: x.contiguous() for name in names if (x := getattr(inputs, name)) is not None})
 
 
-def _norm_gradient(
+def norm_gradient(
     q: Tensor, k: Tensor, norm: QKNorm, mask: Tensor | None, dq: Tensor | None, dk: Tensor | None, d_weights: Tensor
 ) -> None:
     """Make dq and dk, the gradients of the normalised q and k, those of q and k, and fill the weights'."""
