@@ -25,7 +25,7 @@ def test_cache_bytes(keep):
                 if isinstance(item, torch.Tensor):
                     tensors[id(item)] = item
         held += sum(value.numel() * value.element_size() for value in tensors.values() if value.is_floating_point())
-    assert expected_cache_bytes(converted.config, 40, element_bytes=4) == held
+    assert expected_cache_bytes(converted.config.linear_config, 40, element_bytes=4) == held
 
 
 @pytest.mark.parametrize("original", [llama(), qwen2(tie_word_embeddings=True)])

@@ -52,7 +52,7 @@ def test_figures_equal_plain_loops(calibrated):
     number, found = 2, []
     with torch.no_grad(), observed_attention(original, [number], lambda _, attention: found.append(attention)):
         original.model(tokens)
-    mixer, (x, rotary, _) = converted.model.layers[number].self_attn, found[0]
+    mixer, (x, rotary, _) = converted.model.layers[number].self_attn.mixer, found[0]
     with torch.no_grad():
         q0, k0 = mixer.q_proj(x).view(4, 64, 4, 16), mixer.k_proj(x).view(4, 64, 2, 16)
         q0, k0 = apply_rotary(q0, *rotary), apply_rotary(k0, *rotary)
@@ -95,7 +95,7 @@ def test_output_norm_has_the_originals_power(calibrated):
     """On the tokens it was set on, every channel before the output projection has softmax's RMS."""
     original, converted, tokens, _ = calibrated
     number, found, ours, theirs = 1, [], [], []
-    mixer = converted.model.layers[number].self_attn
+    mixer = converted.model.layers[number].self_attn.mixer
     hooks = [
         mixer.norm.register_forward_hook(lambda module, args, output: ours.append(output)),
         original.model.layers[number].self_attn.o_proj.register_forward_pre_hook(
@@ -115,7 +115,7 @@ def test_nothing_else_changes(calibrated):
     original, converted, _, _ = calibrated
     fresh = dict(convert(original, "none").named_parameters())
     changed = {
-        name.split("self_attn.")[-1] for name, p in converted.named_parameters() if not torch.equal(p, fresh[name])
+        name.split("self_attn.mixer.")[-1] for name, p in converted.named_parameters() if not torch.equal(p, fresh[name])
     }
     gates = {name for name in changed if name.startswith("gate.")}  # drawn anew for each model
     scales = {f"qk_calibration.{letter}_{kind}" for letter in "qk" for kind in ("mean", "scale")}
@@ -128,7 +128,7 @@ def test_the_first_half_sets_the_numbers(calibrated):
     other = convert(original, "none")
     changed = calibrate(original, other, torch.cat([tokens[:2], torch.randint(97, (2, 64))]))
     assert changed[0].kl_after != rows[0].kl_after
-    parts = [model.model.layers[0].self_attn.qk_calibration.state_dict() for model in (converted, other)]
+    parts = [model.model.layers[0].self_attn.mixer.qk_calibration.state_dict() for model in (converted, other)]
     for name, value in parts[0].items():
         torch.testing.assert_close(parts[1][name], value)
 

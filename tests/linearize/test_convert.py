@@ -44,7 +44,7 @@ def test_softmax_through_the_weights_gives_the_originals_logits(keep, changes):
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     converted = convert(original, keep, check=False)
     assert check_transfer(original, converted) <= 1e-4
-    assert converted.config.layer_types == layer_types(4, keep)
+    assert converted.config.linear_config.layer_types == layer_types(4, keep)
 
 
 def test_kept_layers_are_untouched():
@@ -59,7 +59,7 @@ def test_kept_layers_are_untouched():
 def test_the_check_finds_a_wrong_layer(projection):
     original = llama()
     converted = convert(original, "none")
-    weight = getattr(converted.model.layers[2].self_attn, projection).weight
+    weight = getattr(converted.model.layers[2].self_attn.mixer, projection).weight
     weight.data = weight.data.roll(8, 0)  # whole heads in another order
     with pytest.raises(ValueError, match=r"misses the original's logits .*layer 2 is the first to differ"):
         check_transfer(original, converted)
@@ -70,7 +70,7 @@ def test_rows_instead_of_heads_are_found():
     original = llama()
     converted = convert(original, "none")
     for name in ("k_proj", "v_proj"):
-        weight = getattr(converted.model.layers[0].self_attn, name).weight
+        weight = getattr(converted.model.layers[0].self_attn.mixer, name).weight
         weight.data = weight.data.view(3, 8, -1).transpose(0, 1).reshape(24, -1)
     with pytest.raises(ValueError, match="layer 0 is the first to differ"):
         check_transfer(original, converted)
@@ -91,7 +91,7 @@ def test_saves_loads_and_generates(tmp_path):
     converted = convert(llama(eos_token_id=None), gate_axis="key").eval()
     converted.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert loaded.config.gate_axis == "key" and loaded.config.rope_parameters["rope_theta"] == 1e5
+    assert loaded.config.mixer["gate_axis"] == "key" and loaded.config.rope_parameters["rope_theta"] == 1e5
     tokens = torch.randint(97, (2, 7))
     assert torch.equal(loaded(tokens).logits, converted(tokens).logits)
     assert loaded.generate(tokens, max_new_tokens=5, do_sample=False).shape == (2, 12)
@@ -124,7 +124,7 @@ def test_from_folder_to_folder(tmp_path):
         "logging.set_verbosity_error(); folder = sys.argv[1]\n"
         "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
         "tokens = AutoTokenizer.from_pretrained(folder)('some words', return_tensors='pt')\n"
-        "print(model.config.layer_types.count('linear_attention'), model.generate(**tokens, max_new_tokens=3).shape[1])"
+        "print(len(model.config.linear_layers), model.generate(**tokens, max_new_tokens=3).shape[1])"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -154,13 +154,16 @@ def test_layer_types():
     assert layer_types(3, "none") == ["linear_attention"] * 3
     assert layer_types(3, "0") == ["full_attention", "linear_attention", "linear_attention"]
     assert layer_types(3, "2, 0") == layer_types(3, [0, 2]) == ["full_attention", "linear_attention", "full_attention"]
+    window = ["sliding_attention", "full_attention"] * 2
+    assert layer_types(window, "sliding") == ["sliding_attention", "linear_attention"] * 2
+    assert layer_types(window, [0, 1]) == ["sliding_attention", "full_attention"] + ["linear_attention"] * 2
     assert layer_types(3, [0]) == ["full_attention", "linear_attention", "linear_attention"]
 
 
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ("every-1", "keep is 'every-1'; expected 'none', 'every-N' with N of at least 2, or layer numbers"),
+        ("every-1", "keep is 'every-1'; expected 'none', 'every-N' with N of at least 2, 'sliding', or layer numbers"),
         ("some", "keep is 'some'; expected"),
         ([4], "keep names layer 4; the model has layers 0 to 3"),
     ],
@@ -171,7 +174,7 @@ def test_bad_keep(keep, message):
 
 
 def test_the_gate_decays_the_axis_of_every_other_model():
-    assert convert(llama()).config.gate_axis == ReGLAConfig().gate_axis == "key"
+    assert convert(llama()).config.mixer["gate_axis"] == ReGLAConfig().gate_axis == "key"
 
 
 def test_bad_models_and_arguments():
@@ -258,7 +261,7 @@ def test_models_of_16_bits(dtype, how, tmp_path):
     assert torch.equal(converted.model.rotary_emb.inv_freq, frequencies)
     assert all(torch.equal(before[name], value) for name, value in original.named_buffers())
     assert check_transfer(original, converted) <= 1e-4
-    weight = converted.model.layers[0].self_attn.k_proj.weight
+    weight = converted.model.layers[0].self_attn.mixer.k_proj.weight
     weight.data = weight.data.roll(8, 0)
     with pytest.raises(ValueError, match="layer 0 is the first to differ"):
         check_transfer(original, converted)

@@ -41,7 +41,7 @@ def test_training_brings_the_model_back(converted):
 def test_folder_is_complete(folder, converted):
     model = AutoModelForCausalLM.from_pretrained(converted)
     tokenizer = AutoTokenizer.from_pretrained(converted)
-    assert model.config.layer_types == ["linear_attention"] * 2
+    assert model.config.linear_layers == [0, 1]
     assert tokenizer.chat_template == TEMPLATE
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     prompt = tokenizer("the cat sat", return_tensors="pt")
@@ -326,7 +326,7 @@ def test_bad_models(make, message, tmp_path, capsys):
         (["--steps", "5", "--transfer-steps", "6"], "--transfer-steps is 6, expected 0 to 5"),
         (["--calibration-tokens", "600"], "--calibration-tokens is 600, expected at least 1024"),
         (["--lr", "0"], "--lr is 0.0, expected a number above 0"),
-        (["--keep", "most"], "--keep is 'most'; expected 'none', 'every-N' with N of at least 2, or layer numbers"),
+        (["--keep", "most"], "--keep is 'most'; expected 'none', 'every-N' with N of at least 2, 'sliding', or layer numbers"),
         (["--keep", "0,5"], "--keep names layer 5; the model has layers 0 to 1"),
         (["--keep", "0,,1"], "--keep is '0,,1'; expected"),
         (["--keep", "0,1"], "--keep 0,1 names every layer, so that none becomes linear"),
@@ -355,8 +355,7 @@ def test_bad_arguments(folder, more, message, tmp_path, monkeypatch, capsys):
 
 def test_keep_by_number(folder, tmp_path):
     assert main(command(folder, tmp_path / "out", "--keep", "0")) == 0
-    kinds = json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"]
-    assert kinds == ["full_attention", "linear_attention"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["linear_layers"] == [1]
     assert LinearizeConfig(model="m", out="o", keep=(0, 7)).keep == "0,7"
 
 

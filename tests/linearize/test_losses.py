@@ -37,7 +37,7 @@ def test_transfer_equals_the_error_by_hand():
         errors = []
         for number, (inputs, y) in seen.items():
             ours, _ = converted.model.layers[number].self_attn(
-                inputs["hidden_states"], rotary=inputs["position_embeddings"]
+                inputs["hidden_states"], position_embeddings=inputs["position_embeddings"]
             )
             errors.append((ours - y).square().sum() / y.square().sum())
     assert found.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)

@@ -48,7 +48,7 @@ def test_one_step_left(folder, tmp_path, scored, monkeypatch, capsys):
     monkeypatch.setattr(driver, "check_transfer", again)
     monkeypatch.setattr(driver, "calibrate", again)
     assert main(command(folder, out, *SHORT, "--resume")) == 0
-    assert scored == ["ReGLAForCausalLM"]  # trained
+    assert scored == ["ReGLALlamaForCausalLM"]  # trained
     after = json.loads((out / "linearize.json").read_text())
     for name in ("calibration", "transfer_error", "linear_layers", "parameters"):
         assert after[name] == before[name]
@@ -63,7 +63,7 @@ def test_other_texts_are_scored_anew(folder, tmp_path, scored, monkeypatch):
     stop_in_step(4, monkeypatch, folder, out)
     scored.clear()
     assert main(command(folder, out, *SHORT, "--resume", "--valid-tokens", "500")) == 0
-    assert scored == ["LlamaForCausalLM", "ReGLAForCausalLM", "ReGLAForCausalLM"]
+    assert scored == ["LlamaForCausalLM", "ReGLALlamaForCausalLM", "ReGLALlamaForCausalLM"]
     scores = json.loads((out / "linearize.json").read_text())["scores"]
     assert {rows[0]["tokens"] for rows in scores.values()} == {500}
 
@@ -74,7 +74,7 @@ def test_stopped_before_the_training(folder, tmp_path, scored, monkeypatch, caps
     score = Texts.scores
 
     def killed(texts, model, config):
-        if type(model).__name__ == "ReGLAForCausalLM":
+        if type(model).__name__ == "ReGLALlamaForCausalLM":
             raise SystemExit(9)
         return score(texts, model, config)
 
@@ -85,7 +85,7 @@ def test_stopped_before_the_training(folder, tmp_path, scored, monkeypatch, caps
     assert "or --resume to go on with its conversion" in capsys.readouterr().err
     scored.clear()
     assert main(command(folder, out, *SHORT, "--resume")) == 0
-    assert scored == ["ReGLAForCausalLM"] * 2
+    assert scored == ["ReGLALlamaForCausalLM"] * 2
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"scores": null}', "7", '{"arguments": {}}'])

@@ -309,8 +309,10 @@ def test_init_takes_a_converted_model_and_no_other(corpus: Path, tmp_path: Path)
     options = {"data": (str(corpus),), "steps": 2, "device": "cpu", "seq_len": 16, "batch_size": 2}
     summary = run.train(TrainConfig(out=str(tmp_path / "run"), init=str(tmp_path / "converted"), **options))
     assert summary["complete"] and math.isfinite(summary["validation_loss"])
-    kinds = [json.loads((tmp_path / name / "config.json").read_text())["layer_types"] for name in ("run", "converted")]
-    assert kinds[0] == kinds[1] and set(kinds[0]) == {"linear_attention", "full_attention"}
+    layers = [
+        json.loads((tmp_path / name / "config.json").read_text())["linear_layers"] for name in ("run", "converted")
+    ]
+    assert layers[0] == layers[1] == [0, 2]
     with pytest.raises(ValueError, match="original holds a model of type llama, expected one of regla; convert it"):
         run.train(TrainConfig(out=str(tmp_path / "other"), init=str(tmp_path / "original"), **options))
     assert not (tmp_path / "other").exists()

@@ -49,6 +49,8 @@ def init_linear_attention(
     )
     for name, parameter in module.named_parameters():
         owner, _, kind = name.rpartition(".")
+        if owner in ("q_norm.original", "k_norm.original"):
+            continue  # a converted model's own norms, which its class initialises
         if owner in ("q_norm", "k_norm", "norm"):
             (init.ones_ if kind == "weight" else init.zeros_)(parameter)
         elif owner == "qk_calibration":

@@ -2,8 +2,8 @@
 
 from regla.linearize.calibration import calibrate
 from regla.linearize.convert import convert, layer_types
-from regla.linearize.families import FAMILIES
 from regla.linearize.load import load_original
 from regla.linearize.transfer import check_transfer
+from regla.models.families import FAMILIES
 
 __all__ = ["FAMILIES", "calibrate", "check_transfer", "convert", "layer_types", "load_original"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.models.cache import expected_cache_bytes
 from regla.report.tables import plain
 
@@ -19,23 +19,24 @@ _TEACHER_BYTES = 4
 _LOGITS = 6  # float32 tensors of [batch, T, vocabulary] that a distillation step holds at its peak
 
 
-def parameter_counts(original: PreTrainedConfig, converted: ReGLAConfig) -> tuple[int, int]:
+def parameter_counts(original: PreTrainedConfig, converted: PreTrainedConfig) -> tuple[int, int]:
     """Parameters of both models, tied ones once; builds them without memory for their weights."""
     with torch.device("meta"):
-        models = AutoModelForCausalLM.from_config(original), ReGLAForCausalLM(converted)
+        models = [AutoModelForCausalLM.from_config(config) for config in (original, converted)]
     first, second = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
     return first, second
 
 
-def budget(original: PreTrainedConfig, converted: ReGLAConfig, *, steps: int, batch_size: int, seq_len: int) -> str:
+def budget(original: PreTrainedConfig, converted: Any, *, steps: int, batch_size: int, seq_len: int) -> str:
     """Parameters, memory, tokens and caches, as text."""
     before, after = parameter_counts(original, converted)
-    all_softmax = ReGLAConfig(**converted.to_dict() | {"layer_types": ["full_attention"] * original.num_hidden_layers})
+    linear = converted.linear_config
+    softmax = type(converted).from_dict(converted.to_dict() | {"linear_layers": []}).linear_config
     training = after * _ADAM_BYTES + before * _TEACHER_BYTES
     training += _LOGITS * 4 * batch_size * seq_len * original.vocab_size
     tokens = steps * batch_size * seq_len
     flops = (6 * after + 2 * before) * tokens
-    kinds = converted.layer_types or []
+    kinds = linear.layer_types
     lines = [
         f"layers            {len(kinds)}, {kinds.count('linear_attention')} of them to become ReGLA",
         f"parameters        {before:,} now, {after:,} then ({after / before - 1:+.1%})",
@@ -49,19 +50,19 @@ def budget(original: PreTrainedConfig, converted: ReGLAConfig, *, steps: int, ba
     caches = [
         [
             f"{length // 1024}k tokens",
-            *(_size(expected_cache_bytes(config, length)) for config in (all_softmax, converted)),
+            *(_size(expected_cache_bytes(config, length)) for config in (softmax, linear)),
         ]
         for length in LENGTHS
     ]
     return "\n".join(lines) + "\n" + plain(["", "original", "converted"], caches)
 
 
-def seconds_per_sequence(config: ReGLAConfig, *, batch_size: int, seq_len: int, device: torch.device) -> float:
+def seconds_per_sequence(config: PreTrainedConfig, *, batch_size: int, seq_len: int, device: torch.device) -> float:
     """Measured time of one training sequence, forward and backward, of a model of `config` with random weights.
 
     A GPU runs a whole batch, since one sequence does not fill it; a CPU one sequence. In the caller's autocast.
     """
-    model = ReGLAForCausalLM(config).to(device).train()
+    model = AutoModelForCausalLM.from_config(config).to(device).train()
     rows = batch_size if device.type == "cuda" else 1
     tokens = torch.zeros(rows, seq_len, dtype=torch.long, device=device)
     for _ in range(2):  # the first one warms up

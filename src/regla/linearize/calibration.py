@@ -21,11 +21,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from regla.layers import ReGLAAttention
-from regla.layers.positions import apply_rotary
 from regla.linearize.observe import Attention, observed_attention
-from regla.linearize.transfer import linear_layers
-from regla.models import ReGLAForCausalLM
+from regla.linearize.transfer import projected
+from regla.models.student import StudentAttention, linear_attention
 from regla.report.tables import plain
 from regla.runtime.device import float32_products
 
@@ -63,7 +61,7 @@ class LayerCalibration:
 @float32_products()
 def calibrate(
     original: PreTrainedModel,
-    converted: ReGLAForCausalLM,
+    converted: PreTrainedModel,
     tokens_BT: Tensor,
     *,
     layers: Iterable[int] | None = None,
@@ -80,23 +78,23 @@ def calibrate(
     Raises:
         ValueError: fewer than two sequences; a feature map, norm or calibration that is not there to be set.
     """
-    config = converted.config
+    config = converted.config.linear_config
     for name, expected in (("feature_map", "safe_exp"), ("attention_norm", "rmsnorm"), ("qk_calibration", True)):
         if getattr(config, name) != expected:
             raise ValueError(f"{name} is {getattr(config, name)!r}; calibration is for {expected!r}")
     if len(tokens_BT) < 2:
         raise ValueError(f"{len(tokens_BT)} sequence given; calibration needs at least 2: half of them to check it on")
-    linear = linear_layers(converted)
+    linear = linear_attention(converted)
     rows: list[LayerCalibration] = []
 
     def see(number: int, attention: Attention) -> None:
-        rows.append(_calibrate_layer(number, cast(ReGLAAttention, linear[number].self_attn), attention))
+        rows.append(_calibrate_layer(number, linear[number], attention))
 
     training = original.training
     original.eval()
     try:
         with observed_attention(original, linear if layers is None else layers, see):
-            original.model(tokens_BT.to(original.device), use_cache=False)
+            original.base_model(tokens_BT.to(original.device), use_cache=False)
     finally:
         original.train(training)
     return rows
@@ -117,30 +115,27 @@ def calibration_table(rows: Sequence[LayerCalibration]) -> str:
     return "Effective features, and KL divergence from softmax attention:\n" + plain(header, body, numbers_from=0)
 
 
-def _calibrate_layer(number: int, mixer: ReGLAAttention, attention: Attention) -> LayerCalibration:
-    B, T, _ = attention.x.shape
+def _calibrate_layer(number: int, ours: StudentAttention, attention: Attention) -> LayerCalibration:
     x, rotary = attention.x, attention.rotary
-    q = mixer.q_proj(x).view(B, T, mixer.num_heads, mixer.head_dim)
-    k = mixer.k_proj(x).view(B, T, mixer.num_kv_heads, mixer.head_dim)
-    v = mixer.v_proj(x).view(B, T, mixer.num_kv_heads, mixer.value_head_dim)
-    q, k = (apply_rotary(y, *rotary) for y in (q, k))
+    B = len(x)
+    q, k, v = projected(ours, x, rotary)
     seen = slice(0, B // 2), slice(B // 2, B)
-    fit, check = (_Softmax(q[part], k[part]) for part in seen)
+    fit, check = (_Softmax(q[part], k[part], ours) for part in seen)
 
-    calibration = mixer.qk_calibration
+    calibration = ours.mixer.qk_calibration
     assert calibration is not None
     calibration.q_mean.copy_(q[seen[0]].mean((0, 1)))
     calibration.k_mean.copy_(k[seen[0]].mean((0, 1)))
     q_scale, k_scale = _best_scales(fit, q[seen[0]] - calibration.q_mean, k[seen[0]] - calibration.k_mean)
     calibration.q_scale.copy_(q_scale)
     calibration.k_scale.copy_(k_scale)
-    _calibrate_norm(mixer, Attention(x[seen[0]], rotary, attention.y[seen[0]]), q[seen[0]], k[seen[0]], v[seen[0]])
+    _calibrate_norm(ours, Attention(x[seen[0]], rotary, attention.y[seen[0]]), q[seen[0]], k[seen[0]], v[seen[0]])
 
     before = q[seen[1]], k[seen[1]]
     after = calibration(*before)
     return LayerCalibration(
         layer=number,
-        channels=mixer.head_dim,
+        channels=ours.mixer.head_dim,
         features_before=effective_features(before[1]).min().item(),
         features_after=effective_features(after[1]).min().item(),
         kl_before=check.divergence(before[0].double(), before[1].double()).mean().item(),
@@ -150,17 +145,17 @@ def _calibrate_layer(number: int, mixer: ReGLAAttention, attention: Attention) -
 
 
 class _Softmax:
-    """The attention of q [B, T, H*G, K] over k [B, T, H, K], at R of the T queries of each sequence."""
+    """The original's attention of q [B, T, H*G, K] over k [B, T, H, K], at R of the T queries of each sequence."""
 
-    def __init__(self, q: Tensor, k: Tensor):
-        T, K = q.shape[1], q.shape[-1]
+    def __init__(self, q: Tensor, k: Tensor, layer: StudentAttention):
+        T = q.shape[1]
         step = max(1, T // _QUERIES)
         self.rows_R = torch.arange(step - 1, T, step, device=q.device)
-        self.past_RT = torch.arange(T, device=q.device) <= self.rows_R[:, None]
-        scores = self.scores(q, k) / K**0.5
-        log_p = scores.masked_fill(~self.past_RT, -torch.inf).log_softmax(-1)
+        self.past_RT = _seen(self.rows_R, T, None)
+        seen_RT = _seen(self.rows_R, T, layer.window)
+        log_p = (self.scores(q, k) * layer.scaling).masked_fill(~seen_RT, -torch.inf).log_softmax(-1)
         self.p_BHGRT = log_p.exp()
-        self.negative_entropy_BHGR = torch.where(self.past_RT, self.p_BHGRT * log_p, 0.0).sum(-1)
+        self.negative_entropy_BHGR = torch.where(seen_RT, self.p_BHGRT * log_p, 0.0).sum(-1)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """q_t . k_s [B, H, G, R, T]."""
@@ -177,6 +172,12 @@ class _Softmax:
 
     def divergence_of_uniform(self) -> Tensor:
         return (self.negative_entropy_BHGR + (self.rows_R + 1).log()).mean((0, 3))
+
+
+def _seen(rows_R: Tensor, T: int, window: int | None) -> Tensor:
+    """[R, T], True where a query looks at a key."""
+    distance = rows_R[:, None] - torch.arange(T, device=rows_R.device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def effective_features(k: Tensor) -> Tensor:
@@ -201,14 +202,18 @@ def _best_scales(softmax: _Softmax, q: Tensor, k: Tensor) -> tuple[Tensor, Tenso
     return scales[q_choice].flatten(), scales[chosen_H]
 
 
-def _calibrate_norm(mixer: ReGLAAttention, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _calibrate_norm(layer: StudentAttention, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
     """The norm's weight, from outputs [B, T, heads, V] before the output projection."""
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    teacher = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    T = q.shape[2]
+    mask_TT = _seen(torch.arange(T, device=q.device), T, layer.window)
+    teacher = scaled_dot_product_attention(q, k, v, attn_mask=mask_TT, scale=layer.scaling, enable_gqa=True)
+    teacher = teacher.transpose(1, 2)
     ours: list[Tensor] = []
-    weight = cast(Tensor, mixer.norm.weight)
+    norm = layer.mixer.norm
+    weight = cast(Tensor, norm.weight)
     weight.fill_(1.0)
-    with mixer.norm.register_forward_hook(lambda module, args, output: ours.append(output)):
-        mixer(attention.x, rotary=attention.rotary)
+    with norm.register_forward_hook(lambda module, args, output: ours.append(output)):
+        layer(attention.x, position_embeddings=attention.rotary)
     rms_teacher, rms_ours = (y.float().square().mean((0, 1)).sqrt() for y in (teacher, ours[0]))
     weight.copy_(rms_teacher / rms_ours.clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,91 +1,116 @@
-"""From a pretrained softmax model to one with ReGLA layers: configuration and weights."""
+"""From a pretrained softmax model to a student in its own class: configuration and weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from regla.layers.defaults import ADDITIVE
 from regla.linearize.config import GATE_BIAS
-from regla.linearize.families import config_arguments
-from regla.linearize.transfer import check_transfer, linear_layers
-from regla.models import ReGLAConfig, ReGLAForCausalLM
-from regla.models.configuration import mixer_arguments
+from regla.linearize.transfer import check_transfer
+from regla.models.families import FAMILIES, family_of, heads_of, projection, softmax_kinds
+from regla.models.student import StudentAttention, linear_attention, student_class
+from regla.models.student_configuration import MODEL_TYPE_PREFIX, student_config_class
 from regla.runtime.errors import OptionError
 
-#: The mixer of a converted layer: the pretrained projections, RoPE where the original has it, and no new part on their
-#: way in or out but the calibration of q and k, which starts as the identity.
-CONVERTED: dict[str, Any] = {
-    **mixer_arguments(replace(ADDITIVE, qk_norm=False, output_gate=None, qk_calibration=True)),
-    "linear_rope": True,
-    "gate_bias": GATE_BIAS,
-}
+
+def check_family(original: PreTrainedConfig) -> None:
+    """Raise ValueError unless a row of `FAMILIES` describes the model of this configuration."""
+    kind = original.model_type
+    if kind == "regla" or kind.startswith(MODEL_TYPE_PREFIX):
+        raise OptionError(
+            "the model is of type {kind!r} already; give its original, and this folder with {init}, to go on from "
+            "there",
+            kind=kind,
+        )
+    if kind not in FAMILIES:
+        raise ValueError(f"the model is of type {kind!r}; conversion supports {', '.join(map(repr, FAMILIES))}")
+    refused = FAMILIES[kind].refused(original)
+    if refused is not None:
+        raise ValueError(f"{refused} in the configuration of the model; conversion supports causal attention alone")
 
 
-def layer_types(num_layers: int, keep: str | Iterable[int]) -> list[str]:
+def layer_types(kinds: int | Sequence[str], keep: str | Iterable[int]) -> list[str]:
     """The kind of each layer, from the ones that keep softmax attention.
 
     Args:
-        num_layers: layers of the model.
-        keep: "none", "every-N" (every N-th layer: N-1, 2N-1, ...), or the layers' numbers from 0, as a list or as text
-            such as "0,7,14".
+        kinds: of the layers of the original, "full_attention" or "sliding_attention"; a number of layers: all full.
+        keep: "none", "every-N" (every N-th layer: N-1, 2N-1, ...), "sliding" (those with a sliding window), or the
+            layers' numbers from 0, as a list or as text such as "0,7,14".
 
     Raises:
         ValueError: another word, N below 2, or a layer that is not there.
     """
-    kept = _kept(num_layers, keep) if isinstance(keep, str) else set(keep)
-    missing = sorted(kept - set(range(num_layers)))
+    kinds = ["full_attention"] * kinds if isinstance(kinds, int) else list(kinds)
+    kept = _kept(kinds, keep) if isinstance(keep, str) else set(keep)
+    missing = sorted(kept - set(range(len(kinds))))
     if missing:
         raise OptionError(
-            "{keep} names layer {layer}; the model has layers 0 to {last}", layer=missing[0], last=num_layers - 1
+            "{keep} names layer {layer}; the model has layers 0 to {last}", layer=missing[0], last=len(kinds) - 1
         )
-    return ["full_attention" if i in kept else "linear_attention" for i in range(num_layers)]
+    return [kind if i in kept else "linear_attention" for i, kind in enumerate(kinds)]
 
 
-def _kept(num_layers: int, keep: str) -> set[int]:
+def linear_numbers(original: PreTrainedConfig, keep: str | Iterable[int]) -> list[int]:
+    """The layers of an original that become linear, see `layer_types`."""
+    kinds = layer_types(softmax_kinds(original), keep)
+    return [i for i, kind in enumerate(kinds) if kind == "linear_attention"]
+
+
+def _kept(kinds: Sequence[str], keep: str) -> set[int]:
     if keep == "none":
         return set()
+    if keep == "sliding":
+        return {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
     rule, _, number = keep.partition("-")
     if rule == "every" and number.isdecimal() and int(number) >= 2:
-        return set(range(int(number) - 1, num_layers, int(number)))
+        return set(range(int(number) - 1, len(kinds), int(number)))
     numbers = [number.strip() for number in keep.split(",")]
     if not all(number.isdecimal() for number in numbers):
         raise OptionError(
-            "{keep} is {value!r}; expected 'none', 'every-N' with N of at least 2, or layer numbers such as '0,7,14'",
+            "{keep} is {value!r}; expected 'none', 'every-N' with N of at least 2, 'sliding', or layer numbers such as "
+            "'0,7,14'",
             value=keep,
         )
     return {int(number) for number in numbers}
 
 
-def converted_config(original: PreTrainedConfig, keep: str | Iterable[int] = "every-2", **own: Any) -> ReGLAConfig:
-    """The configuration of the converted model, see `convert`; derived from the original's, nothing from defaults."""
-    arguments = config_arguments(original)
-    shared = sorted(own.keys() & arguments.keys())
+def converted_config(original: PreTrainedConfig, keep: str | Iterable[int] = "every-2", **mixer: Any) -> Any:
+    """The configuration of the student, see `convert`; derived from the original's, nothing from defaults."""
+    check_family(original)
+    config_class = student_config_class(cast(Any, type(original)))
+    theirs = {name: value for name, value in original.to_dict().items() if name not in _OF_ITS_FILE}
+    shared = sorted(mixer.keys() & theirs.keys())
     if shared:
         raise ValueError(f"{shared[0]} is the original's and cannot be set anew; leave it out")
-    kinds = layer_types(arguments["num_hidden_layers"], keep)
-    return ReGLAConfig(**CONVERTED | arguments | own, layer_types=kinds)
+    if theirs.get("pad_token_id") is not None and theirs["pad_token_id"] < 0:
+        theirs["pad_token_id"] = None  # how some checkpoints say that there is none
+    mixer = {"gate_bias": GATE_BIAS} | mixer
+    return config_class.from_dict(theirs | {"linear_layers": linear_numbers(original, keep), "mixer": mixer})
+
+
+_OF_ITS_FILE = ("model_type", "architectures", "transformers_version", "_name_or_path", "quantization_config")
 
 
 def convert(
     model: PreTrainedModel, keep: str | Iterable[int] = "every-2", *, check: bool = True, **mixer: Any
-) -> ReGLAForCausalLM:
+) -> PreTrainedModel:
     """Put ReGLA into the layers of a pretrained model, with the pretrained weights.
 
-    Embeddings, norms, MLPs, the head, and the q, k, v, o projections (with their biases) are the original's; key and
-    value heads that groups of query heads share stay shared, whole heads each: such a group shares a state. New are
-    the gates, the calibration of q and k and the output norms, which start as `regla.layers.init_linear_attention`
-    says; `regla.linearize.calibrate` fits the latter two to data.
+    The result is a student, in a subclass of the original's class. Embeddings, norms, MLPs, positions, the head, and
+    the projections q, k, v, o (with their biases and norms) are the original's; key and value heads that groups of
+    query heads share stay shared, whole heads each: such a group shares a state. New are the gates, the calibration of
+    q and k and the output norms, which start as `regla.layers.init_linear_attention` says;
+    `regla.linearize.calibrate` fits the latter two to data.
 
     Args:
         model: a causal language model of a supported family (`regla.linearize.FAMILIES`), its weights not quantised.
         keep: the layers that keep softmax attention, see `layer_types`.
         check: prove the transfer before returning (`check_transfer`, relative difference of logits at most 1e-4).
-        mixer: ReGLAConfig's own arguments for the new layers, such as gate_axis="key".
+        mixer: options of the new layers, such as gate_axis="key" (`regla.models.student_configuration.MIXER`).
 
     Returns:
         A new model in the dtype and on the device of the original, sharing none of its memory. Its generation config
@@ -94,21 +119,64 @@ def convert(
     Raises:
         ValueError: unsupported architecture; layers that are not there; arguments that do not fit; a failed check.
     """
-    config = converted_config(model.config, keep, dtype=model.dtype, **mixer)
-    converted = ReGLAForCausalLM(config).to(device=model.device, dtype=model.dtype)
-    missing, unexpected = converted.load_state_dict(model.state_dict(), strict=False)
-    new = set(own_parameters(converted))
-    if unexpected or set(missing) - new:
-        name = (unexpected or sorted(set(missing) - new))[0]
+    config = converted_config(model.config, keep, **mixer)
+    original_class = cast(Any, AutoModelForCausalLM)._model_mapping[type(model.config)]
+    student = student_class(original_class)._from_config(
+        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    student = student.to(model.device)
+    take_weights(model, student)
+    student.generation_config = _generation_config(model)
+    student.train(model.training)
+    if check:
+        check_transfer(model, student)
+    return student
+
+
+def take_weights(source: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Give a student the weights of its original, or of a student with fewer linear layers.
+
+    Raises:
+        ValueError: a weight that has no place, or none for a place.
+    """
+    family = family_of(student.config)
+    weights = dict(source.state_dict())
+    paths = {module: path for path, module in student.named_modules() if isinstance(module, StudentAttention)}
+    for number, attention in linear_attention(student).items():
+        theirs = family.attention_of(source, number)
+        if isinstance(theirs, StudentAttention):
+            continue
+        path = paths[attention]
+        replaced = {name for name in weights if name.startswith(f"{path}.")}
+        moved = dict(_mixer_weights(theirs, student.config))
+        counts = sum(weights.pop(name).numel() for name in replaced), sum(value.numel() for value in moved.values())
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"{path} holds {counts[0]} weights and its family has {counts[1]} there; convert only unmodified models"
+            )
+        weights |= {f"{path}.mixer.{name}": value for name, value in moved.items()}
+    missing, unexpected = student.load_state_dict(weights, strict=False)
+    lacking = set(missing) - set(own_parameters(student))
+    if unexpected or lacking:
+        name = (unexpected or sorted(lacking))[0]
         raise ValueError(
             f"parameter {name} is in one model and not in the other; the original differs from its family "
-            f"{model.config.model_type!r}: convert only unmodified models"
+            f"{student.config.original_model_type!r}: convert only unmodified models"
         )
-    converted.generation_config = _generation_config(model)
-    converted.train(model.training)
-    if check:
-        check_transfer(model, converted)
-    return converted
+
+
+def _mixer_weights(attention: Any, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a mixer by name, from an original's attention module."""
+    family = family_of(config)
+    projections = [*family.qkv(attention, heads_of(config)), projection(attention.get_submodule(family.out))]
+    for letter, (weight, bias) in zip("qkvo", projections, strict=True):
+        yield f"{letter}_proj.weight", weight
+        if bias is not None:
+            yield f"{letter}_proj.bias", bias
+    if family.norm is not None:
+        for letter in "qk":
+            for name, weight in attention.get_submodule(f"{letter}_norm").state_dict().items():
+                yield f"{letter}_norm.original.{name}", weight
 
 
 #: Flags that decide how `generate` works, which others are checked against.
@@ -140,10 +208,11 @@ def _generation_config(model: PreTrainedModel) -> GenerationConfig:
     return config
 
 
-def own_parameters(model: ReGLAForCausalLM) -> Iterator[str]:
+def own_parameters(student: PreTrainedModel) -> Iterator[str]:
     """Paths of the mixers' parameters that a softmax layer does not have."""
-    for number, layer in linear_layers(model).items():
-        for path, _ in layer.named_parameters(prefix=f"model.layers.{number}"):
-            _, _, name = path.partition(".self_attn.")
-            if name and name.partition(".")[0] not in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                yield path
+    theirs = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    for path, module in student.named_modules():
+        if isinstance(module, StudentAttention):
+            for name, _ in module.mixer.named_parameters():
+                if name.partition(".")[0] not in theirs:
+                    yield f"{path}.mixer.{name}"

@@ -24,8 +24,8 @@ from regla.linearize.stages import plan_stages, remove_checkpoints, resumed, run
 from regla.linearize.student import Student, make_student, student_config
 from regla.linearize.summary import new_summary, read_summary, save, score_table, write_summary
 from regla.linearize.texts import Texts, encode_texts, read_texts
-from regla.linearize.transfer import check_transfer, linear_layers
-from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.linearize.transfer import check_transfer
+from regla.models.student import linear_attention
 from regla.runtime.device import autocast, float32_products, out_of_memory, pick_device
 from regla.runtime.errors import OptionMemoryError
 from regla.runtime.files import alone_in, new_folder_alone, remove_unfinished
@@ -116,7 +116,7 @@ def _convert(
         held.enter_context(new_folder_alone(out, "conversion"))
     summary = new_summary(config, texts=texts.hash, device=device, origin=origin_of(config.model)) | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "linear_layers": sorted(linear_layers(model)),
+        "linear_layers": sorted(linear_attention(model)),
         "transfer_error": error,
         "calibration": rows,
         "stages": known["stages"] if goes_on else {},
@@ -154,7 +154,7 @@ def _known(out: Path, texts: Texts) -> dict[str, Any]:
 
 def _prove(config: LinearizeConfig, student: Student) -> float | None:
     """Check the transfer and say what came out; None where no layer is new, so that nothing was transferred."""
-    layers, linear = len(student.model.model.layers), len(linear_layers(student.model))
+    layers, linear = student.model.config.num_hidden_layers, len(linear_attention(student.model))
     if not student.new:
         print(f"{config.init}: {layers} layers, {linear} of them ReGLA; none is new")
         return None
@@ -167,7 +167,7 @@ def _prove(config: LinearizeConfig, student: Student) -> float | None:
 
 
 def _calibrate(
-    config: LinearizeConfig, original: PreTrainedModel, model: ReGLAForCausalLM, new: Sequence[int], tokens_N: Tensor
+    config: LinearizeConfig, original: PreTrainedModel, model: PreTrainedModel, new: Sequence[int], tokens_N: Tensor
 ) -> list[dict[str, Any]]:
     """Calibrate the new layers and print their figures, which are returned."""
     if not new:
@@ -186,7 +186,7 @@ def _calibrate(
 
 
 def _print_plan(
-    config: LinearizeConfig, original: PreTrainedConfig, planned: ReGLAConfig, texts: Texts, device: torch.device
+    config: LinearizeConfig, original: PreTrainedConfig, planned: PreTrainedConfig, texts: Texts, device: torch.device
 ) -> None:
     """Sizes and costs of a run whose inputs were all found."""
     sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -12,9 +11,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import regla.data.tokenizer
 from regla.data.pretrained import load_pretrained
 from regla.data.tokenizer import vocabulary_size
-from regla.linearize.families import config_arguments
-from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.linearize.convert import check_family
 from regla.models.folders import load_model
+from regla.models.student_configuration import StudentConfig
 from regla.runtime.errors import OptionError
 from regla.runtime.files import brief
 
@@ -29,7 +28,7 @@ def load_config(model: str) -> PreTrainedConfig:
         ValueError: it cannot be loaded, or no supported family describes it.
     """
     config = load_pretrained(AutoConfig, model, "model")
-    config_arguments(config)
+    check_family(config)
     return config
 
 
@@ -83,24 +82,30 @@ def load_tokenizer(model: str, config: PreTrainedConfig) -> Tokenizer:
     return tokenizer
 
 
-def load_student(folder: str) -> ReGLAForCausalLM:
+def load_student(folder: str) -> PreTrainedModel:
     """The converted model in a folder, float32, to go on from.
 
     Raises:
         ValueError: the folder holds none.
     """
     load_student_config(folder)
-    return cast(ReGLAForCausalLM, load_model(folder, torch.device("cpu")))
+    return load_model(folder, torch.device("cpu"))
 
 
-def load_student_config(folder: str) -> ReGLAConfig:
+def load_student_config(folder: str) -> PreTrainedConfig:
     """Its configuration alone; raises as `load_student` does."""
     if not (Path(folder) / "config.json").is_file():
         raise OptionError(
             "{folder} holds no model to go on from; give {init} a folder that `regla linearize` wrote.", folder=folder
         )
     config = load_pretrained(AutoConfig, folder, "model")
-    if not isinstance(config, ReGLAConfig):
+    if config.model_type == "regla":
+        raise OptionError(
+            "{folder} holds a model of type 'regla', as `regla train` and earlier versions of this command write them; "
+            "give {init} a folder that this version wrote, or convert the original again.",
+            folder=folder,
+        )
+    if not isinstance(config, StudentConfig):
         raise OptionError(
             "{folder} holds a model of type {kind!r}; give {init} a folder that `regla linearize` wrote.",
             folder=folder,

@@ -6,16 +6,13 @@ Shape legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regla.layers import ReGLAAttention
 from regla.linearize.observe import Attention, observed_attention
-from regla.linearize.transfer import linear_layers
-from regla.models import ReGLAForCausalLM
+from regla.models.student import linear_attention
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
@@ -34,18 +31,18 @@ def transfer_loss(original: PreTrainedModel, learning: Iterable[int] | None = No
     numbers = None if learning is None else sorted(learning)
 
     def loss(model: nn.Module, crop_BL: Tensor) -> Tensor:
-        linear = linear_layers(cast(ReGLAForCausalLM, model))
+        linear = linear_attention(model)
         layers = linear if numbers is None else {number: linear[number] for number in numbers}
         errors: list[Tensor] = []
 
         def see(number: int, attention: Attention) -> None:
             with torch.enable_grad():
-                y, _ = cast(ReGLAAttention, layers[number].self_attn)(attention.x, rotary=attention.rotary)
+                y, _ = layers[number](attention.x, position_embeddings=attention.rotary)
                 expected = attention.y.float()
                 errors.append((y.float() - expected).square().mean() / expected.square().mean())
 
         with torch.no_grad(), observed_attention(original, layers, see):
-            original.model(crop_BL[:, :-1], use_cache=False)
+            original.base_model(crop_BL[:, :-1], use_cache=False)
         return torch.stack(errors).mean()
 
     return loss

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regla.models.families import family_of
+
 
 class Attention(NamedTuple):
     """One layer's attention on one batch."""
 
     x: Tensor  # [B, T, hidden], what comes in: the normalised hidden state
-    rotary: tuple[Tensor, Tensor]  # (cos, sin), each [B or 1, T, head_dim]
+    rotary: tuple[Tensor, Tensor] | None  # (cos, sin), each [B or 1, T, rotated channels]; None without RoPE
     y: Tensor  # [B, T, hidden], what goes out, behind the output projection
 
 
@@ -26,13 +28,14 @@ def observed_attention(
 
     def hook(number: int) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            see(number, Attention(kwargs["hidden_states"], kwargs["position_embeddings"], output[0]))
+            x = args[0] if args else kwargs["hidden_states"]
+            see(number, Attention(x, kwargs.get("position_embeddings"), output[0]))
 
         return after
 
+    family = family_of(original.config)
     handles = [
-        original.model.layers[number].self_attn.register_forward_hook(hook(number), with_kwargs=True)
-        for number in layers
+        family.attention_of(original, number).register_forward_hook(hook(number), with_kwargs=True) for number in layers
     ]
     try:
         yield

@@ -15,7 +15,7 @@ from regla.linearize.config import REST_LR, LinearizeConfig
 from regla.linearize.losses import distillation_loss, transfer_loss
 from regla.linearize.resume import settings, stage_folder
 from regla.linearize.summary import write_summary
-from regla.linearize.transfer import linear_layers
+from regla.models.student import linear_attention
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
 from regla.runtime.checkpoint import Checkpoints, found_in
 from regla.runtime.log import TrainingLog, read_log
@@ -27,8 +27,6 @@ from regla.train.regions import compiled_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from regla.models import ReGLAForCausalLM
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def resumed(stages: Sequence[Stage]) -> bool:
 
 def run_stages(
     original: PreTrainedModel,
-    model: ReGLAForCausalLM,
+    model: PreTrainedModel,
     new: Sequence[int],
     tokens_N: Tensor,
     stages: Sequence[Stage],
@@ -156,10 +154,10 @@ def remove_checkpoints(stages: Sequence[Stage]) -> None:
 
 
 def _recipes(
-    original: PreTrainedModel, model: ReGLAForCausalLM, new: Sequence[int]
+    original: PreTrainedModel, model: PreTrainedModel, new: Sequence[int]
 ) -> dict[str, tuple[Loss, list[Group]]]:
     """By stage: what is minimised, and what learns how fast."""
-    layers = linear_layers(model)
+    layers = linear_attention(model)
     learning = {number: layers[number] for number in new or layers}
     mixers = _mixers(layers.values())
     own = set(mixers)
@@ -177,7 +175,7 @@ def _recipes(
 
 
 def _mixers(layers: Any) -> list[nn.Parameter]:
-    return [parameter for layer in layers for parameter in layer.get_submodule("self_attn").parameters()]
+    return [parameter for layer in layers for parameter in layer.parameters()]
 
 
 def _announcement(number: int, stage: Stage) -> str:

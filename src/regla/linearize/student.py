@@ -8,10 +8,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from regla.linearize.config import LinearizeConfig
-from regla.linearize.convert import convert, converted_config, layer_types, own_parameters
+from regla.linearize.convert import convert, converted_config, linear_numbers, take_weights
 from regla.linearize.load import load_student, load_student_config
-from regla.linearize.transfer import linear_layers
-from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.student import linear_attention
 from regla.runtime.errors import OptionError
 
 _SHARED = ("num_hidden_layers", "hidden_size", "vocab_size")  # what attention transfer and distillation compare
@@ -21,14 +20,14 @@ _SHARED = ("num_hidden_layers", "hidden_size", "vocab_size")  # what attention t
 class Student:
     """A model before its training."""
 
-    model: ReGLAForCausalLM
+    model: PreTrainedModel
     before: PreTrainedModel
     """What its weights came from."""
     new: list[int]
     """The layers that became linear now."""
 
 
-def student_config(config: LinearizeConfig, original: PreTrainedConfig) -> ReGLAConfig:
+def student_config(config: LinearizeConfig, original: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the student.
 
     Raises:
@@ -39,8 +38,7 @@ def student_config(config: LinearizeConfig, original: PreTrainedConfig) -> ReGLA
         planned = converted_config(original, config.keep, gate_bias=config.gate_bias)
     else:
         planned = _further_config(config, load_student_config(config.init), original)
-    assert planned.layer_types is not None
-    if "linear_attention" not in planned.layer_types:
+    if not planned.linear_layers:
         raise OptionError(
             "{keep} {value} names every layer, so that none becomes linear; name fewer.", value=config.keep
         )
@@ -57,23 +55,23 @@ def make_student(config: LinearizeConfig, original: PreTrainedModel) -> Student:
     if config.init is None:
         assert config.keep is not None
         model = convert(original, config.keep, check=False, gate_bias=config.gate_bias)
-        return Student(model, original, sorted(linear_layers(model)))
+        return Student(model, original, sorted(linear_attention(model)))
     before = load_student(config.init)
     planned = _further_config(config, before.config, original.config)
     torch.manual_seed(config.seed)
-    model = ReGLAForCausalLM(planned).eval()
-    new = sorted(linear_layers(model).keys() - linear_layers(before).keys())
-    missing, unexpected = model.load_state_dict(before.state_dict(), strict=False)
-    allowed = {name for name in own_parameters(model) if int(name.split(".")[2]) in new}
-    if unexpected or set(missing) - allowed:
-        name = (unexpected or sorted(set(missing) - allowed))[0]
-        raise ValueError(f"Parameter {name} in {config.init} has no place in a converted model; give another folder.")
+    model = type(before)._from_config(planned, dtype=before.dtype).eval()
+    take_weights(before, model)
     model.generation_config = before.generation_config
-    return Student(model, before, new)
+    return Student(model, before, sorted(set(planned.linear_layers) - set(before.config.linear_layers)))
 
 
-def _further_config(config: LinearizeConfig, before: ReGLAConfig, original: PreTrainedConfig) -> ReGLAConfig:
+def _further_config(config: LinearizeConfig, before: PreTrainedConfig, original: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration in the folder, with the layers that are to be linear as well."""
+    if before.original_model_type != original.model_type:
+        raise ValueError(
+            f"{config.init} was converted from a {before.original_model_type} model, but {config.model} is of type "
+            f"{original.model_type}; give the original that the folder was converted from."
+        )
     for name in _SHARED:
         ours, theirs = getattr(before, name), getattr(original, name)
         if ours != theirs:
@@ -83,9 +81,8 @@ def _further_config(config: LinearizeConfig, before: ReGLAConfig, original: PreT
             )
     if config.keep is None:
         return before
-    assert before.layer_types is not None
-    kinds = layer_types(before.num_hidden_layers, config.keep)
-    lost = [i for i, pair in enumerate(zip(before.layer_types, kinds, strict=True)) if pair == _LINEAR_TO_SOFTMAX]
+    linear = linear_numbers(original, config.keep)
+    lost = sorted(set(before.linear_layers) - set(linear))
     if lost:
         raise OptionError(
             "{keep} {value} keeps layer {layer}, which is linear in {folder} already; name softmax layers of it.",
@@ -93,13 +90,11 @@ def _further_config(config: LinearizeConfig, before: ReGLAConfig, original: PreT
             layer=lost[0],
             folder=config.init,
         )
-    if kinds == before.layer_types:
+    if linear == before.linear_layers:
         raise OptionError(
             "{keep} {value} makes no further layer of {folder} linear; leave it out.",
             value=config.keep,
             folder=config.init,
         )
-    return ReGLAConfig(**before.to_dict() | {"layer_types": kinds, "gate_bias": config.gate_bias})
-
-
-_LINEAR_TO_SOFTMAX = ("linear_attention", "full_attention")
+    mixer = before.mixer | {"gate_bias": config.gate_bias}
+    return type(before).from_dict(before.to_dict() | {"linear_layers": linear, "mixer": mixer})

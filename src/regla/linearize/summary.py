@@ -16,9 +16,7 @@ from regla.runtime.versions import device_name, versions
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from regla.models import ReGLAForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUMMARY = "linearize.json"
 
@@ -60,7 +58,7 @@ def write_summary(out: Path, summary: dict[str, Any]) -> None:
     write_json(out / SUMMARY, summary)
 
 
-def save(out: Path, model: ReGLAForCausalLM, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]) -> None:
+def save(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]) -> None:
     """Weights, config, generation config, tokenizer with its chat template, model card and summary."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,58 +15,75 @@ from torch.func import functional_call
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from regla.layers import ReGLAAttention
+from regla.layers.norms import normalised
 from regla.layers.positions import apply_rotary
-from regla.models import ReGLAForCausalLM
+from regla.models.families import family_of
+from regla.models.student import StudentAttention, linear_attention
 from regla.runtime.device import float32_products
 
 
+def projected(attention: StudentAttention, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    """q [B, T, heads, K], k and v [B, T, key heads, K] of a linear layer, as the original's softmax would get them."""
+    mixer = attention.mixer
+    q, k, v = (
+        projection(x).unflatten(-1, (heads, mixer.head_dim))
+        for projection, heads in (
+            (mixer.q_proj, mixer.num_heads),
+            (mixer.k_proj, mixer.num_kv_heads),
+            (mixer.v_proj, mixer.num_kv_heads),
+        )
+    )
+    q, k = normalised(mixer.q_norm, q), normalised(mixer.k_norm, k)
+    if rotary is not None:
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    return [q, k, v]
+
+
 class SoftmaxThroughMixer(nn.Module):
-    """Causal softmax attention by a mixer's own q, k, v and o projections, head layout and RoPE; for checks alone."""
+    """Softmax attention by a mixer's own projections, norms and head layout; for checks alone. RoPE, the mask and the
+    scaling are the original's."""
 
-    def __init__(self, mixer: ReGLAAttention) -> None:
+    def __init__(self, attention: StudentAttention) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.attention = attention
 
-    def forward(self, x: Tensor, *, rotary: tuple[Tensor, Tensor] | None = None, **_: Any) -> tuple[Tensor, None]:
-        mixer, (B, T, _hidden) = self.mixer, x.shape
-        q = mixer.q_proj(x).view(B, T, mixer.num_heads, mixer.head_dim)
-        k = mixer.k_proj(x).view(B, T, mixer.num_kv_heads, mixer.head_dim)
-        v = mixer.v_proj(x).view(B, T, mixer.num_kv_heads, mixer.value_head_dim)
-        if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        mixer, (B, T, _hidden) = self.attention.mixer, hidden_states.shape
+        q, k, v = projected(self.attention, hidden_states, position_embeddings)
         # The recurrence lets consecutive groups of query heads share a state; so do these.
         q = q.view(B, T, mixer.num_kv_heads, -1, mixer.head_dim).permute(0, 2, 3, 1, 4)  # [B, H, G, T, K]
         k, v = (y.transpose(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1) for y in (k, v))
-        o = scaled_dot_product_attention(q, k, v, is_causal=True)
+        mask = None if attention_mask is None else attention_mask[:, :, None]
+        o = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.attention.scaling)
         return mixer.o_proj(o.permute(0, 3, 1, 2, 4).reshape(B, T, -1)), None
 
 
-def linear_layers(model: ReGLAForCausalLM) -> dict[int, nn.Module]:
-    """The blocks whose mixer is ReGLA, by their number."""
-    return {number: layer for number, layer in enumerate(model.model.layers) if layer.is_linear}
-
-
 @contextmanager
-def softmax_in_place_of_mixers(model: ReGLAForCausalLM, layers: Iterable[int] | None = None) -> Iterator[None]:
+def softmax_in_place_of_mixers(model: PreTrainedModel, layers: Iterable[int] | None = None) -> Iterator[None]:
     """Within the context the given linear layers (None: all) compute softmax attention through their own weights."""
-    found = linear_layers(model)
-    linear = [found[number] for number in (found if layers is None else layers)]
-    mixers = [cast(ReGLAAttention, layer.self_attn) for layer in linear]
+    family, found = family_of(model.config), linear_attention(model)
+    chosen = {number: found[number] for number in (found if layers is None else layers)}
     try:
-        for layer, mixer in zip(linear, mixers, strict=True):
-            layer.self_attn = SoftmaxThroughMixer(mixer)
+        for number, attention in chosen.items():
+            family.replace_attention(model, number, SoftmaxThroughMixer(attention))
         yield
     finally:
-        for layer, mixer in zip(linear, mixers, strict=True):
-            layer.self_attn = mixer
+        for number, attention in chosen.items():
+            family.replace_attention(model, number, attention)
 
 
 @torch.no_grad()
 @float32_products()
 def check_transfer(
     original: PreTrainedModel,
-    converted: ReGLAForCausalLM,
+    converted: PreTrainedModel,
     input_ids: Tensor | None = None,
     tolerance: float = 1e-4,
     *,
@@ -77,8 +94,8 @@ def check_transfer(
 
     Args:
         original: the Hugging Face causal language model that was converted.
-        converted: what `convert` made of it.
-        input_ids: [B, T] tokens to compare on. None: 64 random ones.
+        converted: the student that `convert` made of it.
+        input_ids: [B, T] tokens to compare on. None: 64 random ones, or as many as the original has positions for.
         tolerance: what the difference may be.
         layers: the linear layers whose weights were transferred; the others compute what they do. None: all.
 
@@ -87,7 +104,8 @@ def check_transfer(
     """
     if input_ids is None:
         generator = torch.Generator().manual_seed(0)
-        input_ids = torch.randint(original.config.vocab_size, (1, 64), generator=generator)
+        length = min(64, original.config.max_position_embeddings)
+        input_ids = torch.randint(original.config.vocab_size, (1, length), generator=generator)
     input_ids = input_ids.to(next(converted.parameters()).device)
     training = original.training, converted.training
     original.eval(), converted.eval()
@@ -120,7 +138,7 @@ def _in_float32(model: PreTrainedModel, input_ids: Tensor) -> Any:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     wide = {name: x.float() for name, x in tensors.items() if x.dtype in narrow}
     for path, module in model.named_modules():
-        if hasattr(module, "original_inv_freq"):
+        if "RotaryEmbedding" in type(module).__name__:
             fresh = dict(type(module)(module.config).named_buffers())
             wide |= {f"{path}.{name}": x.to(tensors[f"{path}.{name}"].device) for name, x in fresh.items()}
     kwargs = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": True}

@@ -171,7 +171,7 @@ class ReGLAConfig(PreTrainedConfig):
             self.attention_out_bias = self.attention_bias
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
-        self.format_version = _checked_format(self.format_version)
+        self.format_version = checked_format(self.format_version)
         kwargs = _without_removed_options(kwargs)
         kwargs["auto_map"] = AUTO_MAP
         self.check()
@@ -322,7 +322,7 @@ def _half_life(mixer: Mixer) -> int | float | list[int | float] | None:
     return list(mixer.gate_half_life) if isinstance(mixer.gate_half_life, tuple) else mixer.gate_half_life
 
 
-def _checked_format(version: int) -> int:
+def checked_format(version: int) -> int:
     """The version that a config of this one is written in; a ValueError for one that this package does not know."""
     if version > FORMAT_VERSION:
         raise ValueError(

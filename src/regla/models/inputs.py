@@ -91,7 +91,7 @@ def positions(
             raise ValueError("attention_mask is a dict of masks, which does not tell positions; pass position_ids too")
         attention_mask = None
     if attention_mask is None:
-        return (torch.arange(T, device=inputs_embeds.device) + _seen(past_key_values))[None]
+        return (torch.arange(T, device=inputs_embeds.device) + seen_tokens(past_key_values))[None]
     counts = attention_mask.to(inputs_embeds.device).long().cumsum(-1)
     return current_columns((counts - 1).clamp(min=0), past_key_values, T)
 
@@ -101,7 +101,7 @@ def current_columns(table: Tensor, past_key_values: Cache | None, T: int) -> Ten
 
     L counts the tokens in the cache and those of this call; behind a static cache it may also be the cache's length.
     """
-    columns, seen = table.shape[1], _seen(past_key_values)
+    columns, seen = table.shape[1], seen_tokens(past_key_values)
     if isinstance(past_key_values, StaticCache):
         # It counts in a tensor, and reading that would make a GPU wait, so take the columns by index.
         return table if columns == T else table.index_select(1, torch.arange(T, device=table.device) + seen)
@@ -153,5 +153,6 @@ def check_packing(batch_size: int, attention_mask: Any, past_key_values: Cache |
         raise ValueError(f"documents are packed into a batch of {batch_size} rows; concatenate them into one row")
 
 
-def _seen(past_key_values: Cache | None) -> int | Tensor:
+def seen_tokens(past_key_values: Cache | None) -> int | Tensor:
+    """How many tokens the cache holds, padding included."""
     return 0 if past_key_values is None else past_key_values.get_seq_length()

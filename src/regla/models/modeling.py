@@ -53,7 +53,7 @@ class ReGLADecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.is_linear = config.layer_types[layer_idx] == "linear_attention"
         self.linear_rope = config.linear_rope
-        self.self_attn = (_linear_mixer if self.is_linear else SoftmaxAttention)(config, layer_idx)
+        self.self_attn = (linear_mixer if self.is_linear else SoftmaxAttention)(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -360,7 +360,10 @@ def _check_exporter() -> None:
         )
 
 
-def _linear_mixer(config: ReGLAConfig, layer_idx: int) -> ReGLAAttention:
+def linear_mixer(
+    config: ReGLAConfig, layer_idx: int, *, bias: bool | None = None, out_bias: bool | None = None
+) -> ReGLAAttention:
+    """The mixer of layer `layer_idx`; biases of q, k, v and of the output are the config's unless given."""
     mixer = ReGLAAttention(
         config.hidden_size,
         config.num_attention_heads,
@@ -380,8 +383,8 @@ def _linear_mixer(config: ReGLAConfig, layer_idx: int) -> ReGLAAttention:
         qk_norm=config.qk_norm,
         qk_calibration=config.qk_calibration,
         output_gate=config.output_gate,
-        bias=config.attention_bias,
-        out_bias=bool(config.attention_out_bias),
+        bias=config.attention_bias if bias is None else bias,
+        out_bias=bool(config.attention_out_bias) if out_bias is None else out_bias,
         gate_low_rank_dim=config.gate_low_rank_dim,
         backend=config.backend,
     )

@@ -7,9 +7,17 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def _regions(base: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of a base model, which stand in one list, and the norm behind them."""
+    children = list(base.children())
+    at = next(i for i, child in enumerate(children) if isinstance(child, nn.ModuleList))
+    return [*children[at], children[at + 1]]
 
 
 @contextmanager
@@ -22,7 +30,7 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
     base = model.base_model
     with ExitStack() as undo:
         # Not whole modules: hooks, which transformers leaves on the blocks, would break the graph.
-        for region in (*base.layers, base.norm):
+        for region in _regions(base):
             region.forward = torch.compile(region.forward, dynamic=False)
             undo.callback(delattr, region, "forward")
         # Else the compiler would follow a loss into the model, and through its blocks one by one.

@@ -19,6 +19,7 @@ from torch import Tensor
 from regla.eval.perplexity import mean_score
 from regla.models.folders import load_model
 from regla.models.modeling import ReGLAForCausalLM
+from regla.models.student import Student
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
 from regla.runtime.checkpoint import Checkpoints, found_in, is_finite, whole_weights
 from regla.runtime.device import float32_products, out_of_memory, pick_device
@@ -275,7 +276,7 @@ def _model(config: TrainConfig, source: Material) -> tuple[ReGLAForCausalLM, int
         matched, softmax_parameters = match_softmax(planned)
         return ReGLAForCausalLM(matched), softmax_parameters
     model = load_model(config.init, torch.device("cpu"))
-    if not isinstance(model, ReGLAForCausalLM):
+    if not isinstance(model, ReGLAForCausalLM | Student):
         raise OptionError(
             "{init} {folder} holds a model of type {kind}, expected one of regla; convert it with `regla linearize` "
             "first.",
