@@ -115,7 +115,9 @@ def test_nothing_else_changes(calibrated):
     original, converted, _, _ = calibrated
     fresh = dict(convert(original, "none").named_parameters())
     changed = {
-        name.split("self_attn.mixer.")[-1] for name, p in converted.named_parameters() if not torch.equal(p, fresh[name])
+        name.split("self_attn.mixer.")[-1]
+        for name, p in converted.named_parameters()
+        if not torch.equal(p, fresh[name])
     }
     gates = {name for name in changed if name.startswith("gate.")}  # drawn anew for each model
     scales = {f"qk_calibration.{letter}_{kind}" for letter in "qk" for kind in ("mean", "scale")}

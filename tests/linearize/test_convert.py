@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from regla.cli import main
 from regla.data.tokenizer import train_tokenizer
@@ -178,9 +178,9 @@ def test_the_gate_decays_the_axis_of_every_other_model():
 
 
 def test_bad_models_and_arguments():
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="the model is of type 'gpt2'; conversion supports 'llama'"):
-        convert(gpt2)
+    opt = OPTForCausalLM(OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="the model is of type 'opt'; conversion supports 'llama'"):
+        convert(opt)
     with pytest.raises(ValueError, match="hidden_size is the original's"):
         convert(llama(), hidden_size=64)
     with pytest.raises(ValueError, match="gate_axis is 'row'; expected one of 'value', 'key', 'both'"):

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig
 
 from regla.cli import main
 from regla.data.tokenizer import train_tokenizer
@@ -21,7 +21,7 @@ from regla.linearize import driver
 from regla.linearize.config import LinearizeConfig
 from regla.linearize.driver import linearize
 from regla.runtime.log import TrainingLog, read_log
-from tests.linearize.models import TEMPLATE, command, llama, qwen2
+from tests.linearize.models import TEMPLATE, command, llama
 
 
 def test_training_brings_the_model_back(converted):
@@ -281,7 +281,7 @@ def sentence(error):
 
 
 def unsupported(place):
-    GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2).save_pretrained(place)
+    OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(place)
 
 
 def foreign_tokenizer(place):
@@ -289,8 +289,8 @@ def foreign_tokenizer(place):
     train_tokenizer(["some words to make a tokenizer of"] * 3, 300).save_pretrained(place)
 
 
-def window(place):
-    qwen2(use_sliding_window=True, sliding_window=64, max_window_layers=0).config.save_pretrained(place)
+def cross_attention(place):
+    GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True).save_pretrained(place)
 
 
 def pickled(place):
@@ -303,9 +303,9 @@ def pickled(place):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (unsupported, "the model is of type 'gpt2'; conversion supports 'llama', 'mistral', 'qwen2'"),
+        (unsupported, "the model is of type 'opt'; conversion supports 'llama', 'mistral', 'qwen2'"),
         (foreign_tokenizer, r"has ids up to \d+, but the model's vocab_size is 97"),
-        (window, "sliding_window is 64"),
+        (cross_attention, "add_cross_attention is True"),
         (pickled, "cannot be loaded"),
     ],
 )
@@ -326,7 +326,10 @@ def test_bad_models(make, message, tmp_path, capsys):
         (["--steps", "5", "--transfer-steps", "6"], "--transfer-steps is 6, expected 0 to 5"),
         (["--calibration-tokens", "600"], "--calibration-tokens is 600, expected at least 1024"),
         (["--lr", "0"], "--lr is 0.0, expected a number above 0"),
-        (["--keep", "most"], "--keep is 'most'; expected 'none', 'every-N' with N of at least 2, 'sliding', or layer numbers"),
+        (
+            ["--keep", "most"],
+            "--keep is 'most'; expected 'none', 'every-N' with N of at least 2, 'sliding', or layer numbers",
+        ),
         (["--keep", "0,5"], "--keep names layer 5; the model has layers 0 to 1"),
         (["--keep", "0,,1"], "--keep is '0,,1'; expected"),
         (["--keep", "0,1"], "--keep 0,1 names every layer, so that none becomes linear"),

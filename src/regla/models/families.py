@@ -124,6 +124,21 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
+    "qwen3": Family(norm="head"),
+    "qwen3_moe": Family(norm="head"),
+    "gemma3_text": Family(norm="head", refused=_bidirectional),
+    "olmo2": Family(norm="all"),
+    "granite": Family(),
+    "phi3": Family(qkv=stacked("qkv_proj")),
+    "gpt_neox": Family(attention="attention", qkv=stacked_by_head("query_key_value"), out="dense"),
+    "gpt2": Family(
+        layers="h",
+        attention="attn",
+        qkv=stacked("c_attn"),
+        out="c_proj",
+        dropout="resid_dropout",
+        refused=_cross_attention,
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from regla.layers.defaults import ADDITIVE, DEFAULTS
-from regla.models.configuration import FORMAT_VERSION, ReGLAConfig, checked_format
+from regla.models.configuration import FORMAT_VERSION, ReGLAConfig, checked_format, mixer_arguments
 from regla.models.families import FAMILIES, heads_of, softmax_kinds, window
 from regla.models.hub import AUTO_CLASSES, auto_map, publish, write_hub_module
 from regla.runtime.install import install_regla

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from regla.eval.perplexity import mean_score
 from regla.models.folders import load_model
@@ -238,7 +239,7 @@ def _extends(config: TrainConfig) -> bool:
         return False
 
 
-def _settings(config: TrainConfig, model: ReGLAForCausalLM) -> dict[str, Any]:
+def _settings(config: TrainConfig, model: PreTrainedModel) -> dict[str, Any]:
     """What the weights of a run depend on but its text, by option."""
     options = by_flag(with_effect(config))
     if config.init is not None:
@@ -269,7 +270,7 @@ def _tidy(out: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _model(config: TrainConfig, source: Material) -> tuple[ReGLAForCausalLM, int | None]:
+def _model(config: TrainConfig, source: Material) -> tuple[PreTrainedModel, int | None]:
     """The model to train, and the parameters of the softmax model of its shape where it is a new one."""
     if config.init is None:
         planned = model_config(config, vocab_size=source.vocab_size, end_of_text=source.end_of_text)
