@@ -25,9 +25,10 @@ from regla.linearize.student import Student, make_student, student_config
 from regla.linearize.summary import new_summary, read_summary, save, score_table, write_summary
 from regla.linearize.texts import Texts, encode_texts, read_texts
 from regla.linearize.transfer import check_transfer
+from regla.models.families import last_position
 from regla.models.student import linear_attention
 from regla.runtime.device import autocast, float32_products, out_of_memory, pick_device
-from regla.runtime.errors import OptionMemoryError
+from regla.runtime.errors import OptionError, OptionMemoryError
 from regla.runtime.files import alone_in, new_folder_alone, remove_unfinished
 from regla.runtime.processes import check_one_process
 from regla.runtime.progress import CALMER
@@ -81,6 +82,14 @@ def _linearize(config: LinearizeConfig, held: ExitStack) -> dict[str, Any] | Non
     original_config = load_config(config.model)
     check_original(config.model, original_config)
     planned = student_config(config, original_config)
+    limit = last_position(original_config)
+    if limit is not None and config.seq_len > limit:
+        raise OptionError(
+            "{seq_len} is {value}, but {model} has learnt positions for {limit} tokens; lower {seq_len}.",
+            value=config.seq_len,
+            model=config.model,
+            limit=limit,
+        )
     sources = read_texts(config)
     if config.dry_run:
         texts = encode_texts(config, sources, load_tokenizer(config.model, original_config))
@@ -172,13 +181,14 @@ def _calibrate(
     """Calibrate the new layers and print their figures, which are returned."""
     if not new:
         return []
-    sequences = config.calibration_tokens // CALIBRATION_LENGTH
-    crops_BT = crops(tokens_N, seed=config.seed, batch=0, batch_size=sequences, length=CALIBRATION_LENGTH)
+    length = min(CALIBRATION_LENGTH, last_position(original.config) or CALIBRATION_LENGTH)
+    sequences = config.calibration_tokens // length
+    crops_BT = crops(tokens_N, seed=config.seed, batch=0, batch_size=sequences, length=length)
     rows = calibrate(original, model, crops_BT, layers=new)
     print(calibration_table(rows))
     failing = [row.layer for row in rows if not row.holds]
     print(
-        f"Calibrated on {sequences // 2 * CALIBRATION_LENGTH:,} tokens and checked on others; "
+        f"Calibrated on {sequences // 2 * length:,} tokens and checked on others; "
         + (f"the contract FAILS in layers {', '.join(map(str, failing))}" if failing else "the contract holds")
         + " (a quarter of the features effective, KL below that of uniform attention)"
     )

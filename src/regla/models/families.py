@@ -94,6 +94,8 @@ class Family:
     """What the modules q_norm and k_norm normalise: each "head" by itself, "all" heads together, or nothing (None)."""
     dropout: str | None = None
     """A dropout behind the output projection, in the attention module."""
+    learned_positions: bool = False
+    """Whether positions are a table, which ends at max_position_embeddings."""
     refused: Callable[[PreTrainedConfig], str | None] = _nothing_refused
     """Of a configuration: the variant of attention that cannot be converted and what it is set to, or None."""
 
@@ -137,6 +139,7 @@ FAMILIES: dict[str, Family] = {
         qkv=stacked("c_attn"),
         out="c_proj",
         dropout="resid_dropout",
+        learned_positions=True,
         refused=_cross_attention,
     ),
 }
@@ -145,6 +148,12 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: PreTrainedConfig) -> Family:
     """The row of a configuration, the original's or a student's; KeyError if there is none."""
     return FAMILIES[getattr(config, "original_model_type", config.model_type)]
+
+
+def last_position(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model has positions for; None where positions are computed, or the family has no row."""
+    family = FAMILIES.get(getattr(config, "original_model_type", config.model_type))
+    return config.max_position_embeddings if family is not None and family.learned_positions else None
 
 
 def heads_of(config: PreTrainedConfig) -> Heads:

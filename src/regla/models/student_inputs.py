@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
 from regla.models.cache import CACHE, adopt_cache, one_cache
+from regla.models.families import last_position
 from regla.models.inputs import (
     LayerMasks,
     check_packing,
@@ -79,6 +80,7 @@ def prepared(model: Any, blocks: Iterable[nn.Module], arguments: dict[str, Any])
     theirs, real = _split(attention_mask, cache, tokens)
     if position_ids is None:
         position_ids = positions(_counted(attention_mask, cache, real), cache, tokens)
+    _check_positions(position_ids, seen_tokens(cache) + T, last_position(model.config))
     return arguments | {
         "attention_mask": theirs,
         "position_ids": position_ids,
@@ -159,6 +161,16 @@ def _real_of_causal(mask: Tensor, cache: Cache | None, T: int) -> Tensor:
                 "follow; pass [B, past + T] with 0 for padding, or cu_seq_lens_q for packed documents"
             )
     return real
+
+
+def _check_positions(position_ids: Tensor, columns: int | Tensor, limit: int | None) -> None:
+    """Raise a ValueError for a position that a model with a table of them has not learnt."""
+    if limit is None or not columns > limit:
+        return
+    if int(position_ids.max()) >= limit:  # padding is no position
+        raise ValueError(
+            f"position {int(position_ids.max())} is asked for, and the model has learnt {limit}; give fewer tokens"
+        )
 
 
 def _counted(mask: Any, cache: Cache | None, real: Tensor | None) -> Any:

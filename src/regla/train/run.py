@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regla.eval.perplexity import mean_score
+from regla.models.families import last_position
 from regla.models.folders import load_model
 from regla.models.modeling import ReGLAForCausalLM
 from regla.models.student import Student
@@ -283,6 +284,15 @@ def _model(config: TrainConfig, source: Material) -> tuple[PreTrainedModel, int 
             "first.",
             folder=config.init,
             kind=model.config.model_type,
+        )
+    limit = last_position(model.config)
+    if limit is not None and config.seq_len > limit:
+        raise OptionError(
+            "{seq_len} is {value}, but the model in {init} {folder} has learnt positions for {limit} tokens; lower "
+            "{seq_len}.",
+            value=config.seq_len,
+            folder=config.init,
+            limit=limit,
         )
     longest = max(model.config.max_position_embeddings, config.seq_len)
     model.config.max_position_embeddings = longest
