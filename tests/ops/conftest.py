@@ -50,6 +50,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(params=["recurrent", "chunked", "native", "triton"])
+def backend(request):
+    """Of tests that do not name them: every backend, where it runs."""
+    x = torch.ones(1, 1, 1, 16)
+    why_not = {"native": dispatch.why_not_native, "triton": dispatch.why_not_triton}.get(request.param)
+    reason = why_not and why_not(x, x)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.fixture
 def operation():
     """The launches of the kernels, where Triton runs them: on a GPU, or through its interpreter."""

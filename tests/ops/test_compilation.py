@@ -115,14 +115,14 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
 
 def call_delta(dtype, HQ, K):
     """Forward and backward of the delta rule from logits, with a mask and a norm of q and k."""
-    from regla.ops.call import Call, Gates, QKNorm
+    from regla.ops.call import Call, Forms, Gates, QKNorm
     from regla.ops.triton.delta_operation import triton_gated_delta_rule
 
     q = torch.zeros(1, 64, HQ, K, dtype=dtype, requires_grad=True)
     k, v, g, r = (torch.zeros(1, 64, 1, K, dtype=dtype) for _ in range(4))
     norm = QKNorm(torch.ones(K), torch.ones(K), 1e-6)
     call = Call(q, k, v, Gates(g, r, write=torch.zeros(1, 64, 1)), 1.0, mask=torch.ones(1, 64) > 0, qk_norm=norm)
-    o, state = triton_gated_delta_rule(call, 1.0, True)
+    o, state = triton_gated_delta_rule(call, Forms(unit_exp=True, beta_max=1.0))
     (o.sum() + state.sum()).backward()
 
 

@@ -79,13 +79,6 @@ def backends():
     return quick_backends() + (["triton"] if why_not_triton(x, x) is None else [])
 
 
-@pytest.fixture(params=["recurrent", "chunked", "native", "triton"])
-def backend(request):
-    if request.param not in backends():
-        pytest.skip(f"{request.param} cannot run here")
-    return request.param
-
-
 def assert_equal_to_definition(inputs, mask=None, only=None):
     leaves = [None if x is None else x.double().requires_grad_() for x in inputs]
     o, S = definition(*leaves, mask)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from regla.ops.features import unit_safe_exp
+
 
 class FeatureMap(nn.Module):
     """phi: `forward(q [B, T, HQ, K], k [B, T, H, K])` returns the features of q and k, in the same shapes.
@@ -72,7 +74,7 @@ class UnitSafeExp(ElementwiseMap):
     over time (docs/math.md)."""
 
     def phi(self, x: Tensor) -> Tensor:
-        return _unit((_wide(x) - x.detach().amax(-1, keepdim=True)).exp()).to(x.dtype)
+        return unit_safe_exp(x)
 
 
 class UnitIdentity(ElementwiseMap):

@@ -77,7 +77,7 @@ def attend(
     if call.gates.write is not None:
         call = call._replace(v=call.v * call.gates.write.to(call.v.dtype), gates=call.gates._replace(write=None))
     if call.qk_norm is not None and not how.normalises:
-        call = _normalised(call)
+        call = normalised(call)
     if how.is_step:
         S, m = (call.S, call.m) if overwrite and _can_be_overwritten(call) else _copy_of_state(call)
         assert S is not None and m is not None
@@ -95,14 +95,14 @@ def attend(
 
 
 def _from_features(call: Call, how: Plan) -> tuple[Tensor, Tensor]:
-    q, k, v, gates, scale, _, mask, cu_seqlens, S, *_ = _without_padding(call)
+    q, k, v, gates, scale, _, mask, cu_seqlens, S, *_ = without_padding(call)
     gk, gv = _log_decays(gates, mask)
     return _form(how)(q, k, v, gk, gv, scale, S, cu_seqlens)
 
 
 def _from_logits(call: Call, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """By features of the safe exponential, formed here relative to the stabiliser m, in whose units the state is."""
-    q, k, v, gates, scale, key_max, mask, cu_seqlens, S, before, *_ = _without_padding(call)
+    q, k, v, gates, scale, key_max, mask, cu_seqlens, S, before, *_ = without_padding(call)
     assert key_max is not None
     gk, gv = _log_decays(gates, mask)
     slowest_k, slowest_v = (None if g is None else g.detach().amax(-1) for g in (gk, gv))
@@ -148,15 +148,16 @@ def _log_decays(gates: Gates, mask: Tensor | None) -> tuple[Tensor | None, Tenso
     return gk, gv
 
 
-def _without_padding(call: Call) -> Call:
+def without_padding(call: Call) -> Call:
     if call.mask is None:
         return call
     q, k, v = (masked(x, call.mask) for x in (call.q, call.k, call.v))
     gk, rk, gv, rv = (None if g is None else masked(g, call.mask) for g in call.gates[:4])
-    return call._replace(q=q, k=k, v=v, gates=Gates(gk, rk, gv, rv))
+    write = call.gates.write if call.gates.write is None else torch.where(call.mask[..., None], call.gates.write, 0.0)
+    return call._replace(q=q, k=k, v=v, gates=Gates(gk, rk, gv, rv, write))
 
 
-def _normalised(call: Call) -> Call:
+def normalised(call: Call) -> Call:
     """With q and k normalised in the dtype of the weights, in their own."""
     q, k, norm = call.q, call.k, call.qk_norm
     assert norm is not None

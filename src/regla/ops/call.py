@@ -53,6 +53,17 @@ class Gates(NamedTuple):
         return gk, gv
 
 
+class Forms(NamedTuple):
+    """What of a call of the delta rule is logits still.
+
+    unit_exp: q and k, of the safe exponential of unit length.
+    beta_max: beta is beta_max * sigmoid of what is given; 0: it is as given.
+    """
+
+    unit_exp: bool = False
+    beta_max: float = 0.0
+
+
 class Packed:
     """Tensors [B, T, heads, channels] that are views, side by side, of one tensor [B, T, all channels].
 

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from regla.ops.call import Call, Gates, masked
-from regla.ops.checks import check_decays, check_gla, check_mask
+from regla.ops.additive import normalised, without_padding
+from regla.ops.call import Call, Forms, Gates, QKNorm, masked
+from regla.ops.checks import check_call
 from regla.ops.delta_chunked import chunked_gated_delta_rule
 from regla.ops.delta_recurrent import recurrent_gated_delta_rule
 from regla.ops.dispatch import BACKENDS, for_forward_mode, why_not_native, why_not_triton
+from regla.ops.features import unit_safe_exp
 from regla.ops.forward_mode import has_tangents
 from regla.ops.native.delta import native_gated_delta_rule
 
@@ -73,30 +75,136 @@ def gated_delta_attention(
     >>> o.shape, state.shape
     (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]))
     """
-    if mask is not None and cu_seqlens is not None:
-        raise ValueError("mask and cu_seqlens are both given; packed sequences have no padding: pass one of them")
-    check_gla(q, k, v, gk, None, initial_state, cu_seqlens, validate)
-    check_decays(gk, None, validate, mask)
+    call = Call(q, k, v, Gates(gk=gk, write=beta), _scale(scale, k), None, mask, cu_seqlens, initial_state)
+    o, state = attend_delta(call, Forms(), backend, validate=validate)
+    return o, state if output_final_state else None
+
+
+def regla_delta_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    gate: Tensor,
+    refine: Tensor,
+    *,
+    beta_max: float = 1.0,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    validate: bool | None = None,
+    qk_norm: QKNorm | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`gated_delta_attention` from raw logits: features of unit length, a refined gate on the key axis, and beta.
+
+        phi(x) = e / |e|,  e_i = exp(x_i - max_j x_j)        F_t = (1 - r_t) g_t^2 + r_t (1 - (1 - g_t)^2)
+        S'_t = Diag(F_t) S_{t-1}
+        S_t  = S'_t + b_t phi(k_t) (v_t - S'_t^T phi(k_t))^T        o_t = scale * S_t^T phi(q_t)
+
+    with g = sigmoid(gate), r = sigmoid(refine), b = beta_max * sigmoid(beta). The kernels for GPUs form all of these
+    inside, forward and backward: nothing of them is stored.
+
+    Args:
+        q: query logits [B, T, HQ, K], HQ a multiple of H; consecutive groups of HQ / H query heads share a state.
+        k: key logits [B, T, H, K].
+        v: values [B, T, H, V].
+        beta: logits of b, [B, T, H].
+        gate, refine: logits of g and r, [B, T, H, K] or [B, T, H, 1], one for all channels.
+        beta_max: the largest b, above 0 and at most 2.
+        qk_norm: weights [K] and eps of an RMS norm over the channels of each head of q and k, which goes before
+            everything above.
+        scale, initial_state, output_final_state, mask, cu_seqlens, backend, validate: as in `gated_delta_attention`.
+
+    Returns:
+        o [B, T, HQ, V] in the dtype of v, and the final state [N, H, K, V], float32 (float64 for float64 input), or
+        None. Gradients flow to every input and through the returned state.
+
+    Raises:
+        ValueError: shapes that do not fit, beta_max out of its range, wrong boundaries, a backend that is unknown or
+            cannot run.
+
+    Source: paper equations 8 and 11-13; docs/math.md.
+
+    >>> q, k, v, gate, refine = torch.randn(5, 1, 10, 2, 4).unbind(0)
+    >>> o, state = regla_delta_attention(q, k, v, torch.randn(1, 10, 2), gate, refine, output_final_state=True)
+    >>> o.shape, state.shape
+    (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]))
+    """
+    if not 0 < beta_max <= 2:
+        raise ValueError(f"beta_max is {beta_max}; expected a number above 0 and up to 2, behind which states grow")
+    gates = Gates(gk=gate, rk=refine, write=beta)
+    call = Call(q, k, v, gates, _scale(scale, k), None, mask, cu_seqlens, initial_state, None, qk_norm)
+    o, state = attend_delta(call, Forms(unit_exp=True, beta_max=beta_max), backend, validate=validate)
+    return o, state if output_final_state else None
+
+
+def attend_delta(call: Call, forms: Forms, backend: str, *, validate: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Check a call of the delta rule and run it: (o, the state after the last token).
+
+    Args:
+        call: shapes as there; `gates.write` is beta [B, T, H].
+        forms: what of it is logits.
+        backend, validate: see `gated_delta_attention`.
+
+    Raises:
+        ValueError: input that does not fit; a backend that is unknown, or is asked for and cannot run.
+    """
+    _check(call, validate)
+    k, v, cu_seqlens = call.k, call.v, call.cu_seqlens
+    if has_tangents(call.tensors()):
+        backend = for_forward_mode(backend)
+    run = _form(backend, k, v, cu_seqlens)
+    if run is None:
+        from regla.ops.triton.delta_operation import triton_gated_delta_rule
+
+        return triton_gated_delta_rule(call, forms)
+    q, k, v, gates, scale, _, _, cu_seqlens, S, *_ = _formed(call, forms)
+    return run(q, k, v, gates.write, gates.gk, scale, S, cu_seqlens)
+
+
+def _scale(scale: float | None, k: Tensor) -> float:
+    return k.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _check(call: Call, validate: bool | None) -> None:
+    check_call(call, validate)
+    beta, k = call.gates.write, call.k
+    assert beta is not None
     if list(beta.shape) != list(k.shape[:3]) or beta.device != k.device:
         raise ValueError(
             f"beta has shape {list(beta.shape)} on {beta.device}; expected [B, T, H] = {list(k.shape[:3])}, one number "
             f"for each token and state head, on {k.device}"
         )
+
+
+def _formed(call: Call, forms: Forms) -> Call:
+    """The call with features, log-decays and beta in place of logits, and with padding that does nothing."""
+    mask = call.mask
+    if mask is not None:  # what padding holds may be nan, which gradients would meet
+        call = without_padding(call)
+    if call.qk_norm is not None:
+        call = normalised(call)
+    q, k, gates = call.q, call.k, call.gates
+    gk, _ = gates.logarithms()
+    beta = gates.write
+    assert beta is not None
+    if forms.unit_exp:
+        q, k = unit_safe_exp(q), unit_safe_exp(k)
+    if forms.beta_max:
+        beta = forms.beta_max * torch.sigmoid(beta.to(torch.promote_types(beta.dtype, torch.float32)))
     if mask is not None:
-        check_mask(mask, k)
-        q, k, v = (masked(x, mask) for x in (q, k, v))
-        beta = torch.where(mask[..., None], beta, 0.0)
+        q, k = masked(q, mask), masked(k, mask)
         gk = gk if gk is None else masked(gk, mask)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    if has_tangents(x for x in (q, k, v, beta, gk, initial_state) if x is not None):
-        backend = for_forward_mode(backend)
-    run = _form(backend, k, v, cu_seqlens)
-    o, state = run(q, k, v, beta, gk, scale, initial_state, cu_seqlens)
-    return o, state if output_final_state else None
+        beta = torch.where(mask[..., None], beta, 0.0)
+    return call._replace(q=q, k=k, gates=Gates(gk=gk, write=beta))
 
 
-def _form(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function of the backend that `backend` stands for."""
+def _form(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The function of features of the backend that `backend` stands for; None: the kernels for GPUs, which take
+    logits."""
     if backend not in ("auto", *BACKENDS):
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend is {backend!r}; expected one of {names}")
@@ -114,24 +222,7 @@ def _form(backend: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Call
         if reason is None and max(k.shape[-1], v.shape[-1]) > _WIDEST:
             reason = f"a head has {max(k.shape[-1], v.shape[-1])} channels, and the kernels take {_WIDEST}"
         if reason is None:
-            return _triton
+            return None
         if backend == "triton":
             raise ValueError(f"backend='triton' cannot run: {reason}; use 'auto' or 'chunked'")
     return chunked_gated_delta_rule
-
-
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    gk: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    from regla.ops.triton.delta_operation import triton_gated_delta_rule
-
-    return triton_gated_delta_rule(
-        Call(q, k, v, Gates(gk=gk, write=beta), scale, cu_seqlens=cu_seqlens, S=initial_state)
-    )

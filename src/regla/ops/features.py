@@ -45,6 +45,19 @@ def safe_exp_query(q: Tensor) -> Tensor:
     return (q - q.detach().amax(-1, keepdim=True)).exp()
 
 
+def unit_safe_exp(x: Tensor) -> Tensor:
+    """phi(x) = e / |e|_2, e_i = exp(x_i - max_j x_j), over the last axis: positive, of length 1, and without a maximum
+    over time.
+
+    Args:
+        x: logits [..., K], any floating dtype.
+
+    Returns:
+        Features [..., K] in the dtype of x, computed in float32 at least.
+    """
+    return torch.nn.functional.normalize(safe_exp_query(x), dim=-1).to(x.dtype)
+
+
 def safe_exp_key(
     k: Tensor,
     log_decay: Tensor | None = None,

@@ -414,11 +414,17 @@ def delta_gradient_kernel(
     if GATE != "none":
         # F spans (t, end of the chunk]: of g_t, what the tokens before t wrote; the carried state takes every g.
         d_written *= w * F
-        log_gradient -= w * D * d_column + d_written
-        carried = carried * exp2(total) + tl.sum(d_written, 0)
+        log_gradient -= w * D * d_column
+        carried *= exp2(total)
+        if EXACT:
+            before = sums(d_written, 1.0, False, EXACT) - d_written
+        else:  # by sums from t on: one product less
+            before = 0.0
+            log_gradient -= d_written
+            carried += tl.sum(d_written, 0)
         if DEEP:
             d_w += tl.where(B > -NEAR, 0.0, d_alone)
-        through = sums(log_gradient, 1.0, True, EXACT) + carried[None, :]
+        through = sums(log_gradient, 1.0, True, EXACT) + before + carried[None, :]
         if PER_HEAD:
             d = tl.where(real, tl.sum(through, 1), 0.0)
             tl.store(d_g + (start + t) * H + h, d.to(d_g.dtype.element_ty), mask=inside)

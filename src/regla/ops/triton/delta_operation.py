@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from regla.ops.call import Call, QKNorm
+from regla.ops.call import Call, Forms, QKNorm
 from regla.ops.fused import gate_kind, in_buffers, unpack
 from regla.ops.triton.delta import (
     delta_gradient_kernel,
@@ -32,13 +32,8 @@ _INPUTS = (
 _OPTIONS = "float eps, float scale, float limit, bool unit_exp"
 
 
-def triton_gated_delta_rule(call: Call, limit: float = 0.0, unit_exp: bool = False) -> tuple[Tensor, Tensor]:
-    """A call of the delta rule by kernels: (o, final state). Shapes, dtypes: `regla.ops.gated_delta_attention`.
-
-    Args:
-        call: its `gates.write` is beta [B, T, H].
-        limit: 0: beta is as given; else it is limit * sigmoid of it.
-        unit_exp: q and k are logits of the safe exponential of unit length, else features.
+def triton_gated_delta_rule(call: Call, forms: Forms) -> tuple[Tensor, Tensor]:
+    """`regla.ops.delta.attend_delta` by kernels.
 
     float32 or bfloat16 (all of q, k, v alike); products are of that dtype, accumulators, decays and states float32.
     """
@@ -59,7 +54,7 @@ def triton_gated_delta_rule(call: Call, limit: float = 0.0, unit_exp: bool = Fal
     mask, cu_seqlens = (None if x is None else x.contiguous() for x in (call.mask, call.cu_seqlens))
     o, final, *_ = _forward(
         buffers, layout, beta.contiguous(), head_decay, mask, cu_seqlens, state, weights,
-        0.0 if norm is None else norm.eps, call.scale, limit, unit_exp, keep,
+        0.0 if norm is None else norm.eps, call.scale, forms.beta_max, forms.unit_exp, keep,
     )  # fmt: skip
     return o, final
 

@@ -1,0 +1,114 @@
+"""The delta rule from raw logits equals, in every form, the definition on what the logits stand for, in float64."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import rms_norm
+
+from regla.ops import QKNorm, regla_delta_attention
+
+from .definition import overall
+from .test_delta import FORWARD, GRADIENT, backward, definition
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")  # the interpreter's
+NAMES = ["q", "k", "v", "beta", "gate", "refine", "S", "q_norm", "k_norm"]
+
+
+def make(T, shape, B=1, per_head=False, spread=3.0):
+    """q, k, v, beta, gate, refine, S, weights of the norms; the logits of gates from closed to open."""
+    HQ, H, K, V = shape
+    gate, refine = (spread * torch.randn(B, T, H, 1 if per_head else K) for _ in range(2))
+    norms = [1 + torch.rand(K) for _ in range(2)]
+    q, k = 2 * torch.randn(B, T, HQ, K), 2 * torch.randn(B, T, H, K)
+    return [q, k, torch.randn(B, T, H, V), 2 * torch.randn(B, T, H), gate, refine, torch.randn(B, H, K, V), *norms]
+
+
+def phi(x):
+    return torch.exp(x) / torch.exp(x).square().sum(-1, keepdim=True).sqrt()
+
+
+def by_definition(q, k, v, beta, gate, refine, S, q_norm, k_norm, mask=None, beta_max=1.0, eps=None):
+    if eps is not None:
+        q, k = rms_norm(q, q_norm.shape, q_norm, eps), rms_norm(k, k_norm.shape, k_norm, eps)
+    g, r = torch.sigmoid(gate), torch.sigmoid(refine)
+    F = g * (g + 2 * r * torch.sigmoid(-gate))  # (1 - r) g^2 + r (1 - (1 - g)^2) without cancellation
+    return definition(phi(q), phi(k), v, beta_max * torch.sigmoid(beta), F.log(), S, mask)
+
+
+def run(leaves, backend, eps=None, **options):
+    *inputs, S, q_norm, k_norm = leaves
+    norm = None if eps is None else QKNorm(q_norm, k_norm, eps)
+    return regla_delta_attention(
+        *inputs, initial_state=S, output_final_state=True, backend=backend, qk_norm=norm, **options
+    )
+
+
+def gradients(o, S, leaves, eps):
+    return backward(o, S, leaves if eps is not None else leaves[:7])
+
+
+CASES = {
+    "groups": ((45, (4, 2, 16, 8)), {}),
+    "one token": ((1, (1, 1, 24, 16)), {}),
+    "a gate a head, beta up to 2": ((40, (2, 2, 17, 9), 1, True), {"beta_max": 2.0}),
+    "deep": ((70, (2, 1, 16, 16), 1, False, 20.0), {}),
+    "norm": ((35, (2, 1, 20, 16)), {"eps": 1e-6}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_the_definition(case, backend):
+    sizes, options = CASES[case]
+    inputs = make(*sizes)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    o, S = by_definition(*leaves, **options)
+    expected = gradients(o, S, leaves, options.get("eps"))
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    found, state = run(leaves, backend, **options)
+    assert overall(found.detach(), o.detach()) <= FORWARD and overall(state.detach(), S.detach()) <= FORWARD
+    for name, x, right in zip(NAMES, gradients(found, state, leaves, options.get("eps")), expected, strict=False):
+        assert x.isfinite().all() and overall(x, right) <= GRADIENT, name
+
+
+def test_padding_holds_anything(backend):
+    mask = torch.tensor([[False, True, True, False, True, False]])
+    inputs = make(6, (2, 1, 16, 8))
+    results = []
+    for junk in (0.0, torch.nan):
+        leaves = [
+            x if i >= 6 else torch.where(mask.view(1, 6, *(1,) * (x.ndim - 2)), x, junk) for i, x in enumerate(inputs)
+        ]
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        o, S = run(leaves, backend, eps=1e-6, mask=mask)
+        results.append([o, S, *gradients(o, S, leaves, 1e-6)])
+    assert (results[0][0][~mask] == 0).all()
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    o, S = by_definition(*leaves, mask=mask, eps=1e-6)
+    for x, right in zip(results[0], (o, S, *gradients(o, S, leaves, 1e-6)), strict=True):
+        assert overall(x.detach(), right.detach()) <= GRADIENT
+
+
+def test_packed_sequences(backend):
+    bounds = [0, 3, 3, 40]
+    *inputs, _, _, _ = make(40, (2, 1, 16, 8))
+    S = torch.randn(3, 1, 16, 8)
+    options = {"output_final_state": True, "backend": backend}
+    o, state = regla_delta_attention(*inputs, initial_state=S, cu_seqlens=torch.tensor(bounds), **options)
+    for n, (lo, hi) in enumerate(itertools.pairwise(bounds)):
+        if lo == hi:
+            assert torch.equal(state[n], S[n])
+            continue
+        right = regla_delta_attention(*(x[:, lo:hi] for x in inputs), initial_state=S[n : n + 1], **options)
+        assert overall(o[:, lo:hi], right[0].double()) <= FORWARD
+        assert overall(state[n : n + 1], right[1].double()) <= FORWARD
+
+
+def test_bad_input():
+    inputs = make(4, (2, 1, 16, 8))[:6]
+    with pytest.raises(ValueError, match="beta_max is 3; expected a number above 0 and up to 2"):
+        regla_delta_attention(*inputs, beta_max=3)
+    with pytest.raises(ValueError, match=r"refine_k has shape \[1, 4, 1, 1\]; expected \[1, 4, 1, 16\]"):
+        regla_delta_attention(*inputs[:5], inputs[5][..., :1])
