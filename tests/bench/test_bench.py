@@ -39,7 +39,7 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     backends = ["chunked"] if why_not_native(x, x) else ["native", "chunked"]
     names = ("regla_attention", "gated_linear_attention")
     subjects = [f"{name}/{axis}/{backend}" for name in names for axis in ops.AXES for backend in backends]
-    subjects.append("gated_delta_attention/key/chunked")
+    subjects += [f"{name}/key/{backend}" for name in ops.DELTAS for backend in backends]
     every = ["softmax_attention/none/sdpa", *subjects, "output_norm/none/eager"]
     assert [row["subject"] for row in rows if row["setting"]["direction"] == "forward+backward"] == every
     assert {row["setting"]["direction"] for row in rows} == {"forward", "forward+backward", "step"}
@@ -120,7 +120,7 @@ def test_a_backend_that_takes_too_long_has_no_row(
 ) -> None:
     monkeypatch.setattr(ops, "_TOO_LONG", 0.0)
     assert run.bench_ops(device="cpu", quick=True, only=["*/chunked/B1-T128*/forward"]) == []
-    assert capsys.readouterr().out.count("no row, one call takes") == 7
+    assert capsys.readouterr().out.count("no row, one call takes") == 8
 
 
 def test_decode(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ and fla's `chunk_gla` from features and log-decays made of them beforehand; soft
 `output_norm` is the RMS norm over a head's output with a SiLU gate on it: the formula, that compiled, and its kernel.
 `regla_attention_fast_gates` is `regla_attention` with gate logits of mean -2 that differ by 2 from channel to channel
 and by 1 from token to token: some channels keep for tens of tokens, most hardly for one.
-`gated_delta_attention` and fla's `chunk_kda` are the delta rule from features of unit length, with gates as a model
-starts with: the half-lives of a head's channels are log-spaced from 1 to 256 tokens.
+`gated_delta_attention` and fla's `chunk_kda` are the delta rule from features of unit length and log-decays made
+beforehand, `regla_delta_attention` from raw logits, with gates as a model starts with: the half-lives of a head's
+channels are log-spaced from 1 to 256 tokens.
 
 Shape legend: B batch, T tokens, H heads, K and V channels of keys and values.
 """
@@ -44,12 +45,16 @@ from regla.bench.measure import (
     seconds_of,
     time_call,
 )
-from regla.layers.feature_maps import UnitSafeExp
 from regla.layers.gates import half_life_logit
-from regla.ops import gated_delta_attention, gated_linear_attention, safe_exp_attention
+from regla.ops import (
+    gated_delta_attention,
+    gated_linear_attention,
+    regla_delta_attention,
+    safe_exp_attention,
+)
 from regla.ops.attention import safe_exp_step_
 from regla.ops.dispatch import why_not_native, why_not_triton
-from regla.ops.features import safe_exp_query
+from regla.ops.features import safe_exp_query, unit_safe_exp
 from regla.ops.gates import log_refined_gate
 from regla.ops.output_norm import output_norm
 
@@ -58,7 +63,7 @@ DIRECTIONS = ("forward", "forward+backward")
 STEP = "step"
 NORM = "output_norm"
 FAST_GATES = "regla_attention_fast_gates"
-DELTA = "gated_delta_attention"
+DELTAS = ("regla_delta_attention", "gated_delta_attention")
 DELTA_PEER = "chunk_kda"
 _GATES = {  # of an axis: arguments of safe_exp_attention
     "both": ("gk", "gv", "refine_k", "refine_v"),
@@ -69,7 +74,6 @@ AXES = tuple(_GATES)
 _BACKENDS = ("triton", "native", "chunked")
 _NORM_BACKENDS = ("eager", "compiled", "triton")
 _STEP_BACKENDS = ("recurrent", "native", "triton")
-_DELTA_BACKENDS = ("triton", "chunked")
 _TOO_LONG = 2.0  # seconds of one call, above which a backend gets no row
 
 Operation = Callable[..., Tensor]
@@ -127,8 +131,9 @@ def _subjects() -> Iterator[tuple[str, str, str]]:
     for axis in AXES:
         yield FAST_GATES, axis, "triton"
     yield DELTA_PEER, "key", "fla"
-    for backend in _DELTA_BACKENDS:
-        yield DELTA, "key", backend
+    for operation in DELTAS:
+        for backend in _BACKENDS:
+            yield operation, "key", backend
 
 
 class _Rate:
@@ -252,7 +257,7 @@ def _operation(
         state = normal(B, H, K, V, seed=9, device=v.device), torch.zeros(B, H, device=v.device)
         step = _step if backend == "recurrent" else _step_in_place
         return partial(step, axis=axis, backend=backend), [q, k, v, *gates, *state]
-    if operation in (DELTA, DELTA_PEER):
+    if operation in (*DELTAS, DELTA_PEER):
         return _delta(operation, backend, logits)
     features = safe_exp_query(q).to(v.dtype), safe_exp_query(k).to(v.dtype)
     decays = [log_refined_gate(g, r).to(v.dtype) for g, r in zip(gates[:half], gates[half:], strict=True)]
@@ -264,19 +269,20 @@ def _operation(
 
 def _delta(operation: str, backend: str, logits: dict[str, Tensor]) -> tuple[Operation, Sequence[Tensor]]:
     q, k, v, gate, refine = logits.values()
-    K = k.shape[-1]
-    start = half_life_logit(torch.logspace(0, 8, K, base=2.0, device=k.device))
-    gk = log_refined_gate(start + gate / 4, refine / 4).to(v.dtype)  # gates differ a little from token to token
-    beta = torch.sigmoid(normal(*k.shape[:3], seed=5, device=k.device)).to(v.dtype)
-    inputs = [*UnitSafeExp("decay")(q, k), v, beta, gk]
-    if operation == DELTA:
-        return partial(_gated_delta, backend=backend), inputs
+    start = half_life_logit(torch.logspace(0, 8, k.shape[-1], base=2.0, device=k.device))
+    gate, refine = (start + gate / 4).to(v.dtype), refine / 4  # gates differ a little from token to token
+    beta = normal(*k.shape[:3], seed=5, device=k.device, dtype=v.dtype)
+    if operation == "regla_delta_attention":
+        return partial(_delta_attention, regla_delta_attention, backend=backend), [q, k, v, beta, gate, refine]
+    inputs = [unit_safe_exp(q), unit_safe_exp(k), v, torch.sigmoid(beta), log_refined_gate(gate, refine).to(v.dtype)]
+    if operation == "gated_delta_attention":
+        return partial(_delta_attention, gated_delta_attention, backend=backend), inputs
     chunk_kda = importlib.import_module("fla.ops.kda").chunk_kda
     return lambda q, k, v, beta, gk: chunk_kda(q, k, v, gk, beta)[0], inputs
 
 
-def _gated_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gk: Tensor, backend: str) -> Tensor:
-    return gated_delta_attention(q, k, v, beta, gk, backend=backend)[0]
+def _delta_attention(function: Callable[..., tuple[Tensor, Tensor | None]], *inputs: Tensor, backend: str) -> Tensor:
+    return function(*inputs, backend=backend)[0]
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

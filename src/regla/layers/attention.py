@@ -213,7 +213,9 @@ class ReGLAAttention(nn.Module):
         """The norms of q and k by their weights; None where there are none, where something else follows or where a
         norm is more than its weight: then they are called."""
         q_norm, k_norm = self.q_norm, self.k_norm
-        if q_norm is None or k_norm is None or self.qk_calibration is not None or self.feature_map.key_max is None:
+        if q_norm is None or k_norm is None or self.qk_calibration is not None:
+            return None
+        if not self.rule.forms_features(self.feature_map):
             return None
         if not (is_plain(q_norm, nn.RMSNorm) and is_plain(k_norm, nn.RMSNorm)):
             return None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from regla.layers.feature_maps import FEATURE_MAPS, FeatureMap, SafeExp
+from regla.layers.feature_maps import FEATURE_MAPS, FeatureMap, SafeExp, UnitSafeExp
 from regla.layers.gates import FastDecayGate, Gate, ScalarGate
 from regla.layers.norms import head_norm, norm_and_gate, output_gated
+from regla.layers.plain import is_plain
 from regla.ops.additive import attend
-from regla.ops.call import Call, Gates, Packed, QKNorm
-from regla.ops.delta import gated_delta_attention
+from regla.ops.call import Call, Forms, Gates, Packed, QKNorm
+from regla.ops.delta import attend_delta
 from regla.ops.features import variance_reduction
 
 Memory = tuple[Tensor, Tensor]
@@ -63,6 +63,10 @@ class AdditiveRule(nn.Module):
         """What the rule needs besides the forget gate: nothing."""
         return gates
 
+    def forms_features(self, feature_map: FeatureMap) -> bool:
+        """Whether the recurrence takes logits, and forms the features of this map itself."""
+        return feature_map.key_max is not None
+
     def forward(self, feature_map: FeatureMap, x: Tokens, past: Past, output: Output) -> tuple[Tensor, Memory | None]:
         """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""
         q, k = feature_map(x.q, x.k)
@@ -96,31 +100,21 @@ class DeltaRule(nn.Module):
     def gates(self, gates: Gates, x: Tensor) -> Gates:
         if gates.gv is not None or gates.write is not None:
             raise ValueError(_KEY_AXIS_ALONE)  # of a gate of a user's own: those of GATES are checked before
-        b = self.beta_proj(x)
-        beta = self.beta_max * torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
-        return gates._replace(write=beta)
+        return gates._replace(write=self.beta_proj(x))
+
+    def forms_features(self, feature_map: FeatureMap) -> bool:
+        """Whether the recurrence takes logits, and forms the features of this map itself."""
+        return is_plain(feature_map, UnitSafeExp)
 
     def forward(self, feature_map: FeatureMap, x: Tokens, past: Past, output: Output) -> tuple[Tensor, Memory | None]:
         """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""
-        q, k = feature_map(x.q, x.k)
-        gk, _ = x.gates.logarithms()
-        assert x.gates.write is not None
+        forms = Forms(self.forms_features(feature_map), self.beta_max)
+        q, k = (x.q, x.k) if forms.unit_exp else feature_map(x.q, x.k)
         S = None if past.state is None else past.state[0]
-        h, S = gated_delta_attention(
-            q,
-            k,
-            x.v,
-            x.gates.write,
-            gk,
-            scale=self.scale,
-            initial_state=S,
-            output_final_state=past.keep,
-            mask=x.mask,
-            cu_seqlens=x.cu_seqlens,
-            backend=self.backend,
-            validate=False,
-        )
-        state = None if S is None else (S, S.new_zeros(S.shape[:2]))
+        options = (x.qk_norm, x.qkv, past.keep)
+        call = Call(q, k, x.v, x.gates, self.scale, None, x.mask, x.cu_seqlens, S, None, *options)
+        h, after = attend_delta(call, forms, self.backend, validate=False)
+        state = (after, after.new_zeros(after.shape[:2])) if past.keep else None
         backend = "auto" if self.backend == "recurrent" else self.backend
         return norm_and_gate(output.norm, h, output.gate, output.activation, backend), state
 
