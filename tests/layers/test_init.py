@@ -132,3 +132,9 @@ def test_a_pair_over_the_channels_of_a_gate_with_one():
         ValueError, match=r"one channel a head: give one number of tokens, or gate_half_life_over='heads'"
     ):
         init_linear_attention(layer, std=0.02, gate_half_life=[4, 8])
+
+
+@pytest.mark.parametrize(("hidden", "rank"), [(64, 8), (4, 1)])
+def test_low_rank_gates_have_a_rank_of_an_eighth_of_the_width(hidden, rank):
+    assert additive(hidden, 1, gate="refined_low_rank").gate.down.weight.shape == (rank, hidden)
+    assert additive(hidden, 1, gate="refined_low_rank", gate_low_rank_dim=3).gate.down.weight.shape == (3, hidden)

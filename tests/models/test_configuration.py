@@ -61,7 +61,8 @@ def test_defaults():
 def test_the_defaults_are_those_of_the_layer(monkeypatch):
     config = ReGLAConfig(hidden_size=48, num_attention_heads=4, num_hidden_layers=3)
     for name, value in mixer_arguments(DEFAULTS).items():
-        assert getattr(config, name) == value, name
+        assert getattr(config, name) == (6 if name == "gate_low_rank_dim" else value), name  # 48 / 8
+    assert ReGLAConfig(**SHAPE, gate_low_rank_dim=5).gate_low_rank_dim == 5
     mixer = replace(DEFAULTS, gate_half_life=(1, 256))
     assert mixer_arguments(mixer)["gate_half_life"] == [1, 256]
     monkeypatch.setattr(configuration, "DEFAULTS", mixer)

@@ -1,14 +1,19 @@
 """Every parameter of the model by name, and the distribution it starts from."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from regla.layers.defaults import ADDITIVE, DELTA
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.configuration import mixer_arguments
 
 STD = 0.03
 QK_STD = 0.125  # of the linear layer, which is the first
+
+BIASED_DELTA = replace(DELTA, gate_half_life=None)
 
 # The first pattern that matches a name decides.
 DISTRIBUTIONS = {
@@ -28,14 +33,17 @@ DISTRIBUTIONS = {
     r"model\.layers\.\d\.self_attn\.qk_calibration\.[qk]_scale": ("constant", 1.0),
     r"model\.layers\.\d\.self_attn\.norm\.weight": ("constant", 1.0),
     r"model\.layers\.\d\.self_attn\.norm\.bias": ("constant", 0.0),
+    r"model\.layers\.\d\.self_attn\.rule\.beta_proj\.weight": ("normal", STD),
+    r"model\.layers\.\d\.self_attn\.rule\.beta_proj\.bias": ("constant", 0.0),
     r"model\.layers\.\d\.self_attn\.gate\.refine_proj\.bias": ("constant", 0.75),
     r"model\.layers\.\d\.self_attn\.gate\.\w+\.bias": ("constant", -1.25),
     r"model\.layers\.\d\.self_attn\.gate\.\w+\.weight": ("normal", STD),
 }
 
 
-def build(**overrides):
+def build(mixer=ADDITIVE, **overrides):
     config = ReGLAConfig(
+        **mixer_arguments(mixer) | {"gate_bias": -1.25, "refine_bias": 0.75} | overrides,
         vocab_size=400,
         hidden_size=64,
         intermediate_size=96,
@@ -45,10 +53,7 @@ def build(**overrides):
         layer_types=["linear_attention", "full_attention"],
         initializer_range=STD,
         qk_initializer_range=QK_STD,
-        gate_bias=-1.25,
-        refine_bias=0.75,
         pad_token_id=3,
-        **overrides,
     )
     torch.manual_seed(0)
     return ReGLAForCausalLM(config)
@@ -86,8 +91,11 @@ def check(name, parameter):
             "softmax_output_norm": True,
         },
         {"tie_word_embeddings": True},
+        {"mixer": BIASED_DELTA},
     ],
-    ids=lambda overrides: ", ".join(f"{k}={v}" for k, v in overrides.items()) or "default",
+    ids=lambda overrides: (
+        "delta" if "mixer" in overrides else ", ".join(f"{k}={v}" for k, v in overrides.items()) or "default"
+    ),
 )
 def test_every_parameter_starts_where_the_list_says(overrides):
     model = build(**overrides)
@@ -101,6 +109,7 @@ def test_the_list_has_no_name_too_many():
         for overrides in (
             {"linear_conv_kernel_dim": 4, "attention_norm": "layernorm", "attention_bias": True, "mlp_bias": True},
             {"qk_calibration": True},
+            {"mixer": BIASED_DELTA},
         )
         for name, _ in build(**overrides).named_parameters()
     ]
@@ -125,13 +134,12 @@ def spread(**overrides):
     """The biases of the forget gate of each linear layer."""
     layers = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
     config = ReGLAConfig(
+        **mixer_arguments(ADDITIVE) | {"gate_axis": "both"} | overrides,
         vocab_size=40,
         hidden_size=32,
         num_hidden_layers=4,
         num_attention_heads=2,
         layer_types=layers,
-        gate_axis="both",
-        **overrides,
     )
     model = ReGLAForCausalLM(config)
     return [layer.self_attn.gate.proj.bias.detach() for layer in model.model.layers if layer.is_linear]

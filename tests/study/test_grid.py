@@ -69,7 +69,9 @@ def test_only_and_set(tmp_path: Path) -> None:
 def test_the_axis_of_a_gate_counts_where_the_gate_has_one(gate: str, tmp_path: Path) -> None:
     """Else two variants that differ in it would be one run."""
     axes = "{key: {overrides: {gate_axis: key}}, head: {overrides: {gate_axis: head}}}"
-    text = f"base: {{layers: 1, overrides: {{gate: {gate}}}}}\nvary: {{axis: {axes}}}\nlr: [1e-3]\n"
+    text = (
+        f"base: {{layers: 1, overrides: {{gate: {gate}, gate_half_life: null}}}}\nvary: {{axis: {axes}}}\nlr: [1e-3]\n"
+    )
     study = read_study(written(tmp_path, text))
     _, models = check_variants(study, study.variants, vocab_size=300)
     assert (models["key"] == models["head"]) == (gate == "mamba2")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regla.layers.calibration import QKCalibration
 from regla.layers.defaults import DEFAULTS
 from regla.layers.feature_maps import FEATURE_MAPS
-from regla.layers.gates import GATE_AXES, GATES
+from regla.layers.gates import GATE_AXES, GATES, default_rank
 from regla.layers.norms import NORMS, normalised, prepared
 from regla.layers.plain import is_plain
 from regla.layers.positions import ShortConvolution, apply_rotary
@@ -58,7 +58,7 @@ class ReGLAAttention(nn.Module):
         qk_calibration: shift and scale q and k before the feature map (`QKCalibration`), for pretrained projections.
         output_gate: None, "silu" or "sigmoid".
         bias, out_bias: biases of the q, k, v projections, and of the output's.
-        gate_low_rank_dim: rank of the "gla" and "refined_low_rank" gates.
+        gate_low_rank_dim: rank of the "gla" and "refined_low_rank" gates. None: hidden_size / 8.
         backend: of the recurrence, see `regla.ops.gated_linear_attention`.
 
     Raises:
@@ -94,7 +94,7 @@ class ReGLAAttention(nn.Module):
         output_gate: str | None = DEFAULTS.output_gate,
         bias: bool = DEFAULTS.bias,
         out_bias: bool = False,
-        gate_low_rank_dim: int = DEFAULTS.gate_low_rank_dim,
+        gate_low_rank_dim: int | None = DEFAULTS.gate_low_rank_dim,
         backend: str = DEFAULTS.backend,
     ):
         super().__init__()
@@ -128,7 +128,8 @@ class ReGLAAttention(nn.Module):
         self.q_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.qk_calibration = QKCalibration(num_heads, num_kv_heads, K) if qk_calibration else None
-        self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, gate_low_rank_dim)
+        rank = gate_low_rank_dim or default_rank(hidden_size)
+        self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, rank)
         self.feature_map = FEATURE_MAPS[feature_map](key_max)
         self.rule = UPDATE_RULES[update_rule](hidden_size, num_kv_heads, K, self.feature_map, beta_max, backend)
         self.norm = NORMS[norm](num_heads, V, norm_eps)

@@ -20,7 +20,7 @@ class Mixer:
     feature_map: str
     gate: str
     gate_axis: str
-    gate_low_rank_dim: int
+    gate_low_rank_dim: int | None
     gate_half_life: float | tuple[float, float] | None
     gate_half_life_over: str
     key_max: str
@@ -47,7 +47,7 @@ ADDITIVE = Mixer(
     feature_map="safe_exp",
     gate="refined",
     gate_axis="key",
-    gate_low_rank_dim=16,
+    gate_low_rank_dim=None,
     gate_half_life=None,
     gate_half_life_over="channels",
     key_max="decay",
@@ -68,7 +68,6 @@ DELTA = replace(
     update_rule="delta",
     feature_map="unit_safe_exp",
     gate="refined_low_rank",
-    gate_low_rank_dim=64,
     gate_half_life=(1, 256),
     conv_size=4,
     conv_activation="silu",

@@ -86,6 +86,11 @@ def half_life_logit(half_life: Tensor, root: int = 1) -> Tensor:
     return -(y + torch.log(-torch.expm1(-y)))  # log(exp(y) - 1), which a half-life far below 1 would overflow
 
 
+def default_rank(hidden_size: int) -> int:
+    """Of low-rank gates: an eighth of the width, with which they always have fewer parameters than full ones."""
+    return max(1, hidden_size // 8)
+
+
 def half_life_ends(half_life: HalfLife) -> tuple[float, float]:
     """(shortest, longest); ValueError unless it is a number or an ascending pair of numbers, above 0 and finite."""
     ends = tuple(half_life) if isinstance(half_life, Sequence) else (half_life, half_life)
@@ -107,19 +112,25 @@ def check_gate_start(
 ) -> None:
     """Raise a ValueError if a gate cannot start with this half-life, or is told to start in two ways."""
     if gate.starts_itself:
-        for name, value, neutral in (("gate_bias", gate_bias, 0.0), ("gate_half_life", gate_half_life, None)):
+        for name, value, neutral in (("gate_bias", gate_bias, 0), ("gate_half_life", gate_half_life, None)):
             if value != neutral:
-                raise ValueError(f"{name} is {value}, but a {gate.__name__} has a start of its own: leave it out")
+                raise ValueError(
+                    f"{name} is {value}, but a {gate.__name__} has a start of its own: leave it out ({name}={neutral})"
+                )
     if gate_half_life is None:
         return
     shortest, longest = half_life_ends(gate_half_life)
     for name, bias in (("gate_bias", gate_bias), ("refine_bias", refine_bias)):
         if bias != 0:
             raise ValueError(
-                f"{name} is {bias} and gate_half_life {gate_half_life}, which sets the start itself: leave one out"
+                f"{name} is {bias} and gate_half_life {gate_half_life}, which sets the start itself: leave one out "
+                "(gate_half_life=None)"
             )
     if issubclass(gate, NoGate):
-        raise ValueError(f"gate_half_life is {gate_half_life}, but without a gate nothing is forgotten: leave it out")
+        raise ValueError(
+            f"gate_half_life is {gate_half_life}, but without a gate nothing is forgotten: leave it out "
+            "(gate_half_life=None)"
+        )
     one_channel = issubclass(gate, ScalarGate) or (gate.has_axis and gate_axis == "head")
     if one_channel and shortest < longest and gate_half_life_over == "channels":
         raise ValueError(

@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from regla.layers.defaults import DEFAULTS, Mixer
 from regla.layers.feature_maps import FEATURE_MAPS
-from regla.layers.gates import GATE_AXES, GATES, SPACINGS, check_gate_start
+from regla.layers.gates import GATE_AXES, GATES, SPACINGS, check_gate_start, default_rank
 from regla.layers.norms import NORMS
 from regla.layers.recurrence import UPDATE_RULES, check_rule
 from regla.models.hub import AUTO_MAP, write_hub_module
@@ -87,7 +87,7 @@ class ReGLAConfig(PreTrainedConfig):
             (attention_bias).
         output_gate: None, "silu" or "sigmoid": a gate on the normalised output of linear layers.
         value_head_dim: channels of one value head in linear layers; None means head_dim.
-        gate_low_rank_dim: rank of low-rank gates.
+        gate_low_rank_dim: rank of low-rank gates; None means hidden_size / 8.
         gate_bias, refine_bias: where the biases of the forget gate and of the refine gate start.
         gate_half_life: where the forget gate starts, in tokens until half is forgotten; takes the place of gate_bias.
             A number for all channels alike; a pair [shortest, longest] is log-spaced over gate_half_life_over.
@@ -147,7 +147,7 @@ class ReGLAConfig(PreTrainedConfig):
     attention_out_bias: bool | None = None
     output_gate: str | None = DEFAULTS.output_gate
     value_head_dim: int | None = None
-    gate_low_rank_dim: int = DEFAULTS.gate_low_rank_dim
+    gate_low_rank_dim: int | None = DEFAULTS.gate_low_rank_dim
     gate_bias: int | float = 0.0
     refine_bias: int | float = 0.0
     gate_half_life: int | float | list[int | float] | None = field(default_factory=lambda: _half_life(DEFAULTS))
@@ -167,6 +167,8 @@ class ReGLAConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.value_head_dim is None:
             self.value_head_dim = self.head_dim
+        if self.gate_low_rank_dim is None:
+            self.gate_low_rank_dim = default_rank(self.hidden_size)
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         if self.layer_types is None:
