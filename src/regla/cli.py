@@ -323,6 +323,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         ("ops", help_texts.BENCH_OPS),
         ("decode", help_texts.BENCH_DECODE),
         ("train", help_texts.BENCH_TRAIN),
+        ("distributed", help_texts.BENCH_DISTRIBUTED),
         ("eval", help_texts.BENCH_EVAL),
         ("cpu", help_texts.BENCH_CPU),
     ):
@@ -335,8 +336,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU if there is one (default)")
         kind.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
         kind.add_argument("--quick", action="store_true", help="tiny sizes: to see that everything runs, in seconds")
-        if name in ("decode", "train"):
+        if name in ("decode", "train", "distributed"):
             kind.add_argument("--eager", action="store_true", help="without torch.compile, which a CPU never uses here")
+        if name in ("decode", "train"):
             kind.add_argument("--config", metavar="FILE.json", help="ReGLAConfig arguments for the ReGLA model")
 
 

@@ -175,6 +175,7 @@ the hardware, the versions and the commit as soon as it is there; what it is com
   decode  tokens/s of `generate` behind contexts of 1k to 64k: a 162M-parameter model against softmax of equal size
   train   tokens/s of training such models at lengths of 2k to 32k: ReGLA, softmax, and ReGLA without the recurrence
   eval    scoring of answers behind a shared prefix, with and without computing the prefix once
+  distributed  several processes against one: losses, speed, memory of a long sequence, the end of a killed run
   cpu     the CPU path: each backend against the recurrence, cost of a token, memory of a forward pass
 
 examples:
@@ -229,6 +230,18 @@ examples:
   regla bench train --only '*/length2048' --eager
   regla bench train --config axis.json                        where axis.json holds {"gate_axis": "value"}
   regla bench train --device cpu --quick
+"""
+
+BENCH_DISTRIBUTED = """\
+Compare training in several processes, which torchrun starts, with training in one of them: losses with each kind of
+--parallel; tokens per second of ddp and fsdp, with as many sequences for each process as one alone has; one sequence of
+131,072 tokens in parts: time, memory, bytes sent; and a run of which one process is killed and one process goes on.
+
+A case is called MEASURE/KIND, such as throughput/ddp.
+
+examples:
+  torchrun --nproc-per-node 2 -m regla bench distributed --out benchmarks/gpu/h200.jsonl
+  torchrun --nproc-per-node 2 -m regla bench distributed --only 'losses/*' --device cpu --quick
 """
 
 BENCH_EVAL = """\

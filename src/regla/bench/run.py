@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from regla.bench import cpu, decode, evaluation, ops, train
+from regla.bench import cpu, decode, distributed, evaluation, ops, train
 from regla.bench.measure import Case, Row, give_memory_back
 from regla.bench.rows import write_rows
 from regla.report.benches import lines
 from regla.runtime.device import DTYPES, TF32_IN_TRAINING, float32_products, pick_device
+from regla.runtime.distributed import processes
 from regla.train.model import read_overrides
 
 
@@ -82,6 +83,26 @@ def bench_eval(
     where = pick_device(device)
     kind = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     return run(evaluation.cases(where, kind, quick=quick), where, out=out, only=only)
+
+
+def bench_distributed(
+    *,
+    out: str | None = None,
+    only: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str | None = None,
+    quick: bool = False,
+    eager: bool = False,
+) -> list[Row]:
+    """Compare several processes, which torchrun has started, with one; see `regla.bench.distributed`. The rows."""
+    with processes(pick_device(device)) as (started, where):
+        if started.is_alone:
+            raise ValueError(
+                "regla bench distributed runs in several processes; start it with `torchrun --nproc-per-node 2 -m "
+                "regla bench distributed`."
+            )
+        cases = distributed.cases(started, where, _dtype(dtype, where), quick=quick, eager=eager)
+        return run(cases, where, out=out if started.is_first else None, only=only)
 
 
 def bench_cpu(*, out: str | None = None, only: Sequence[str] = (), threads: int = 2) -> list[Row]:

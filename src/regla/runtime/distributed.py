@@ -46,7 +46,7 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in one of the processes."""
-        return flag if self.is_alone else self._largest(int(flag)) > 0
+        return self.largest(int(flag)) > 0
 
     def all(self, flag: bool) -> bool:
         return not self.any(not flag)
@@ -67,7 +67,7 @@ class Processes:
             yield
         except Exception as caught:
             error = caught
-        failed = self.count - self._largest(0 if error is None else self.count - self.rank)
+        failed = self.count - self.largest(0 if error is None else self.count - self.rank)
         if error is not None and failed == self.rank:
             raise error
         if failed < self.count:
@@ -116,7 +116,10 @@ class Processes:
             every.copy_(value)
         target.copy_(distribute_tensor(every, target.device_mesh, target.placements))
 
-    def _largest(self, number: int) -> int:
+    def largest(self, number: int) -> int:
+        """Of the numbers that the processes give."""
+        if self.is_alone:
+            return number
         found = torch.tensor(number)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)

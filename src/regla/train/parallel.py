@@ -84,6 +84,8 @@ class DataParallel(_Rows):
             device_ids=[model.device] if model.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
+        if config.compile:  # blocks and loss are compiled, not what lies between
+            self._wrapped.forward = torch.compiler.disable(self._wrapped.forward)  # type: ignore[method-assign]
         return self._wrapped
 
     def batch(self, *, last: bool) -> AbstractContextManager[None]:
@@ -110,6 +112,9 @@ class SequenceParallel(Parallel):
     """Each process has a part of every sequence, and passes the states of its linear layers on to the next (see
     `regla.train.sequence`); weights and optimiser in every process."""
 
+    exchange: Exchange
+    """Behind `prepare`."""
+
     def check(self, model: PreTrainedModel, config: LoopConfig) -> None:
         check_model(model.config)
         if config.seq_len < self.processes.count:
@@ -123,18 +128,18 @@ class SequenceParallel(Parallel):
     def prepare(self, model: PreTrainedModel, config: LoopConfig) -> nn.Module:
         _start_alike(model, self.processes)
         self._seq_len = config.seq_len
-        self._exchange = Exchange(model, self.processes)
+        self.exchange = Exchange(model, self.processes)
         return model
 
     def part(self, batch: Tensor) -> Tensor:
         # A crop has one token more than it predicts: the last of a part is the first of the next.
         extra = batch.shape[-1] - self._seq_len
         tokens = torch.arange(self._seq_len).tensor_split(self.processes.count)[self.processes.rank]
-        self._exchange.start = int(tokens[0])
+        self.exchange.start = int(tokens[0])
         return batch[..., int(tokens[0]) : int(tokens[-1]) + 1 + extra]
 
     def batch(self, *, last: bool) -> AbstractContextManager[None]:
-        return self._exchange.open()
+        return self.exchange.open()
 
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
