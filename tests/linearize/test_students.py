@@ -10,7 +10,15 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, pipeline
+from torch._dynamo.testing import CompileCounter
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    StaticCache,
+    pipeline,
+)
 
 from regla.data.tokenizer import train_tokenizer
 from regla.linearize import convert
@@ -164,6 +172,50 @@ def test_gradient_checkpointing(name):
     assert torch.equal(model.generate(ids, **options), text)
     with pytest.raises(ValueError, match="past_key_values is given in training with activation checkpointing"):
         model(ids, past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("name", [name for name in FIRST if name != "gpt2"])
+def test_frequencies_stay_float32(name, tmp_path):
+    model = student(name)
+    expected = frequencies(model)
+    assert expected
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for low in (model.to(torch.bfloat16), loaded, convert(original(name).bfloat16(), [1])):
+        assert low.dtype == torch.bfloat16
+        assert all(torch.equal(buffer, expected[path]) for path, buffer in frequencies(low).items())
+
+
+def frequencies(model):
+    return {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text"])
+@pytest.mark.parametrize(("make", "graphs"), [(StaticCache, 1), (DynamicCache, 2)], ids=["static", "dynamic"])
+def test_decoding_compiles_once(name, make, graphs):
+    """As ReGLAForCausalLM: one graph, and one more where a token count in Python is seen to change."""
+    torch._dynamo.reset()
+    model, ids = student(name), torch.randint(97, (2, 12))
+    cache = make(config=model.config, **({"max_cache_len": 20} if make is StaticCache else {}))
+    model(ids[:, :4], past_key_values=cache)
+    counter = CompileCounter()
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    logits = [step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 12)]
+    assert counter.frame_count == graphs
+    close(torch.cat(logits, 1), model(ids).logits[:, 4:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma3_text"])
+def test_export_of_any_length(name):
+    model, ids = student(name), torch.randint(97, (1, 21))
+    shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}, "use_cache": None}
+    inputs = {"input_ids": ids[:, :8], "use_cache": False}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes)
+    with torch.no_grad():
+        close(program.module()(input_ids=ids, use_cache=False).logits, model(ids).logits)
 
 
 @torch.no_grad()

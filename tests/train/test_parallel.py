@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 
 from regla.cli import main
 from regla.data.embedded import embedded_text
+from regla.data.tokenizer import train_tokenizer
+from regla.linearize import convert
 from regla.models import ReGLAForCausalLM
 from regla.runtime import checkpoint
 from regla.train import loop
 
+from ..linearize.originals import original
 from ..ranks import Ended, in_processes
 
 KINDS = ("ddp", "fsdp", "sequence")
@@ -131,6 +134,29 @@ def test_other_models_and_options(kind: str, model: dict, corpus: Path, tmp_path
     ended = run(2, tmp_path / "run", corpus, "--parallel", kind, *more, steps=4)
     assert [one.code for one in ended] == [0, 0], ended
     assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "sequence"])
+def test_students(kind: str, corpus: Path, tmp_path: Path) -> None:
+    """Converted models in their original's class, GPT-2's with its table of positions; a softmax layer is refused."""
+    tokenizer = train_tokenizer([corpus.read_text()], 280)
+    for name, keep in (("pure", "none"), ("hybrid", "every-2")):
+        model = original("gpt2", vocab_size=280, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        convert(model, keep, check=False).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+
+    def words(out: str, name: str, *more: str) -> list[str]:
+        run = [str(part) for option, value in RUN.items() for part in ("--" + option, value)]
+        place = ["--out", str(tmp_path / out), "--init", str(tmp_path / name), "--data", str(corpus), "--steps", "3"]
+        return ["train", *place, *run, *more]
+
+    assert main(words("alone", "pure")) == 0
+    ended = in_processes(2, lambda: main(words("run", "pure", "--parallel", kind)), tmp_path / "written")
+    assert [one.code for one in ended] == [0, 0], ended
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    if kind == "sequence":
+        ended = in_processes(2, lambda: main(words("no", "hybrid", "--parallel", kind)), tmp_path / "refused")
+        assert [one.code for one in ended] == [2, 2] and "layer 1 of the model is full_attention" in ended[0].err
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sequence"])

@@ -150,6 +150,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[getattr(config, "original_model_type", config.model_type)]
 
 
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a model of our own class, of a student, or of an original."""
+    config = model.config
+    family = FAMILIES.get(getattr(config, "original_model_type", config.model_type), Family())
+    return family.blocks(model)
+
+
 def last_position(config: PreTrainedConfig) -> int | None:
     """How many tokens a model has positions for; None where positions are computed, or the family has no row."""
     family = FAMILIES.get(getattr(config, "original_model_type", config.model_type))

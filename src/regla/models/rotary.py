@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
+@contextmanager
+def frequencies_kept(model: nn.Module) -> Iterator[None]:
+    """Within the context the frequencies of RoPE in `model` follow a move of devices, but no change of dtype.
+
+    In bfloat16 the angle of position 8,000 would be off by up to 16 radians.
+    """
+    before = [
+        (module, name, buffer)
+        for module in model.modules()
+        if "RotaryEmbedding" in type(module).__name__
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    yield
+    for module, name, buffer in before:
+        after = getattr(module, name)
+        if after.dtype != buffer.dtype:
+            setattr(module, name, buffer.to(after.device))
+
+
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's. In bfloat16 the angle of position 8,000 would be off by up to 16 radians."""
+    """Llama's, with `frequencies_kept`."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RotaryEmbedding:
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, *args, **kwargs)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype != torch.float32:  # a move of devices is followed, a change of dtype is not
-                setattr(self, name, before[name].to(buffer.device))
+        with frequencies_kept(self):
+            super()._apply(fn, *args, **kwargs)
         return self

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from regla.models.cache import CACHE, ReGLACacheLayer, adopt_cache
 from regla.models.configuration import ReGLAConfig
 from regla.models.families import Family, family_of, heads_of, softmax_kinds, window
 from regla.models.modeling import NO_CONTINUOUS_BATCHING, linear_mixer
+from regla.models.rotary import frequencies_kept
 from regla.models.student_configuration import PREFIX, student_config_class
 from regla.models.student_inputs import LinearTokens, checkpointed, masks_for_generate, prepared, set_checkpointing
 
@@ -149,6 +151,10 @@ class Student:
         for number in self.config.linear_layers:
             new = student_attention(family.attention_of(model, number), family, self.config, number)
             family.replace_attention(model, number, new)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        with frequencies_kept(cast(nn.Module, self)):
+            return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         """A mixer starts as `regla.layers.init.init_linear_attention` says, all else as in the original."""

@@ -100,9 +100,11 @@ class FullySharded(_Rows):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        from regla.models.families import blocks_of
+
         _start_alike(model, self.processes)
         mesh = init_device_mesh(model.device.type, (self.processes.count,))
-        for block in model.base_model.layers:
+        for block in blocks_of(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model

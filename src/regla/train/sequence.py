@@ -26,13 +26,12 @@ from regla.runtime.distributed import Processes
 from regla.runtime.errors import OptionError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from regla.models import ReGLAConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def check_model(config: ReGLAConfig) -> None:
-    """Raise ValueError unless every layer of the model is linear, and causal."""
+def check_model(config: PreTrainedConfig) -> None:
+    """Raise ValueError unless every layer of the model, of our own class or a student, is linear, and causal."""
+    config = getattr(config, "linear_config", config)
     for number, kind in enumerate(config.layer_types or ()):
         if kind != "linear_attention":
             raise OptionError(
@@ -62,11 +61,10 @@ class Exchange:
         self.sent = 0
         self._is_open = False
         self._empty: dict[Any, ReGLAState] = {}
-        for layer in model.base_model.layers:
-            layer.self_attn.register_forward_pre_hook(self._receive, with_kwargs=True)
-            layer.self_attn.register_forward_hook(self._send, with_kwargs=True)
-        if model.base_model.rotary_emb is not None:
-            model.base_model.register_forward_pre_hook(self._place, with_kwargs=True)
+        for mixer in [module for module in model.modules() if isinstance(module, ReGLAAttention)]:
+            mixer.register_forward_pre_hook(self._receive, with_kwargs=True)
+            mixer.register_forward_hook(self._send, with_kwargs=True)
+        model.base_model.register_forward_pre_hook(self._place, with_kwargs=True)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -135,10 +133,10 @@ class Exchange:
     def _place(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Positions for RoPE in linear layers."""
+        """Positions, for RoPE in linear layers or from a table."""
         if not self._is_open:
             return None
-        ids_BT = kwargs["input_ids"]
+        ids_BT = args[0] if args else kwargs["input_ids"]
         place = torch.arange(self.start, self.start + ids_BT.shape[1], device=ids_BT.device)
         return args, kwargs | {"position_ids": place[None]}
 
