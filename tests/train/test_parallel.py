@@ -156,7 +156,7 @@ def test_students(kind: str, corpus: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", tmp_path / "alone")
     if kind == "sequence":
         ended = in_processes(2, lambda: main(words("no", "hybrid", "--parallel", kind)), tmp_path / "refused")
-        assert [one.code for one in ended] == [2, 2] and "layer 1 of the model is full_attention" in ended[0].err
+        assert ended[0].code == 2 and "layer 1 of the model is full_attention" in ended[0].err
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sequence"])
