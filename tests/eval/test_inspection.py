@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from regla.cli import main
 from regla.data.embedded import embedded_text
 from regla.data.tokenizer import train_tokenizer
 from regla.eval.inspection import look_inside
+from regla.layers.defaults import ADDITIVE, DELTA
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.configuration import mixer_arguments
 
 L, F = "linear_attention", "full_attention"
 
@@ -24,7 +27,7 @@ def make(layer_types=(L, L), **options) -> ReGLAForCausalLM:
         num_hidden_layers=len(layer_types),
         num_attention_heads=2,
         layer_types=list(layer_types),
-        **options,
+        **mixer_arguments(ADDITIVE) | options,
     )
     return ReGLAForCausalLM(config).eval()
 
@@ -90,6 +93,8 @@ def test_the_norm_is_that_of_the_state() -> None:
         {"gate": "scalar"},
         {"gate": "fast_decay"},
         {"feature_map": "relu", "attention_norm": "sum"},
+        mixer_arguments(DELTA),
+        mixer_arguments(replace(DELTA, gate="mamba2", gate_half_life=None, feature_map="unit_identity")),
         {"layer_types": (L, F, L)},
     ],
     ids=str,
@@ -101,6 +106,7 @@ def test_every_kind_of_layer(options: dict) -> None:
     for one, other in zip(whole, parts, strict=True):
         assert one.saturated_low == other.saturated_low
         assert one.effective_features == pytest.approx(other.effective_features, rel=1e-3)
+        assert bool(one.effective_features) == ("safe_exp" in options.get("feature_map", "safe_exp"))
         assert [tokens for tokens, _ in other.state_norms] == [16, 32, 48, 64, 80, 90]
         assert one.state_norms[-1][1] == pytest.approx(other.state_norms[-1][1], rel=1e-3)
         assert set(one.half_lives) == {

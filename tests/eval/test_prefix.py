@@ -6,7 +6,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from regla.eval import prefix
 from regla.eval.prefix import ContinuationScorer
+from regla.layers.defaults import DELTA
 from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models.configuration import mixer_arguments
 
 L, F = "linear_attention", "full_attention"
 SHAPE = {
@@ -19,6 +21,7 @@ SHAPE = {
     "pad_token_id": 0,
 }
 KINDS = {
+    "delta": lambda: ReGLAForCausalLM(ReGLAConfig(**SHAPE | mixer_arguments(DELTA))),
     "pure": lambda: ReGLAForCausalLM(ReGLAConfig(**SHAPE, linear_conv_kernel_dim=4)),
     "pure, rope": lambda: ReGLAForCausalLM(ReGLAConfig(**SHAPE, linear_rope=True, qk_norm=False)),
     "hybrid": lambda: ReGLAForCausalLM(ReGLAConfig(**SHAPE, layer_types=[L, F], softmax_conv_kernel_dim=3)),

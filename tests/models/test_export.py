@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, StaticCache
 
+from regla.layers.defaults import ADDITIVE, DELTA
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.models.cache import adopt_cache
+from regla.models.configuration import mixer_arguments
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "eos_token_id": None}
 
@@ -41,8 +43,9 @@ torch.testing.assert_close(logits, expected)
 """
 
 
-def test_one_dynamic_length(tmp_path):
-    model = small()
+@pytest.mark.parametrize("mixer", [ADDITIVE, DELTA], ids=["additive", "delta"])
+def test_one_dynamic_length(mixer):
+    model = small(**mixer_arguments(mixer))
     program = exported(model)
     run = program.module()
     assert_equal_at_every_length(lambda ids: run(ids, use_cache=False).logits, model)
@@ -101,7 +104,7 @@ def test_generation_over_a_padded_prompt(second):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["pure", "hybrid"])
+@pytest.mark.parametrize("variant", ["pure", "pure, delta", "hybrid"])
 def test_a_padded_prompt_token_by_token_through_the_masks_of_generate(build, variant, assert_same):
     """These masks hold which tokens are real, at T = 1, too, in the four dimensions that exporters put together."""
     model = build(variant)

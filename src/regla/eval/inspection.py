@@ -31,7 +31,7 @@ from regla.data.sources import encode_source
 from regla.data.tokenizer import first_id, load_tokenizer
 from regla.eval.streaming import stream
 from regla.layers.attention import ReGLAAttention
-from regla.layers.feature_maps import SafeExp
+from regla.layers.feature_maps import SafeExp, UnitSafeExp
 from regla.models.cache import ReGLACacheLayer
 from regla.models.folders import check_ids, load_model
 from regla.report.inspection import inspection_page, plot_inspection
@@ -149,6 +149,7 @@ class _Sums:
     def __init__(self, mixer: ReGLAAttention) -> None:
         self.mixer = mixer
         self.K = mixer.head_dim
+        self.is_exponential = isinstance(mixer.feature_map, SafeExp | UnitSafeExp)
         self.T = 0
         self.histogram: dict[str, Tensor] = {}
         self.low: dict[str, float] = {}
@@ -183,7 +184,7 @@ class _Sums:
             saturated_low={axis: self.low[axis] / self.F[axis] for axis in self.F},
             saturated_high={axis: self.high[axis] / self.F[axis] for axis in self.F},
             half_lives={axis: _half_lives(total / self.T) for axis, total in self.log_F.items()},
-            effective_features=entropy_H.exp().tolist() if isinstance(self.mixer.feature_map, SafeExp) else [],
+            effective_features=entropy_H.exp().tolist() if self.is_exponential else [],
             state_norms=norms,
         )
 
