@@ -28,10 +28,20 @@ def test_rows(tmp_path: Path) -> None:
     ddp, fsdp, length = bench(tmp_path, "losses/ddp", "throughput/fsdp", "length/*")
     assert ddp["subject"] == "ddp" and 0 <= ddp["largest_difference"] < 1e-5
     assert ddp["setting"]["steps"] == 10 and ddp["last_loss"] < ddp["first_loss"]
+    assert ddp["state_bytes"] == pytest.approx(ddp["formula_state_bytes"], rel=0.01) and ddp["wire_bytes_of_a_step"] > 0
     assert fsdp["tokens_per_second"] == pytest.approx(fsdp["times_one"] * fsdp["tokens_per_second_of_one"])
     assert length["step_seconds_of_one"] == pytest.approx(length["times_one"] * length["step_seconds"])
     assert length["sent_bytes_of_a_layer"] == length["formula_bytes_of_a_layer"]
     assert length["largest_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_models_of_full_size(device: str) -> None:
+    bench = distributed.Bench(ALONE, torch.device(device), "bfloat16", True, False)
+    for measure in ("losses", "throughput"):
+        model, config = distributed._of(measure, bench, processes=2)
+        assert model.num_hidden_layers == len(model.layer_types) and config.seq_len <= model.max_position_embeddings
+    assert distributed.long_model(bench, 4096).num_hidden_layers > 1
 
 
 def test_bytes_of_the_formula() -> None:
@@ -67,7 +77,7 @@ def test_where_one_process_has_not_the_memory(monkeypatch: pytest.MonkeyPatch) -
 
     def run(self, kind, model, config, *, wait=False):
         tried.append((kind, config.activation_checkpointing))
-        return distributed.Ran([1.0], [1.0], 1.0, None, 0) if config.activation_checkpointing else None
+        return distributed.Ran([1.0], [1.0], 1.0, 0, None, 0, None) if config.activation_checkpointing else None
 
     monkeypatch.setattr(distributed.Bench, "run", run)
     bench = distributed.Bench(ALONE, torch.device("cpu"), "float32", False, True)

@@ -1,6 +1,7 @@
 """Training in several processes beside training in one, from the parts that `regla train` runs on; under torchrun.
 
-losses      100 steps in float32: the largest difference from the losses of one process
+losses      steps in float32: the largest difference from the losses of one process; what a process holds and what all
+            of them send, beside the formulas of docs/scaling.md
 throughput  tokens per second, every process with as many sequences as one process alone has
 length      one long sequence, its tokens shared: time of a step, memory, bytes that a layer sends
 kill        `regla train`, one process of which is killed: how it ends, and how one process goes on
@@ -27,17 +28,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from regla.bench.measure import Case, Row, dtype_name, give_memory_back
 from regla.bench.models import build, configs
 from regla.data.embedded import embedded_text
 from regla.runtime.checkpoint import FOLDER, found_in
 from regla.runtime.device import float32_products
-from regla.runtime.distributed import Processes
+from regla.runtime.distributed import Processes, local
 from regla.runtime.log import read_log
 from regla.runtime.progress import Progress
 from regla.train.config import LoopConfig
 from regla.train.loop import optimise
+from regla.train.model import count_parameters
 from regla.train.parallel import PARALLEL, Parallel, SequenceParallel
 
 if TYPE_CHECKING:
@@ -45,19 +48,36 @@ if TYPE_CHECKING:
 
 BENCHMARK = "bench distributed"
 _PATIENCE = 240.0  # seconds for a command of the case `kill`
-_SMALL = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1024}
+_SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "layer_types": ["linear_attention"] * 8,
+}
+_ON_A_CPU = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "layer_types": ["linear_attention"] * 4,
+}
 _VOCABULARY = {"vocab_size": 16384}  # else the logits of a long sequence would be most of its memory
 
 
 class Ran(NamedTuple):
-    """Figures of a run: the loss of every step, seconds of each behind the third, tokens per second, the largest peak
-    memory of a process's device, and the bytes that all processes together sent from layer to layer."""
+    """Figures of a run: the loss of every step, seconds of each behind the third, tokens per second; the most that a
+    process holds in weights, gradients and optimiser, and the peak memory of its device; the bytes that all processes
+    together sent from layer to layer, and, over the loopback device of the machine, in a step."""
 
     losses: list[float]
     seconds: list[float]
     tokens_per_second: float
+    state_bytes: int
     peak_bytes: int | None
     sent_bytes: int
+    wire_bytes: float | None
 
 
 class Bench(NamedTuple):
@@ -92,7 +112,11 @@ class Bench(NamedTuple):
         ran = self._optimise(PARALLEL[kind](self.processes), model, config, wait)
         sent = torch.tensor(float(ran.sent_bytes), dtype=torch.float64)
         peak = None if ran.peak_bytes is None else self.processes.largest(ran.peak_bytes)
-        return ran._replace(peak_bytes=peak, sent_bytes=round(float(self.processes.mean(sent)) * self.processes.count))
+        return ran._replace(
+            state_bytes=self.processes.largest(ran.state_bytes),
+            peak_bytes=peak,
+            sent_bytes=round(float(self.processes.mean(sent)) * self.processes.count),
+        )
 
     def _optimise(self, parallel: Parallel, model: ReGLAConfig, config: LoopConfig, wait: bool) -> Ran:
         cuda = self.device.type == "cuda"
@@ -101,25 +125,39 @@ class Bench(NamedTuple):
             torch.compiler.reset()
         built, progress = build(model, self.device, torch.float32), Progress()
         ends: list[float] = []
+        wire: list[int] = []
+        held: list[int] = []
+
+        def weigh(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if not held:
+                held.append(_held_bytes(optimizer))
 
         def stop() -> bool:
             if wait and cuda:
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
+            if not cuda:
+                wire.append(_loopback_bytes())
             return False
 
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        with float32_products():
-            optimise(built, _tokens(self.device), config, progress=progress, stop=stop, parallel=parallel)
+        weighing = register_optimizer_step_post_hook(weigh)
+        try:
+            with float32_products():
+                optimise(built, _tokens(self.device), config, progress=progress, stop=stop, parallel=parallel)
+        finally:
+            weighing.remove()
         rate = progress.tokens_per_second(config.tokens_per_step)
         assert rate is not None
         return Ran(
             losses=progress.losses,
             seconds=[end - start for start, end in pairwise(ends)][2:],
             tokens_per_second=rate,
+            state_bytes=held[0],
             peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
             sent_bytes=parallel.exchange.sent if isinstance(parallel, SequenceParallel) else 0,
+            wire_bytes=None if cuda else (wire[-1] - wire[0]) / (len(wire) - 1),
         )
 
 
@@ -146,10 +184,10 @@ def _one(bench: Bench, measure: str) -> Ran | None:
 def _of(measure: str, bench: Bench, *, processes: int) -> tuple[ReGLAConfig, LoopConfig]:
     """The model and the run of `losses` and `throughput`."""
     if measure == "losses":
-        batch = 2 * bench.processes.count
-        length, steps = (64, 10) if bench.quick else (1024, 100)
-        config = LoopConfig(steps=steps, seq_len=length, batch_size=batch, lr=1e-3)
-        own = {} if bench.quick else _SMALL
+        small = bench.device.type == "cpu"
+        length, steps = (64, 10) if bench.quick else (128, 50) if small else (1024, 100)
+        config = LoopConfig(steps=steps, seq_len=length, batch_size=8, lr=1e-3)
+        own = {} if bench.quick else _ON_A_CPU if small else _SMALL
     else:
         length, batch, steps = (64, 2, 15) if bench.quick else (2048, 16, 60)
         config = LoopConfig(
@@ -165,10 +203,18 @@ def _losses(bench: Bench, one: Any, kind: str) -> Iterator[Row | str]:
     model, config = _of("losses", bench, processes=bench.processes.count)
     ran = bench.run(kind, model, config)
     assert ran is not None
+    parameters = count_parameters(model)
     yield {
         "benchmark": BENCHMARK,
         "subject": kind,
         "setting": bench.setting("losses", config, steps=config.total_steps),
+        "parameters": parameters,
+        "state_bytes": ran.state_bytes,
+        "formula_state_bytes": 16 * parameters / (bench.processes.count if kind == "fsdp" else 1),
+        "wire_bytes_of_a_step": ran.wire_bytes,
+        "formula_wire_bytes_of_a_step": wire_bytes(
+            kind, model, config, processes=bench.processes.count, gloo=bench.device.type == "cpu"
+        ),
         "largest_difference": max(abs(a - b) for a, b in zip(ran.losses, alone.losses, strict=True)),
         "first_loss": ran.losses[0],
         "last_loss": ran.losses[-1],
@@ -196,8 +242,9 @@ def _throughput(bench: Bench, one: Any, kind: str) -> Iterator[Row | str]:
 
 def _length(bench: Bench) -> Iterator[Row | str]:
     """With activation checkpointing where one process has not enough memory without."""
-    length = 128 if bench.quick else 131072
-    model = configs(max_length=length, quick=bench.quick, overrides={} if bench.quick else _VOCABULARY)["regla"]
+    small = bench.device.type == "cpu"
+    length = 128 if bench.quick else 4096 if small else 131072
+    model = long_model(bench, length)
     for checkpointing in (False, True):
         config = LoopConfig(
             steps=9,
@@ -234,6 +281,11 @@ def _length(bench: Bench) -> Iterator[Row | str]:
     yield row
 
 
+def long_model(bench: Bench, length: int) -> ReGLAConfig:
+    overrides = {} if bench.quick else _ON_A_CPU if bench.device.type == "cpu" else _VOCABULARY
+    return configs(max_length=length, quick=bench.quick, overrides=overrides)["regla"]
+
+
 def sent_bytes(config: ReGLAConfig, *, batch_size: int, dtype: str) -> int:
     """Bytes that a linear layer sends over each boundary between processes in a step: S, m and the convolution's last
     inputs forward, the gradients of S and of those inputs back (docs/scaling.md)."""
@@ -243,6 +295,38 @@ def sent_bytes(config: ReGLAConfig, *, batch_size: int, dtype: str) -> int:
     channels = config.num_attention_heads * K + H * (K + V)
     halo = max(0, config.linear_conv_kernel_dim - 1) * channels * (2 if dtype == "bfloat16" else 4)
     return batch_size * (2 * (4 * H * K * V + halo) + 4 * H)
+
+
+def wire_bytes(kind: str, model: ReGLAConfig, config: LoopConfig, *, processes: int, gloo: bool) -> int:
+    """Bytes that all processes together send in a step (docs/scaling.md): of ddp and sequence the gradients' all-reduce;
+    of fsdp, for each batch, two gathers of the blocks and one of what is outside of them, and a reduce-scatter of all,
+    which gloo makes of an all-reduce."""
+    around = 4 * (processes - 1)  # a number of everything once around a ring
+    parameters = count_parameters(model)
+    if kind == "fsdp":
+        outside = model.hidden_size * (model.vocab_size * (1 if model.tie_word_embeddings else 2) + 1)
+        gathers = 2 * (parameters - outside) + outside
+        return around * config.accumulate * (gathers + (2 if gloo else 1) * parameters)
+    state = sent_bytes(model, batch_size=config.batch_size, dtype=config.dtype) if kind == "sequence" else 0
+    return around * 2 * parameters + (processes - 1) * model.num_hidden_layers * config.accumulate * state
+
+
+def _held_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the weights, their gradients and what the optimiser keeps, this process's part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [entry for parameter in parameters for entry in optimizer.state[parameter].values()]
+    gradients = [parameter.grad for parameter in parameters]
+    tensors = [local(x) for x in (*parameters, *gradients, *kept) if isinstance(x, Tensor)]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _loopback_bytes() -> int:
+    """Sent over the loopback device so far, by whatever runs on this machine (Linux)."""
+    for line in Path("/proc/net/dev").read_text(encoding="ascii").splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == "lo":
+            return int(counts.split()[8])
+    return 0
 
 
 def _exchanges(bench: Bench, model: ReGLAConfig, config: LoopConfig) -> int:
