@@ -298,7 +298,7 @@ def sent_bytes(config: ReGLAConfig, *, batch_size: int, dtype: str) -> int:
 
 
 def wire_bytes(kind: str, model: ReGLAConfig, config: LoopConfig, *, processes: int, gloo: bool) -> int:
-    """Bytes that all processes together send in a step (docs/scaling.md): of ddp and sequence the gradients' all-reduce;
+    """Bytes that all processes together send in a step (docs/scaling.md): of ddp and sequence gradients all-reduced;
     of fsdp, for each batch, two gathers of the blocks and one of what is outside of them, and a reduce-scatter of all,
     which gloo makes of an all-reduce."""
     around = 4 * (processes - 1)  # a number of everything once around a ring
