@@ -223,6 +223,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match=f"backend is 'cuda'; expected one of {names}"):
         gated_delta_attention(q, k, v, beta, gk, backend="cuda")
     with pytest.raises(ValueError, match=r"gk holds 0\.5; log-decays are"):
-        gated_delta_attention(q, k, v, beta, 0 * gk + 0.5)
+        gated_delta_attention(q, k, v, beta, 0 * gk + 0.5, validate=True)
     with pytest.raises(ValueError, match="mask and cu_seqlens are both given"):
         gated_delta_attention(q, k, v, beta, gk, mask=torch.ones(1, 4) > 0, cu_seqlens=torch.tensor([0, 4]))
