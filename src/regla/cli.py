@@ -353,8 +353,8 @@ def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep",
         default=argparse.SUPPRESS,
         metavar="RULE",
-        help="layers that keep softmax: none, every-N, or numbers from 0 such as 0,7,14 (default: every-2; with --init "
-        "those of DIR)",
+        help="layers that keep softmax: none, every-N, sliding (those with a window), or numbers from 0 such as 0,7,14 "
+        "(default: every-2; with --init those of DIR)",
     )
     model.add_argument(
         "--init",

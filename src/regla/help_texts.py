@@ -127,8 +127,9 @@ examples:
 """
 
 LINEARIZE = """\
-Put ReGLA into layers of a pretrained softmax model (Llama, SmolLM2, Mistral, Qwen2), train it to do what the original
-does, and save it as a Hugging Face folder (weights, config, tokenizer, generation config, model card, linearize.json).
+Put ReGLA into layers of a pretrained softmax model (Llama, SmolLM2, Mistral, Qwen2, Qwen3 with or without experts, text
+models of Gemma 3, OLMo 2, Phi-3, Granite, GPT-NeoX, Pythia, GPT-2), train it to do what the original does, and save it
+as a Hugging Face folder (weights, config, tokenizer, generation config, model card, linearize.json).
 
 The pretrained projections move over, key and value heads shared as before; softmax attention run through them must
 reproduce the original's logits. Then queries and keys are fitted to the feature map on a few thousand tokens, and the

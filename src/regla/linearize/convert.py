@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from regla.linearize.config import GATE_BIAS
 from regla.linearize.transfer import check_transfer
@@ -121,11 +122,7 @@ def convert(
     """
     config = converted_config(model.config, keep, **mixer)
     original_class = cast(Any, AutoModelForCausalLM)._model_mapping[type(model.config)]
-    student = student_class(original_class)._from_config(
-        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-    )
-    student = student.to(model.device)
-    take_weights(model, student)
+    student = with_weights(model, student_class(original_class), config)
     student.generation_config = _generation_config(model)
     student.train(model.training)
     if check:
@@ -133,12 +130,22 @@ def convert(
     return student
 
 
-def take_weights(source: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Give a student the weights of its original, or of a student with fewer linear layers.
+def with_weights(source: PreTrainedModel, student_class: Any, config: Any) -> PreTrainedModel:
+    """A student with the weights of its original, or of a student with fewer linear layers.
+
+    It is on the device of `source` and in its dtype.
 
     Raises:
         ValueError: a weight that has no place, or none for a place.
     """
+    with no_init_weights():  # drawing those that are loaded takes longer than all else
+        student = student_class._from_config(
+            config, dtype=source.dtype, attn_implementation=source.config._attn_implementation
+        )
+    student.tie_weights()
+    for attention in linear_attention(student).values():
+        student.base_model._init_weights(attention.mixer)
+    student = student.to(source.device)
     family = family_of(student.config)
     weights = dict(source.state_dict())
     paths = {module: path for path, module in student.named_modules() if isinstance(module, StudentAttention)}
@@ -163,6 +170,7 @@ def take_weights(source: PreTrainedModel, student: PreTrainedModel) -> None:
             f"parameter {name} is in one model and not in the other; the original differs from its family "
             f"{student.config.original_model_type!r}: convert only unmodified models"
         )
+    return student
 
 
 def _mixer_weights(attention: Any, config: Any) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from regla.linearize.config import LinearizeConfig
-from regla.linearize.convert import convert, converted_config, linear_numbers, take_weights
+from regla.linearize.convert import convert, converted_config, linear_numbers, with_weights
 from regla.linearize.load import load_student, load_student_config
 from regla.models.student import linear_attention
 from regla.runtime.errors import OptionError
@@ -59,8 +59,7 @@ def make_student(config: LinearizeConfig, original: PreTrainedModel) -> Student:
     before = load_student(config.init)
     planned = _further_config(config, before.config, original.config)
     torch.manual_seed(config.seed)
-    model = type(before)._from_config(planned, dtype=before.dtype).eval()
-    take_weights(before, model)
+    model = with_weights(before, type(before), planned).eval()
     model.generation_config = before.generation_config
     return Student(model, before, sorted(set(planned.linear_layers) - set(before.config.linear_layers)))
 
