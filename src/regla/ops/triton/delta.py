@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.norm import load_norm, logits
+from regla.ops.triton.norm import load_norm, logits, one_over_rms
 from regla.ops.triton.tiles import (
     LOG2E,
     decays,
@@ -69,11 +69,11 @@ def real_tokens(mask_ptr, start, inside, t, MASKED: tl.constexpr):
 
 
 @triton.jit
-def tile(ptr, index, height: tl.constexpr, width: tl.constexpr, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS, BLOCK] of the index-th of tensors [height, width], both padded, from column `first` on."""
-    row, column = tl.arange(0, ROWS), first + tl.arange(0, BLOCK)
+def tile(ptr, index, height: tl.constexpr, width: tl.constexpr, top, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS, BLOCK] of the index-th of tensors [height, width], both padded, from row `top` and column `first` on."""
+    row, column = top + tl.arange(0, ROWS), first + tl.arange(0, BLOCK)
     at = ptr + index.to(tl.int64) * (height * width) + (row[:, None] * width + column[None, :])
-    if height == ROWS and width % BLOCK == 0:
+    if height % ROWS == 0 and width % BLOCK == 0:
         x = tl.load(at)
     else:
         x = tl.load(at, mask=(row < height)[:, None] & (column < width)[None, :], other=0.0)
@@ -86,34 +86,88 @@ def put(ptr, index, height: tl.constexpr, width: tl.constexpr, first, x, ROWS: t
     row, column = tl.arange(0, ROWS), first + tl.arange(0, BLOCK)
     at = ptr + index.to(tl.int64) * (height * width) + (row[:, None] * width + column[None, :])
     x = x.to(ptr.dtype.element_ty)
-    if height == ROWS and width % BLOCK == 0:
+    if height % ROWS == 0 and width % BLOCK == 0:
         tl.store(at, x)
     else:
         tl.store(at, x, mask=(row < height)[:, None] & (column < width)[None, :])
 
 
 @triton.jit
+def load_logits(ptr, t, real, step, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr):
+    """[C, BK] of q or k, as it is in memory."""
+    empty: tl.constexpr = float("-inf") if UNIT_EXP and not NORM else 0.0
+    return load_tile(ptr, t, real, step, tl.arange(0, BK), K, empty)
+
+
+@triton.jit
+def unit_exp(x, weight, eps, real, K: tl.constexpr, NORM: tl.constexpr):
+    """(e / |e| with e = exp(x - max x), behind an RMS norm with NORM, [C, BK], 0 for padding; what `unit_exp_of_slice`
+    needs to know of all channels: 1 / rms, max x, 1 / |e|, [C] each) of x as `load_logits` gives it."""
+    r = 1.0
+    if NORM:
+        r = one_over_rms(x.to(tl.float32), eps, K)
+    x = logits(x, weight, eps, real, K, NORM)
+    to_log2: tl.constexpr = 1.0 if NORM else LOG2E
+    top = tl.where(real, largest(x, 1), 0.0)
+    e = exp2((x - top[:, None]) * to_log2)
+    factor = tl.where(real, tl.rsqrt(tl.sum(e * e, 1)), 0.0)
+    return e * factor[:, None], (r, top, factor)
+
+
+@triton.jit
 def load_features(
     ptr, t, real, step, weight, eps, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
 ):
-    """[C, BK] float32, 0 for padding: what is in memory or, with UNIT_EXP, e / |e| with e = exp(x - max x) of it,
-    behind an RMS norm with NORM."""
-    empty: tl.constexpr = float("-inf") if UNIT_EXP and not NORM else 0.0
-    x = load_tile(ptr, t, real, step, tl.arange(0, BK), K, empty)
+    """[C, BK] float32, 0 for padding: what is in memory or, with UNIT_EXP, `unit_exp` of it."""
+    x = load_logits(ptr, t, real, step, K, BK, UNIT_EXP, NORM)
     if UNIT_EXP:
-        x = logits(x, weight, eps, real, K, NORM)
-        to_log2: tl.constexpr = 1.0 if NORM else LOG2E
-        top = tl.where(real, largest(x, 1), 0.0)
-        e = exp2((x - top[:, None]) * to_log2)
-        x = e * tl.where(real, tl.rsqrt(tl.sum(e * e, 1)), 0.0)[:, None]
+        x, _ = unit_exp(x, weight, eps, real, K, NORM)
     return x.to(tl.float32)
 
 
 @triton.jit
-def feature_gradient(phi, d, UNIT_EXP: tl.constexpr):
-    """Gradient of what `load_features` read (behind its norm), from that of the features phi: both [C, BK]."""
+def statistics(
+    ptr, t, real, step, weight_ptr, eps, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
+):
+    """What `load_slice` needs to know of all channels."""
+    known = (1.0, 0.0, 1.0)
     if UNIT_EXP:
-        d = phi * (d - phi * tl.sum(phi * d, 1)[:, None])
+        weight = load_weight(weight_ptr, tl.arange(0, BK), K, NORM)
+        _, known = unit_exp(load_logits(ptr, t, real, step, K, BK, True, NORM), weight, eps, real, K, NORM)
+    return known
+
+
+@triton.jit
+def load_weight(weight_ptr, column, K: tl.constexpr, NORM: tl.constexpr):
+    """Of the norm of q or k, times log2(e): [BLOCK]."""
+    weight = 1.0
+    if NORM:
+        weight = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32) * LOG2E
+    return weight
+
+
+@triton.jit
+def load_slice(
+    ptr, t, real, step, weight_ptr, known, column, K: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
+):
+    """`load_features` of the channels `column`; known: `statistics`."""
+    empty: tl.constexpr = float("-inf") if UNIT_EXP and not NORM else 0.0
+    x = load_tile(ptr, t, real, step, column, K, empty).to(tl.float32)
+    if UNIT_EXP:
+        to_log2: tl.constexpr = 1.0 if NORM else LOG2E
+        if NORM:
+            x *= known[0][:, None] * load_weight(weight_ptr, column, K, NORM)[None, :]
+            x = tl.where(real[:, None] & (column < K)[None, :], x, float("-inf"))
+        x = exp2((x - known[1][:, None]) * to_log2) * known[2][:, None]
+    return x
+
+
+@triton.jit
+def feature_gradient(phi, d, along, UNIT_EXP: tl.constexpr):
+    """Gradient of what `load_slice` read (behind its norm), from that of the features, d. along [C]: phi . d over all
+    channels."""
+    if UNIT_EXP:
+        d = phi * (d - phi * along[:, None])
     return d
 
 
@@ -128,16 +182,16 @@ def load_beta(beta_ptr, start, t, real, h, H, limit, LOGITS: tl.constexpr):
 
 @triton.jit
 def load_decays(
-    g_ptr, r_ptr, t, real, g_step, r_step, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, PER_HEAD: tl.constexpr
+    g_ptr, r_ptr, t, real, g_step, r_step, column, K: tl.constexpr, GATE: tl.constexpr, PER_HEAD: tl.constexpr
 ):
-    """Log2-decays [C, BK], at least LOWEST; 0 for padding. GATE: "none", "log" (natural logarithms) or "refined"
-    (logits); PER_HEAD: one for all channels."""
+    """Log2-decays of the channels `column`, at least LOWEST; 0 for padding. GATE: "none", "log" (natural logarithms) or
+    "refined" (logits); PER_HEAD: one for all channels."""
     if PER_HEAD:
         one = tl.load(g_ptr + t * g_step, mask=real, other=0.0).to(tl.float32) * LOG2E
-        gg = tl.broadcast_to(one[:, None], (t.shape[0], BK))
+        gg = tl.broadcast_to(one[:, None], (t.shape[0], column.shape[0]))
     else:
-        g, r = load_gate(g_ptr, r_ptr, t, real, g_step, r_step, tl.arange(0, BK), K, GATE)
-        gg = decays(g, r, t.shape[0], BK, GATE)
+        g, r = load_gate(g_ptr, r_ptr, t, real, g_step, r_step, column, K, GATE)
+        gg = decays(g, r, t.shape[0], column.shape[0], GATE)
     return maximum(gg, LOWEST)
 
 
@@ -206,7 +260,7 @@ def delta_prepare_kernel(
     kE, wD, wF = k, w, w
     if GATE != "none":
         g_at, r_at = gate_at(g_ptr, r_ptr, start, h, g_step, r_step, 1 if PER_HEAD else K, GATE)
-        gg = load_decays(g_at, r_at, t, real, g_step, r_step, K, BK, GATE, PER_HEAD)
+        gg = load_decays(g_at, r_at, t, real, g_step, r_step, tl.arange(0, BK), K, GATE, PER_HEAD)
         E, D, F, total, B = factors(gg, DEEP, EXACT)
         kE, wD, wF = k * E, w * D, w * F
         tl.store(total_ptr + index * BK + tl.arange(0, BK), exp2(total))
@@ -252,18 +306,18 @@ def delta_state_kernel(
     at = n * H + h
     S = tl.zeros((BK, BV), tl.float32)
     if INITIAL:
-        S = tile(initial, at, K, V, first_v, BK, BV)
+        S = tile(initial, at, K, V, 0, first_v, BK, BV)
     for slot in range(begin, end):
         index = slot * H + h
         Sd = S.to(dtype)
         put(states, index, K, V, first_v, Sd, BK, BV)
-        u = tile(U, index, C, V, first_v, C, BV).to(tl.float32)
-        u -= tl.dot(tile(KE_solved, index, C, K, 0, C, BK), Sd, input_precision=PRECISION)
+        u = tile(U, index, C, V, 0, first_v, C, BV).to(tl.float32)
+        u -= tl.dot(tile(KE_solved, index, C, K, 0, 0, C, BK), Sd, input_precision=PRECISION)
         ud = u.to(dtype)
         put(U, index, C, V, first_v, ud, C, BV)
         if GATE != "none":
             S *= tl.load(total + index * BK + tl.arange(0, BK))[:, None]
-        S += tl.dot(tl.trans(tile(WF, index, C, K, 0, C, BK)), ud, input_precision=PRECISION)
+        S += tl.dot(tl.trans(tile(WF, index, C, K, 0, 0, C, BK)), ud, input_precision=PRECISION)
     put(final, at, K, V, first_v, S, BK, BV)
 
 
@@ -279,10 +333,10 @@ def delta_output_kernel(
     t = tl.arange(0, C)
     index = slot * H + hq // G
     of_query = slot * H * G + hq
-    S = tile(states, index, K, V, 0, BK, BV)
-    out = tl.dot(tile(QE, of_query, C, K, 0, C, BK), S, input_precision=PRECISION)
-    u = tile(U, index, C, V, 0, C, BV)
-    out = tl.dot(tile(P, of_query, C, C, 0, C, C), u, out, input_precision=PRECISION)
+    S = tile(states, index, K, V, 0, 0, BK, BV)
+    out = tl.dot(tile(QE, of_query, C, K, 0, 0, C, BK), S, input_precision=PRECISION)
+    u = tile(U, index, C, V, 0, 0, C, BV)
+    out = tl.dot(tile(P, of_query, C, C, 0, 0, C, C), u, out, input_precision=PRECISION)
     at = o + (start * H * G + hq) * V
     store_tile(at, t, start + t < stop, H * G * V, tl.arange(0, BV), V, out)
 
@@ -304,7 +358,7 @@ def delta_state_gradient_kernel(
     column = first_v + tl.arange(0, BV)
     dS = tl.zeros((BK, BV), tl.float32)
     if FINAL:
-        dS = tile(d_final, at, K, V, first_v, BK, BV)
+        dS = tile(d_final, at, K, V, 0, first_v, BK, BV)
     for backwards in range(begin, end):
         slot = begin + end - 1 - backwards
         index = slot * H + h
@@ -312,18 +366,18 @@ def delta_state_gradient_kernel(
         inside = start + t < stop
         dSd = dS.to(dtype)
         put(d_states, index, K, V, first_v, dSd, BK, BV)
-        du = tl.dot(tile(WF, index, C, K, 0, C, BK), dSd, input_precision=PRECISION)
+        du = tl.dot(tile(WF, index, C, K, 0, 0, C, BK), dSd, input_precision=PRECISION)
         if GATE != "none":
             dS *= tl.load(total + index * BK + tl.arange(0, BK))[:, None]
         for i in tl.static_range(G):
             of_query = index * G + i
             of_o = d_o + (start * H * G + h * G + i) * V
             d_out = load_tile(of_o, t, inside, H * G * V, column, V, 0.0).to(dtype)
-            du = tl.dot(tl.trans(tile(P, of_query, C, C, 0, C, C)), d_out, du, input_precision=PRECISION)
-            dS = tl.dot(tl.trans(tile(QE, of_query, C, K, 0, C, BK)), d_out, dS, input_precision=PRECISION)
+            du = tl.dot(tl.trans(tile(P, of_query, C, C, 0, 0, C, C)), d_out, du, input_precision=PRECISION)
+            dS = tl.dot(tl.trans(tile(QE, of_query, C, K, 0, 0, C, BK)), d_out, dS, input_precision=PRECISION)
         dud = du.to(dtype)
         put(d_U, index, C, V, first_v, dud, C, BV)
-        dS -= tl.dot(tl.trans(tile(KE_solved, index, C, K, 0, C, BK)), dud, input_precision=PRECISION)
+        dS -= tl.dot(tl.trans(tile(KE_solved, index, C, K, 0, 0, C, BK)), dud, input_precision=PRECISION)
     put(d_initial, at, K, V, first_v, dS, BK, BV)
 
 
@@ -337,49 +391,60 @@ def deep_gradients(d_P, x, alone, gg, d_x, d_alone, log_gradient, PRECISION: tl.
 
 @triton.jit
 def delta_gradient_kernel(
-    q_ptr, k_ptr, g_ptr, r_ptr, beta_ptr, mask_ptr, q_weight_ptr, k_weight_ptr, starts, stops,
-    is_deep, inverses, U, states, d_U, d_states, d_o, d_q, d_k, d_v, d_g, d_r, d_beta,
-    scale, eps, limit, T, chunks, H, q_step, k_step, g_step, r_step, dq_step, dk_step, dv_step, dg_step, dr_step,
+    q_ptr, k_ptr, v_ptr, g_ptr, r_ptr, beta_ptr, mask_ptr, q_weight_ptr, k_weight_ptr, starts, stops,
+    is_deep, inverses, U, states, d_U, d_states, o, d_o, d_q, d_k, d_v, d_g, d_r, d_beta,
+    scale, eps, limit, T, chunks, H, d_slices, q_step, k_step, v_step, g_step, r_step,
+    dq_step, dk_step, dv_step, dg_step, dr_step,
     GATE: tl.constexpr, PER_HEAD: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr, LOGITS: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DEEP: tl.constexpr,
+    BV: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a chunk's inputs, from those of U and of the state behind it; one CTA per chunk and state head."""
-    slot, h = tl.program_id(0), tl.program_id(1)
+    """Gradients of a chunk's inputs, from those of U and of the state behind it; one CTA per chunk, state head and
+    slice of BS key channels. Of beta, and of a decay for all channels, each writes its part, d_slices numbers apart."""
+    slot, h, slice = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = bounds(slot, starts, stops, T, chunks, C, VARLEN)
     t = tl.arange(0, C)
     inside = start + t < stop
     real = real_tokens(mask_ptr, start, inside, t, MASKED)
     index = slot * H + h
+    ki = slice * BS + tl.arange(0, BS)
     dtype: tl.constexpr = U.dtype.element_ty
-    ki, vi = tl.arange(0, BK), tl.arange(0, BV)
-    qw, kw = load_norm(q_weight_ptr, k_weight_ptr, K, BK, NORM)
-    earlier = t[:, None] > t[None, :]
-
     if DEEP:
         if tl.load(is_deep + index) == 0:
             return
 
-    # What meets the states. The value that a key reads has the gradient -d_v: a query of its own.
-    X, du = tile(inverses, index, C, C, 0, C, C), tile(d_U, index, C, V, 0, C, BV)
-    dv = tl.dot(tl.trans(X), du, input_precision=PRECISION)
-    store_tile(d_v + start * dv_step + h * V, t, inside, dv_step, vi, V, dv)
-    dv = (-dv).to(dtype)
-    u, S = tile(U, index, C, V, 0, C, BV), tile(states, index, K, V, 0, BK, BV)
-    d_A = tl.where(earlier, tl.dot(dv, tl.trans(u), input_precision=PRECISION), 0.0).to(dtype)
-    d_key = tl.dot(dv, tl.trans(S), input_precision=PRECISION)  # of k E
-    dS = tile(d_states, index, K, V, 0, BK, BV)
-    d_written = tl.dot(u, tl.trans(dS), input_precision=PRECISION)  # of w F
-    carried = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    # What the values' channels are summed over in, BW at a time. The value that a key reads has the gradient -d_v: a
+    # query of its own.
+    X = tile(inverses, index, C, C, 0, 0, C, C)
+    d_A, carried, along = tl.zeros((C, C), tl.float32), tl.zeros((BS,), tl.float32), tl.zeros((C,), tl.float32)
+    d_key, d_written = tl.zeros((C, BS), tl.float32), tl.zeros((C, BS), tl.float32)  # of k E, of w F
+    for first in range(0, V, BW):
+        vi = first + tl.arange(0, BW)
+        dv = tl.dot(tl.trans(X), tile(d_U, index, C, V, 0, first, C, BW), input_precision=PRECISION)
+        store_tile(d_v + start * dv_step + h * V, t, inside & (slice == 0), dv_step, vi, V, dv)
+        u = tile(U, index, C, V, 0, first, C, BW)
+        if UNIT_EXP and BS < BK:  # k . d of what is read, -d_v . (v - u), and of what is written, u . d_v
+            v = load_tile(v_ptr + start * v_step + h * V, t, real, v_step, vi, V, 0.0).to(tl.float32)
+            along += tl.sum(dv * (2 * u.to(tl.float32) - v), 1)
+        dv = (-dv).to(dtype)
+        S = tile(states, index, K, V, slice * BS, first, BS, BW)
+        dS = tile(d_states, index, K, V, slice * BS, first, BS, BW)
+        d_A = tl.dot(dv, tl.trans(u), d_A, input_precision=PRECISION)
+        d_key = tl.dot(dv, tl.trans(S), d_key, input_precision=PRECISION)
+        d_written = tl.dot(u, tl.trans(dS), d_written, input_precision=PRECISION)
+        carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    d_A = tl.where(t[:, None] > t[None, :], d_A, 0.0).to(dtype)
 
-    k = load_features(k_ptr + start * k_step + h * K, t, real, k_step, kw, eps, K, BK, UNIT_EXP, NORM)
+    k_at = k_ptr + start * k_step + h * K
+    known = statistics(k_at, t, real, k_step, k_weight_ptr, eps, K, BK, UNIT_EXP, NORM)
     beta = load_beta(beta_ptr, start, t, real, h, H, limit, LOGITS)
-    w = k * beta[:, None]
-    E, D, F, gg, B, total = 1.0, 1.0, 1.0, 0.0, 0.0, 0.0
-    alone, d_alone = 0.0, 0.0
     g_at, r_at = gate_at(g_ptr, r_ptr, start, h, g_step, r_step, 1 if PER_HEAD else K, GATE)
+    k = load_slice(k_at, t, real, k_step, k_weight_ptr, known, ki, K, UNIT_EXP, NORM)
+    w = k * beta[:, None]
+    E, D, F, gg, B, total, alone, d_alone = 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0
     if GATE != "none":
-        gg = load_decays(g_at, r_at, t, real, g_step, r_step, K, BK, GATE, PER_HEAD)
+        gg = load_decays(g_at, r_at, t, real, g_step, r_step, ki, K, GATE, PER_HEAD)
         E, D, F, total, B = factors(gg, DEEP, EXACT)
     kE = k * E
     wD = (w * D).to(dtype)
@@ -389,15 +454,27 @@ def delta_gradient_kernel(
     d_key *= E
     if DEEP:
         alone = tl.where(B > -NEAR, 0.0, w)
-        d_alone = tl.zeros((C, BK), tl.float32)
+        d_alone = tl.zeros((C, BS), tl.float32)
         d_key, d_alone, log_gradient = deep_gradients(d_A, k, alone, gg, d_key, d_alone, log_gradient, PRECISION)
     for i in tl.static_range(G):
         hq = h * G + i
-        d_out = load_tile(d_o + (start * H * G + hq) * V, t, real, H * G * V, vi, V, 0.0).to(dtype)
-        d_P = tl.where(t[:, None] >= t[None, :], tl.dot(d_out, tl.trans(u), input_precision=PRECISION), 0.0).to(dtype)
-        d_query = tl.dot(d_out, tl.trans(S), input_precision=PRECISION)
+        d_P, d_query = tl.zeros((C, C), tl.float32), tl.zeros((C, BS), tl.float32)
+        along_q = tl.zeros((C,), tl.float32)
+        for first in range(0, V, BW):
+            vi = first + tl.arange(0, BW)
+            of_output = (start * H * G + hq) * V
+            d_out = load_tile(d_o + of_output, t, real, H * G * V, vi, V, 0.0).to(dtype)
+            if UNIT_EXP and BS < BK:  # outputs are linear in the features
+                out = load_tile(o + of_output, t, real, H * G * V, vi, V, 0.0).to(tl.float32)
+                along_q += tl.sum(d_out.to(tl.float32) * out, 1)
+            u = tile(U, index, C, V, 0, first, C, BW)
+            S = tile(states, index, K, V, slice * BS, first, BS, BW)
+            d_P = tl.dot(d_out, tl.trans(u), d_P, input_precision=PRECISION)
+            d_query = tl.dot(d_out, tl.trans(S), d_query, input_precision=PRECISION)
+        d_P = tl.where(t[:, None] >= t[None, :], d_P, 0.0).to(dtype)
         q_at = q_ptr + start * q_step + hq * K
-        phi = load_features(q_at, t, real, q_step, qw, eps, K, BK, UNIT_EXP, NORM)
+        of_q = statistics(q_at, t, real, q_step, q_weight_ptr, eps, K, BK, UNIT_EXP, NORM)
+        phi = load_slice(q_at, t, real, q_step, q_weight_ptr, of_q, ki, K, UNIT_EXP, NORM)
         qE = phi * E * scale
         d_query = tl.dot(d_P, wD, d_query, input_precision=PRECISION)
         d_column = tl.dot(tl.trans(d_P), qE.to(dtype), d_column, input_precision=PRECISION)
@@ -407,7 +484,10 @@ def delta_gradient_kernel(
             d_query, d_alone, log_gradient = deep_gradients(
                 d_P, phi * scale, alone, gg, d_query, d_alone, log_gradient, PRECISION
             )
-        d_query = feature_gradient(phi, d_query * scale, UNIT_EXP)
+        d_query *= scale
+        if BS == BK:
+            along_q = tl.sum(phi * d_query, 1)
+        d_query = feature_gradient(phi, d_query, along_q, UNIT_EXP)
         store_tile(d_q + start * dq_step + hq * K, t, inside, dq_step, ki, K, d_query)
 
     d_w = d_column * D + d_written * F
@@ -427,7 +507,7 @@ def delta_gradient_kernel(
         through = sums(log_gradient, 1.0, True, EXACT) + before + carried[None, :]
         if PER_HEAD:
             d = tl.where(real, tl.sum(through, 1), 0.0)
-            tl.store(d_g + (start + t) * H + h, d.to(d_g.dtype.element_ty), mask=inside)
+            tl.store(d_g + slice * d_slices + (start + t) * H + h, d, mask=inside)
         else:
             g, r = load_gate(g_at, r_at, t, real, g_step, r_step, ki, K, GATE)
             dg_at, dr_at = gate_at(d_g, d_r, start, h, dg_step, dr_step, K, GATE)
@@ -435,6 +515,9 @@ def delta_gradient_kernel(
     d_b = tl.sum(k * d_w, 1)
     if LOGITS:
         d_b *= beta * (1 - beta / limit)
-    tl.store(d_beta + (start + t) * H + h, d_b.to(d_beta.dtype.element_ty), mask=inside)
-    d_key = feature_gradient(k, d_key + beta[:, None] * d_w, UNIT_EXP)
+    tl.store(d_beta + slice * d_slices + (start + t) * H + h, d_b, mask=inside)
+    d_key += beta[:, None] * d_w
+    if BS == BK:
+        along = tl.sum(k * d_key, 1)
+    d_key = feature_gradient(k, d_key, along, UNIT_EXP)
     store_tile(d_k + start * dk_step + h * K, t, inside, dk_step, ki, K, d_key)

@@ -24,6 +24,8 @@ from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
 from regla.ops.triton.operation import norm_gradient
 
 _COLUMNS = 32  # of a state that a CTA of the kernels that walk a sequence keeps
+#: Channels of keys that a CTA of the kernel of gradients takes, and of values that it sums over at once.
+_SLICE, _VALUES = 64, 64
 
 _INPUTS = (
     "Tensor[] buffers, SymInt[] layout, Tensor beta, Tensor? head_decay, Tensor? mask, Tensor? cu_seqlens, "
@@ -130,7 +132,7 @@ class _Plan:
         }
         #: The values of DEEP with which kernels that meet decays are launched, one after the other.
         self.passes = (False,) if gate == "none" else (False, True)
-        self.warps = 4 if max(self.K, self.V) <= 64 else 8
+        self.warps = 8 if exact and max(self.K, self.V) > 64 else 4
 
     def walk(self) -> tuple[int, int, int]:
         return cdiv(self.V, self.columns), self.N * self.H, 1
@@ -232,12 +234,12 @@ def _(buffers, layout, beta, head_decay, mask, cu_seqlens, S, weights, eps, scal
 @library.custom_op(
     "regla::delta_backward",
     mutates_args=(),
-    schema=f"(Tensor d_o, Tensor? d_final, Tensor U, Tensor states, {_INPUTS}{_OPTIONS}) -> Tensor[]",
+    schema=f"(Tensor d_o, Tensor? d_final, Tensor o, Tensor U, Tensor states, {_INPUTS}{_OPTIONS}) -> Tensor[]",
 )
 def _backward(*arguments: Any) -> list[Tensor]:
     """Gradients of the buffers, of beta, and, in float32, of the initial state; then, where there are such, in float32
     of the norm's weights [2, K], and of the decays a head."""
-    d_o, d_final, U, states, *inputs = arguments
+    d_o, d_final, o, U, states, *inputs = arguments
     x = _inputs(*inputs)
     s = _Plan(x)
     buffers, layout = inputs[:2]
@@ -246,7 +248,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
     d_q, d_k, d_v, *d_gates = unpack(grads, layout)
     assert d_q is not None and d_k is not None
     d_weights = rest.pop(0) if x.norm is not None else None
-    d_decay = (rest[0], None) if x.head_decay is not None else d_gates[:2]
+    d_head = rest[0] if x.head_decay is not None else None
     d_o = d_o.contiguous()
     d_final = None if d_final is None else d_final.float().contiguous()
     made = _prepare(x, s, keep=True)
@@ -258,15 +260,24 @@ def _backward(*arguments: Any) -> list[Tensor]:
         **s.walking, G=s.G, FINAL=d_final is not None, num_warps=4,
     )  # fmt: skip
     gate, steps = _gate(x)
+    BS = min(_SLICE, s.BK)
+    slices = s.BK // BS
+    # What every slice has a part of.
+    d_beta_parts = d_beta.new_empty(slices, *d_beta.shape, dtype=torch.float32)
+    d_head_parts = torch.empty_like(d_beta_parts) if d_head is not None else None
     for deep in s.passes:
         launch(
-            delta_gradient_kernel, (s.slots, s.H, 1),
-            (x.q, x.k, *gate, x.beta, x.mask, *_weights(x.norm), s.starts, s.stops,
-             made["is_deep"], made["inverses"], U, states, d_U, d_states, d_o, d_q, d_k, d_v, *d_decay, d_beta),
-            (x.scale, _eps(x.norm), x.limit, s.T, s.chunks, s.H, *map(token_step, (x.q, x.k)), *steps,
-             *map(token_step, (d_q, d_k, d_v, *d_decay))),
-            **s.chunked, DEEP=deep, num_warps=s.warps,
+            delta_gradient_kernel, (s.slots, s.H, slices),
+            (x.q, x.k, x.v, *gate, x.beta, x.mask, *_weights(x.norm), s.starts, s.stops,
+             made["is_deep"], made["inverses"], U, states, d_U, d_states, o, d_o,
+             d_q, d_k, d_v, *(d_gates[:2] if d_head_parts is None else (d_head_parts, None)), d_beta_parts),
+            (x.scale, _eps(x.norm), x.limit, s.T, s.chunks, s.H, d_beta.numel(), *map(token_step, (x.q, x.k, x.v)),
+             *steps, *map(token_step, (d_q, d_k, d_v, *d_gates[:2]))),
+            **s.chunked, BS=BS, BW=min(_VALUES, s.BV), DEEP=deep, num_warps=s.warps,
         )  # fmt: skip
+    d_beta.copy_(d_beta_parts.sum(0))
+    if d_head_parts is not None and d_head is not None:
+        d_head.copy_(d_head_parts.sum(0))
     if x.norm is not None:
         assert d_weights is not None
         norm_gradient(x.q, x.k, x.norm, x.mask, d_q, d_k, d_weights)
@@ -274,7 +285,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 
 @_backward.register_fake
-def _(d_o, d_final, U, states, *inputs):  # type: ignore[no-untyped-def]
+def _(d_o, d_final, o, U, states, *inputs):  # type: ignore[no-untyped-def]
     return _gradients_like(*inputs[:9])
 
 
@@ -300,18 +311,18 @@ def _gradients_like(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     buffers, layout, *tensors, weights, eps, scale, limit, unit_exp, _ = inputs
     ctx.layout, ctx.buffers, ctx.options = layout, len(buffers), (eps, scale, limit, unit_exp)
-    ctx.save_for_backward(*buffers, *(weights or ()), *tensors, *output[2:])
+    ctx.save_for_backward(*buffers, *(weights or ()), *tensors, output[0], *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *of_lists, beta, head_decay, mask, cu_seqlens, initial_state, U, states = ctx.saved_tensors
+    *of_lists, beta, head_decay, mask, cu_seqlens, initial_state, o, U, states = ctx.saved_tensors
     buffers, weights = of_lists[: ctx.buffers], of_lists[ctx.buffers :] or None
     if d_o is None:
         HQ, _H, _K, V, *_ = ctx.layout
         d_o = U.new_zeros(*beta.shape[:2], HQ, V)
     inputs = buffers, ctx.layout, beta, head_decay, mask, cu_seqlens, initial_state, weights
-    grads = _backward(d_o, d_final, U, states, *inputs, *ctx.options)
+    grads = _backward(d_o, d_final, o, U, states, *inputs, *ctx.options)
     d_buffers, (d_beta, d_initial, *rest) = grads[: ctx.buffers], grads[ctx.buffers :]
     d_weights = None
     if weights is not None:
