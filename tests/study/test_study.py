@@ -17,6 +17,7 @@ import pytest
 
 from regla.cli import main
 from regla.data.embedded import embedded_text
+from regla.layers.defaults import DEFAULTS
 from regla.report.documents import draw, fill
 from regla.report.studies import (
     check_comparable,
@@ -137,7 +138,7 @@ def test_the_row_of_a_run(undisturbed: Path) -> None:
     assert row["variant"] == {"gate": "refined"} and row["id"].startswith("refined-lr0.01-seed0-")
     assert (row["steps"], row["tokens"], row["lr"], row["seed"]) == (80, 80 * 64, 0.01, 0)
     assert row["epochs"] == pytest.approx(80 * 64 / row["text_tokens"])
-    assert row["config"]["steps"] == 80 and row["model"]["gate"] == "refined"
+    assert row["config"]["steps"] == 80 and row["model"]["gate"] == DEFAULTS.gate
     assert [source["name"] for source in row["validation"]] == ["corpus.bin"]
     assert len(row["curve"]) == 40 and row["curve"][-1][0] == 80
     assert row["curve"][0][1] == pytest.approx(5.7, abs=0.1)  # ln 300 at first
