@@ -255,7 +255,7 @@ examples:
 """
 
 BENCH_CPU = """\
-Measure what the CPU path promises, one after the other in about two minutes: forms, decode, memory.
+Measure what the CPU path promises, one after the other in some minutes: forms, delta, decode, memory.
 
 examples:
   regla bench cpu --out benchmarks/cpu.jsonl

@@ -308,6 +308,20 @@ def test_bench_cpu_runs_what_is_asked_for(
     assert '"T": 8' in capsys.readouterr().out
 
 
+def test_bench_cpu_compares_forms_of_the_delta_rule() -> None:
+    from regla.bench.cpu import measure_delta
+
+    rows = measure_delta([(1, 40, 1, 16, 8), (2, 3, 2, 8, 16)], turns=1)
+    backends = ["chunked"] if why_not_native(torch.ones(1), torch.ones(1)) else ["native", "chunked"]
+    assert [row["backend"] for row in rows] == backends * 2
+    assert [row["shape"] for row in rows[:: len(backends)]] == [
+        {"B": 1, "T": 40, "H": 1, "K": 16, "V": 8},
+        {"B": 2, "T": 3, "H": 2, "K": 8, "V": 16},
+    ]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["recurrent_seconds"] / row["seconds"]) and row["load_before"] >= 0
+
+
 BAD = {
     "no benchmark": ("bench", "the following arguments are required: WHAT"),
     "unknown benchmark": ("bench speed", "invalid choice: 'speed'"),

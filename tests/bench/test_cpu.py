@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regla.bench.cpu import measure_decode, measure_forms, measure_memory
+from regla.bench.cpu import measure_decode, measure_delta, measure_forms, measure_memory
 
 pytestmark = pytest.mark.timing
 
@@ -21,6 +21,14 @@ def _as_users_run():
 def test_blocks_and_kernels_are_faster_than_the_recurrence():
     least = {"chunked": 2, "native": 7}
     rows = measure_forms()
+    assert all(row["ratio"] >= least[row["backend"]] for row in rows), rows
+
+
+def test_the_delta_rule_is_faster_than_its_recurrence():
+    """The promise for the C kernels is ten times."""
+    least = {"chunked": 2, "native": 10}
+    rows = measure_delta()
+    assert {row["backend"] for row in rows} >= {"chunked"}
     assert all(row["ratio"] >= least[row["backend"]] for row in rows), rows
 
 

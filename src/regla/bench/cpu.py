@@ -1,6 +1,7 @@
 """What the CPU path promises, measured: `regla bench cpu --out benchmarks/cpu.jsonl`.
 
 forms   native and chunked against the recurrence, forward and backward
+delta   the same of the delta rule
 decode  time per generated token and bytes of cache, early and late in a sequence
 memory  peak memory of a forward pass against its length
 """
@@ -12,14 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from regla.bench.measure import Case, Row
-from regla.ops import gated_linear_attention, regla_attention
+from regla.ops import gated_delta_attention, gated_linear_attention, regla_attention
 from regla.ops.dispatch import why_not_native
 
 
@@ -32,20 +33,18 @@ def cases() -> list[Case]:
 
         return Case(name, rows)
 
-    return [case("forms", measure_forms), case("decode", measure_decode), case("memory", measure_memory)]
+    of_rules = [case("forms", measure_forms), case("delta", measure_delta)]
+    return [*of_rules, case("decode", measure_decode), case("memory", measure_memory)]
 
 
 def measure_forms(
     B: int = 4, T: int = 2048, H: int = 12, K: int = 64, V: int = 64, *, axis: str = "value", turns: int = 5
 ) -> list[dict[str, Any]]:
-    """Seconds of forward and backward of both operations by each backend there is; medians.
-
-    In a turn the recurrence runs once, and then every other backend again and again for as long: so that what else the
-    machine does meets all of them alike."""
+    """Seconds of forward and backward of both operations of the additive rule by each backend there is; medians."""
     q, k, v, gate, refine = (torch.randn(B, T, H, d, requires_grad=True) for d in (K, K, V, V, V))
     decay = (-torch.rand(B, T, H, V if axis == "value" else K)).requires_grad_()
     decays: dict[str, Any] = {"gv" if axis == "value" else "gk": decay}
-    operations: dict[str, tuple[Callable[[str], torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    operations: dict[str, tuple[_Operation, tuple[torch.Tensor, ...]]] = {
         "gated_linear_attention": (
             lambda backend: gated_linear_attention(q, k, v, **decays, backend=backend)[0],
             (q, k, v, decay),
@@ -55,39 +54,73 @@ def measure_forms(
             (q, k, v, gate, refine),
         ),
     }
-    d_o = torch.randn(B, T, H, V)
-    backends = ["chunked"] if why_not_native(k, v) else ["native", "chunked"]
     rows = []
     for name, (operation, leaves) in operations.items():
-        seconds: dict[str, list[float]] = {backend: [] for backend in ("recurrent", *backends)}
-        for backend in backends:  # the first calls compile and fill caches
-            torch.autograd.grad(operation(backend), leaves, d_o)
-        for _ in range(turns):
-            at_least = 0.0
-            for backend in ("recurrent", *backends):
-                spent: list[float] = []
-                while not spent or sum(spent) < at_least:
-                    start = time.perf_counter()
-                    torch.autograd.grad(operation(backend), leaves, d_o)
-                    spent.append(time.perf_counter() - start)
-                at_least = at_least or spent[0]
-                seconds[backend] += spent
-        median = {backend: statistics.median(taken) for backend, taken in seconds.items()}
-        rows += [
-            {
-                "benchmark": "forms",
-                "operation": name,
-                "backend": backend,
-                "shape": {"B": B, "T": T, "H": H, "K": K, "V": V},
-                "axis": axis,
-                "dtype": "float32",
-                "seconds": median[backend],
-                "recurrent_seconds": median["recurrent"],
-                "ratio": median["recurrent"] / median[backend],
-            }
-            for backend in backends
-        ]
+        rows += _against_recurrence("forms", name, axis, operation, leaves, turns)
     return rows
+
+
+def measure_delta(
+    shapes: Sequence[tuple[int, ...]] = ((1, 1024, 4, 64, 64), (1, 2048, 12, 64, 64)), turns: int = 5
+) -> list[dict[str, Any]]:
+    """Seconds of forward and backward of the delta rule with decays per channel, by each backend there is; medians."""
+    rows = []
+    for B, T, H, K, V in shapes:
+        keys = torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1)
+        made = torch.randn(B, T, H, K), keys, torch.randn(B, T, H, V), torch.rand(B, T, H), -torch.rand(B, T, H, K)
+        leaves = tuple(x.requires_grad_() for x in made)
+
+        def operation(backend: str, leaves: tuple[torch.Tensor, ...] = leaves) -> torch.Tensor:
+            return gated_delta_attention(*leaves, backend=backend)[0]
+
+        rows += _against_recurrence("delta", "gated_delta_attention", "key", operation, leaves, turns)
+    return rows
+
+
+_Operation = Callable[[str], torch.Tensor]
+
+
+def _against_recurrence(
+    benchmark: str, name: str, axis: str, operation: _Operation, leaves: tuple[torch.Tensor, ...], turns: int
+) -> list[dict[str, Any]]:
+    """Rows of forward and backward by each backend there is; medians.
+
+    In a turn the recurrence runs once, and then every other backend again and again for as long: so that what else the
+    machine does meets all of them alike."""
+    _q, k, v, *_ = leaves
+    load = os.getloadavg()[0]
+    d_o = torch.randn_like(v)
+    backends = ["chunked"] if why_not_native(k, v) else ["native", "chunked"]
+    seconds: dict[str, list[float]] = {backend: [] for backend in ("recurrent", *backends)}
+    for backend in backends:  # the first calls compile and fill caches
+        torch.autograd.grad(operation(backend), leaves, d_o)
+    for _ in range(turns):
+        at_least = 0.0
+        for backend in ("recurrent", *backends):
+            spent: list[float] = []
+            while not spent or sum(spent) < at_least:
+                start = time.perf_counter()
+                torch.autograd.grad(operation(backend), leaves, d_o)
+                spent.append(time.perf_counter() - start)
+            at_least = at_least or spent[0]
+            seconds[backend] += spent
+    median = {backend: statistics.median(taken) for backend, taken in seconds.items()}
+    (B, T, H, K), V = k.shape, v.shape[-1]
+    return [
+        {
+            "benchmark": benchmark,
+            "operation": name,
+            "backend": backend,
+            "shape": {"B": B, "T": T, "H": H, "K": K, "V": V},
+            "axis": axis,
+            "dtype": "float32",
+            "seconds": median[backend],
+            "recurrent_seconds": median["recurrent"],
+            "ratio": median["recurrent"] / median[backend],
+            "load_before": round(load, 2),
+        }
+        for backend in backends
+    ]
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ DOCUMENTS = ("README.md", "docs/results/cpu.md", "docs/results/smollm2.md")
 _Table = Callable[[Sequence[dict[str, Any]]], str]
 TABLES: dict[str, tuple[str, _Table]] = {
     "forms": ("benchmarks/cpu.jsonl", latest(forms_table)),
+    "delta": ("benchmarks/cpu.jsonl", latest(forms_table)),
     "decode": ("benchmarks/cpu.jsonl", latest(decode_table)),
     "memory": ("benchmarks/cpu.jsonl", latest(memory_table)),
     "linearize": ("benchmarks/linearize.jsonl", scores_table),
