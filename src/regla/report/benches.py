@@ -109,7 +109,7 @@ def _ops_cells(row: Row) -> dict[str, str]:
         "of copy bandwidth": _number(row, "of_floor", ".0%"),
         "extra memory": _memory(row.get("peak_extra_bytes")),
         "x sdpa": _ratio(row, "softmax_attention/none/sdpa"),
-        "x fla": _ratio(row, "chunk_kda/key/fla" if "delta" in row["operation"] else "chunk_gla/key/fla"),
+        "x fla": _ratio(row, "chunk_kda/key/fla" if "delta" in row["subject"] else "chunk_gla/key/fla"),
     }
 
 
