@@ -16,9 +16,16 @@ class Ended(NamedTuple):
     err: str
 
 
-def in_processes(count: int, run: Callable[[], int | None], folder: Any, *, seconds: float = 100) -> list[Ended]:
-    """Call `run` in `count` processes, of each of which the environment says who it is; what they write is left in
-    `folder`."""
+def in_processes(
+    count: int,
+    run: Callable[[], int | None],
+    folder: Any,
+    *,
+    seconds: float = 100,
+    meanwhile: Callable[[list[Any]], None] = lambda processes: None,
+) -> list[Ended]:
+    """Call `run` in `count` processes, of each of which the environment says who it is, and here `meanwhile`; what they
+    write is left in `folder`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -29,6 +36,7 @@ def in_processes(count: int, run: Callable[[], int | None], folder: Any, *, seco
     ]
     for process in started:
         process.start()
+    meanwhile(started)
     for process in started:
         process.join(seconds)
     stuck = [rank for rank, process in enumerate(started) if process.is_alive()]

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,6 +205,40 @@ def test_a_process_is_killed(kind: str, corpus: Path, tmp_path: Path) -> None:
     assert [one.code for one in ended] == [0, 0], ended
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "undisturbed"))
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_kills(kind: str, corpus: Path, tmp_path: Path) -> None:
+    """Of either process, soon after the start or after a checkpoint: a whole one is always there to go on from."""
+    steps, moments, out = 40, random.Random(KINDS.index(kind)), tmp_path / "run"
+    more = ("--parallel", kind, "--save-every", "1")
+    run(2, tmp_path / "undisturbed", corpus, *more, steps=steps)
+    for number in range(10):
+        before = checkpoint.found_in(out / "checkpoints")
+
+        def kill(processes: list, before=before, number=number) -> None:
+            while number % 2 and checkpoint.found_in(out / "checkpoints") == before and processes[0].is_alive():
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.2 if number % 2 else 1.0))
+            processes[moments.randrange(2)].kill()
+            for process in processes:  # torchrun does this: one that waits for the other's first word would wait on
+                process.join(5)
+                process.kill()
+
+        ended = in_processes(
+            2,
+            lambda: main(command(out, corpus, *more, "--resume", steps=steps)),
+            tmp_path / "written",
+            meanwhile=kill,
+        )
+        assert {one.code for one in ended} <= {0, 1, -signal.SIGKILL}, ended
+        assert all("Traceback" not in one.err for one in ended), ended
+    ended = run(2, out, corpus, *more, "--resume", steps=steps)
+    assert [one.code for one in ended] == [0, 0], ended
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "undisturbed"))
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert [line["step"] for line in log(out)] == list(range(1, steps + 1))
 
 
 def test_the_disk_of_the_first_is_full(corpus: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regla.report.benches import benches_table, kernels_table, plot_bench, speed_table
+from regla.report.distributed import DISTRIBUTED_TABLES
 from regla.report.recall import RECALL_TABLES, plot_recall
 from regla.report.studies import (
     plot_positions,
@@ -43,6 +44,7 @@ TABLES: dict[str, tuple[str, _Table]] = {
     "memory": ("benchmarks/cpu.jsonl", latest(memory_table)),
     "linearize": ("benchmarks/linearize.jsonl", scores_table),
     "calibration": ("benchmarks/linearize.jsonl", calibration_table),
+    **{name: ("benchmarks/distributed.jsonl", show) for name, show in DISTRIBUTED_TABLES.items()},
 }
 """By the name of the table: the file of its rows, and how they are shown."""
 
@@ -64,7 +66,7 @@ BENCHES = "benchmarks/gpu"
 BENCH_TABLES = ("ops", "decode", "train")
 """By what the name of a table begins with: `ops/NAME` shows the rows of `regla bench ops` in NAME.jsonl."""
 
-BENCHMARKS = {"calibration": "linearize"}
+BENCHMARKS = {"calibration": "linearize", **dict.fromkeys(DISTRIBUTED_TABLES, "bench distributed")}
 """The benchmark whose rows a table shows, where it is not the table's name."""
 
 _BLOCK = re.compile(r"(^<!-- table: (?P<name>\S+) -->\n).*?(^<!-- end of table -->$)", re.MULTILINE | re.DOTALL)
