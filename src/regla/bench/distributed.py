@@ -345,10 +345,10 @@ def _kill(bench: Bench) -> Iterator[Row | str]:
 
 
 def _killed(folder: Path, bench: Bench) -> Row:
-    steps, every = (40, 10) if bench.quick else (300, 50)
+    steps, every = (40, 10) if bench.quick else (60, 20) if bench.device.type == "cpu" else (300, 50)
     shape = {"hidden-size": 32, "layers": 2, "heads": 2, "seq-len": 32} if bench.quick else {"seq-len": 256}
     options: dict[str, Any] = {"steps": steps, "save-every": every, "device": bench.device.type, "vocab-size": 300}
-    options |= {"batch-size": 2 * bench.processes.count} | shape
+    options |= {"batch-size": 2 * bench.processes.count, "lr": 1e-3} | shape
     train = ["regla", "train", *(str(part) for name, value in options.items() for part in ("--" + name, value))]
     whole, out = folder / "whole", folder / "run"
     several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={bench.processes.count}", "-m"]
