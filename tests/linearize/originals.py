@@ -48,6 +48,14 @@ VARIANTS = {
     "gemma3_text, soft-cap, one key head": WINDOWS
     | TWELVE
     | {"head_dim": 8, "query_pre_attn_scalar": 20, "num_key_value_heads": 1, "final_logit_softcapping": 5.0},
+    "gemma3_text, scaled RoPE": WINDOWS
+    | {
+        "head_dim": 16,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
     "olmo2": {},
     "olmo2, one key head": TWELVE | {"num_key_value_heads": 1},
     "granite": {
@@ -63,6 +71,16 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
     "phi3, windows": {"sliding_window": 16},
+    "phi3, RoPE of two scales": {
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+            "original_max_position_embeddings": 32,
+        },
+    },
     "gpt_neox": TWELVE,
     "gpt_neox, 9 heads, one after the other": {
         "use_parallel_residual": False,

@@ -124,6 +124,17 @@ class OneByOne(nn.Module):
         return nn.functional.rms_norm(x, x.shape[-1:]) * self.weight
 
 
+@pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])
+def test_other_implementations_of_attention(implementation):
+    """The check runs in float32, which flash attention does not, and leaves the model as it was."""
+    model = original("qwen2, windows")
+    student = convert(model, [0], check=False)
+    for one in (model, student):
+        one.config._attn_implementation = implementation
+    assert check_transfer(model, student) <= 1e-4
+    assert model.config._attn_implementation == student.config._attn_implementation == implementation
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_calibration_and_transfer_see_the_originals_attention(name):
     """Norms, RoPE, scaling and window: KL to uniform attention is that of the weights which the original computes."""
@@ -144,8 +155,11 @@ def test_calibration_and_transfer_see_the_originals_attention(name):
 
 
 def test_the_originals_dropout_stays():
-    """GPT-2's attention ends in a dropout, which a student keeps."""
-    student = convert(original("gpt2", resid_pdrop=0.5), "none").train()
+    """GPT-2's attention ends in a dropout, which a student keeps; attention transfer goes without."""
+    model, tokens = original("gpt2", resid_pdrop=0.5), torch.randint(97, (2, 33))
+    student = convert(model, "none")
+    assert transfer_loss(model)(student.train(), tokens) == transfer_loss(model)(student.eval(), tokens)
+    student.train()
     attention = student.transformer.h[0].attn
     y = attention(torch.randn(1, 50, 96))[0]
     assert 0.4 < (y == 0).float().mean() < 0.6

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from regla.cli import main
+from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.runtime.log import TrainingLog
 from tests.linearize.models import command, llama
 
@@ -116,6 +117,10 @@ def test_folders_that_do_not_fit(folder, hybrid, tmp_path, capsys):
     steps = ("--steps", "3")
     assert f"{tmp_path} holds no model to go on from; give --init" in refused("--init", str(tmp_path), *steps)
     assert "holds a model of type 'llama'" in refused("--init", str(folder / "model"), *steps)
+    ReGLAForCausalLM(ReGLAConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)).save_pretrained(
+        tmp_path / "earlier"
+    )
+    assert "convert the original again" in refused("--init", str(tmp_path / "earlier"), *steps)
     other = tmp_path / "other"
     llama(num_hidden_layers=3).save_pretrained(other / "model")
     from regla.linearize import convert

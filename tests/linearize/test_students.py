@@ -64,8 +64,8 @@ def test_cached_is_full(name, keep):
 
 @torch.no_grad()
 @WITH_WINDOWS
-def test_left_padding(name):
-    """A batch of two lengths gives what each row gives alone, in one forward and in `generate`."""
+def test_padding(name):
+    """A batch of two lengths, padded left or right, gives what each row gives alone; so does `generate`."""
     model, ids = student(name), torch.randint(97, (2, 20))
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -73,6 +73,8 @@ def test_left_padding(name):
     logits = model(ids, attention_mask=mask).logits
     close(logits[0, 7:], model(short).logits[0])
     close(logits[1], model(long).logits[0])
+    right = model(torch.cat([short, ids[:1, :7]], 1), attention_mask=mask[:1].flip(1)).logits
+    close(right[0, :13], logits[0, 7:])
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     found = model.generate(ids, attention_mask=mask, **options)
     for row, alone in ((0, short), (1, long)):

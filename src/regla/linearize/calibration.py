@@ -214,6 +214,6 @@ def _calibrate_norm(layer: StudentAttention, attention: Attention, q: Tensor, k:
     weight = cast(Tensor, norm.weight)
     weight.fill_(1.0)
     with norm.register_forward_hook(lambda module, args, output: ours.append(output)):
-        layer(attention.x, position_embeddings=attention.rotary)
+        layer.mix(attention.x, attention.rotary)
     rms_teacher, rms_ours = (y.float().square().mean((0, 1)).sqrt() for y in (teacher, ours[0]))
     weight.copy_(rms_teacher / rms_ours.clamp_min(torch.finfo(torch.float32).tiny))

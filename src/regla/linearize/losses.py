@@ -37,7 +37,7 @@ def transfer_loss(original: PreTrainedModel, learning: Iterable[int] | None = No
 
         def see(number: int, attention: Attention) -> None:
             with torch.enable_grad():
-                y, _ = layers[number](attention.x, position_embeddings=attention.rotary)
+                y = layers[number].mix(attention.x, attention.rotary)
                 expected = attention.y.float()
                 errors.append((y.float() - expected).square().mean() / expected.square().mean())
 

@@ -107,14 +107,10 @@ def check_transfer(
         length = min(64, original.config.max_position_embeddings)
         input_ids = torch.randint(original.config.vocab_size, (1, length), generator=generator)
     input_ids = input_ids.to(next(converted.parameters()).device)
-    training = original.training, converted.training
-    original.eval(), converted.eval()
-    try:
+    with _as_to_compare(original), _as_to_compare(converted):
         expected = _in_float32(original, input_ids)
         with softmax_in_place_of_mixers(converted, layers):
             actual = _in_float32(converted, input_ids)
-    finally:
-        original.train(training[0]), converted.train(training[1])
     error = _difference(actual.logits, expected.logits)
     if not error <= tolerance:
         # hidden_states[i + 1] is what layer i gives, except that the last one is behind the final norm.
@@ -126,6 +122,20 @@ def check_transfer(
             f"than {tolerance:.0e}; {where}: its weights were not transferred as the original uses them"
         )
     return error
+
+
+@contextmanager
+def _as_to_compare(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, and with attention that runs in float32 and is told its mask, as flash attention is not."""
+    training, attention = model.training, model.config._attn_implementation
+    try:
+        model.eval()
+        if attention not in ("eager", "sdpa"):
+            model.config._attn_implementation = "sdpa"
+        yield
+    finally:
+        model.train(training)
+        model.config._attn_implementation = attention
 
 
 def _in_float32(model: PreTrainedModel, input_ids: Tensor) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from regla.models.cache import CACHE, one_cache
+from regla.models.cache import CACHE, adopt_cache, one_cache
 from regla.models.configuration import ReGLAConfig
 
 LayerMasks = dict[str, Tensor | None]
@@ -111,6 +111,57 @@ def current_columns(table: Tensor, past_key_values: Cache | None, T: int) -> Ten
             f"and the {T} of this call"
         )
     return table[:, seen:]
+
+
+def settle_packing(
+    B: int,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    use_cache: bool | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor | None:
+    """Boundaries of packed documents: `cu_seqlens`, or where positions restart, if there is neither mask nor cache.
+
+    Raises:
+        ValueError: they come with something that has no meaning for them.
+    """
+    if cu_seqlens is None and position_ids is not None and attention_mask is None and past_key_values is None:
+        cu_seqlens = packed_boundaries(position_ids)
+    if cu_seqlens is not None:
+        check_packing(B, attention_mask, past_key_values, use_cache)
+    return cu_seqlens
+
+
+def settle_cache(
+    model: Any, config: ReGLAConfig, past_key_values: Cache | None, use_cache: bool | None, *, checkpointed: bool
+) -> tuple[Cache | None, bool]:
+    """The cache of a call, able to hold states, and whether there is to be one.
+
+    Args:
+        model: its config has the default of use_cache, which training has not.
+        config: the layers that the cache serves.
+        past_key_values: what was given.
+        use_cache: what was asked for.
+        checkpointed: whether the backward pass will compute blocks again.
+
+    Raises:
+        ValueError: a cache that cannot be this model's, or one to be written twice.
+    """
+    if checkpointed:
+        if past_key_values is not None:
+            raise ValueError(
+                "past_key_values is given in training with activation checkpointing, whose second forward pass "
+                "would write the cache again; call model.gradient_checkpointing_disable(), or leave the cache out"
+            )
+        use_cache = False
+    if use_cache is None:
+        use_cache = bool(model.config.use_cache and not model.training)
+    if past_key_values is None and use_cache:
+        past_key_values = DynamicCache(config=model.config)
+    if past_key_values is not None:
+        adopt_cache(past_key_values, config)
+    return past_key_values, use_cache
 
 
 def packed_boundaries(position_ids: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -26,12 +26,12 @@ from regla.models.cache import CACHE, adopt_cache, one_cache
 from regla.models.configuration import ReGLAConfig
 from regla.models.inputs import (
     LayerMasks,
-    check_packing,
     layer_masks,
     masks_for_generate,
-    packed_boundaries,
     packed_positions,
     positions,
+    settle_cache,
+    settle_packing,
     token_mask,
 )
 from regla.models.rotary import RotaryEmbedding
@@ -209,7 +209,7 @@ class ReGLAModel(ReGLAPreTrainedModel):
             ValueError: a mask that does not fit; packing with a cache or a mask; a foreign cache; a cache in training
                 with activation checkpointing; an exporter other than torch.export.
         """
-        _check_exporter()
+        check_exporter()
         past_key_values = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; pass exactly one of them")
@@ -217,25 +217,14 @@ class ReGLAModel(ReGLAPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         B, T = inputs_embeds.shape[:2]
 
-        if cu_seq_lens_q is None and position_ids is not None and attention_mask is None and past_key_values is None:
-            cu_seq_lens_q = packed_boundaries(position_ids)
-        if cu_seq_lens_q is not None:
-            check_packing(B, attention_mask, past_key_values, use_cache)
-            use_cache = False
-        if any(layer.gradient_checkpointing and layer.training for layer in self.layers):
-            if past_key_values is not None:
-                raise ValueError(
-                    "past_key_values is given in training with activation checkpointing, whose second forward pass "
-                    "would write the cache again; call model.gradient_checkpointing_disable(), or leave the cache out"
-                )
-            use_cache = False
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            adopt_cache(past_key_values, self.config)
-
+        cu_seq_lens_q = settle_packing(B, attention_mask, position_ids, past_key_values, use_cache, cu_seq_lens_q)
+        past_key_values, _ = settle_cache(
+            self,
+            self.config,
+            past_key_values,
+            use_cache if cu_seq_lens_q is None else False,
+            checkpointed=any(layer.gradient_checkpointing and layer.training for layer in self.layers),
+        )
         restarts = None if cu_seq_lens_q is None else packed_positions(cu_seq_lens_q, T)
         if isinstance(attention_mask, dict):
             masks = attention_mask
@@ -346,7 +335,7 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
         raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
-def _check_exporter() -> None:
+def check_exporter() -> None:
     """Raise a ValueError, in place of the exporter's own message, where linear layers cannot be exported."""
     if torch.jit.is_tracing():
         raise ValueError(

@@ -26,7 +26,7 @@ from regla.layers.init import init_linear_attention
 from regla.models.cache import CACHE, ReGLACacheLayer, adopt_cache
 from regla.models.configuration import ReGLAConfig
 from regla.models.families import Family, family_of, heads_of, softmax_kinds, window
-from regla.models.modeling import NO_CONTINUOUS_BATCHING, linear_mixer
+from regla.models.modeling import NO_CONTINUOUS_BATCHING, check_exporter, linear_mixer
 from regla.models.rotary import frequencies_kept
 from regla.models.student_configuration import PREFIX, student_config_class
 from regla.models.student_inputs import LinearTokens, checkpointed, masks_for_generate, prepared, set_checkpointing
@@ -93,6 +93,11 @@ class StudentAttention(nn.Module):
         if cached is not None:
             cached.write(state, hidden_states.shape[1])
         return self.dropout(y), None
+
+    def mix(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What `forward` gives for whole texts x [B, T, hidden_size], without the dropout."""
+        y: Tensor = self.mixer(x, rotary=rotary if self.rope else None)[0]
+        return y
 
 
 class OriginalNorm(nn.Module):
@@ -225,6 +230,7 @@ def _forward(original: type[PreTrainedModel]) -> Any:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_exporter()
         blocks = family_of(self.config).blocks(self)
         arguments = prepared(self, blocks, dict(zip(names, args, strict=False)) | kwargs)
         # Blocks that are checkpointed drop the cache; without gradients there is nothing to recompute.

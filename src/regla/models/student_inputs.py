@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from regla.models.cache import CACHE, adopt_cache, one_cache
+from regla.models.cache import CACHE, one_cache
 from regla.models.families import last_position
 from regla.models.inputs import (
     LayerMasks,
-    check_packing,
     current_columns,
-    packed_boundaries,
     packed_positions,
     positions,
     seen_tokens,
+    settle_cache,
+    settle_packing,
 )
 
 #: Under which the original's code hands `LinearTokens` on, from the base model to its attention modules.
@@ -56,27 +56,12 @@ def prepared(model: Any, blocks: Iterable[nn.Module], arguments: dict[str, Any])
     B, T = tokens.shape[:2]
     cache = one_cache(arguments.pop("past_key_values", None), arguments.pop("cache", None))
     attention_mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
-    cu_seqlens, use_cache = arguments.get("cu_seq_lens_q"), arguments.get("use_cache")
-
-    if cu_seqlens is None and position_ids is not None and attention_mask is None and cache is None:
-        cu_seqlens = packed_boundaries(position_ids)
+    use_cache = arguments.get("use_cache")
+    cu_seqlens = settle_packing(B, attention_mask, position_ids, cache, use_cache, arguments.get("cu_seq_lens_q"))
     if cu_seqlens is not None:
-        check_packing(B, attention_mask, cache, use_cache)
         use_cache, position_ids = False, packed_positions(cu_seqlens, T)
-    if torch.is_grad_enabled() and checkpointed(model, blocks):
-        if cache is not None:
-            raise ValueError(
-                "past_key_values is given in training with activation checkpointing, whose second forward pass "
-                "would write the cache again; call model.gradient_checkpointing_disable(), or leave the cache out"
-            )
-        use_cache = False
-    if use_cache is None:
-        use_cache = model.config.use_cache and not model.training
-    if cache is None and use_cache:
-        cache = DynamicCache(config=model.config)
-    if cache is not None:
-        adopt_cache(cache, model.linear_config)
-
+    again = torch.is_grad_enabled() and bool(checkpointed(model, blocks))
+    cache, use_cache = settle_cache(model, model.linear_config, cache, use_cache, checkpointed=again)
     theirs, real = _split(attention_mask, cache, tokens)
     if position_ids is None:
         position_ids = positions(_counted(attention_mask, cache, real), cache, tokens)
