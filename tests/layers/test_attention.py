@@ -32,7 +32,12 @@ STEPS = [
     {"gate": "scalar", "norm": "sum"},
     {"gate": "fast_decay", "key_max": "running"},
     {"gate": "none"},
-]
+    {
+        "update_rule": "delta", "feature_map": "unit_safe_exp", "gate_axis": "key", "qk_norm": True, "beta_max": 2.0,
+        "output_gate": "silu",
+    },
+    {"update_rule": "delta", "feature_map": "unit_silu", "gate_axis": "key", "norm": "layernorm"},
+]  # fmt: skip
 
 
 def mixer(**options) -> ReGLAAttention:
@@ -261,6 +266,21 @@ def test_steps_may_overwrite_the_state(options):
         assert state.S is S and state.m is m
         assert error(y, whole[:, t : t + 1]) < 1e-5
     assert not torch.equal(S, kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["feature_map", "rule.beta_proj", "q_norm"])
+def test_what_the_delta_rule_forms_itself_still_obeys_hooks(name):
+    layer = mixer(update_rule="delta", feature_map="unit_safe_exp", gate_axis="key", qk_norm=True)
+    x = torch.randn(1, 5, HIDDEN)
+    before, _ = layer(x)
+    hook = layer.get_submodule(name).register_forward_hook(
+        lambda module, inputs, y: (y[0], y[1].flip(-1)) if isinstance(y, tuple) else 2 * y - 1
+    )
+    changed, _ = layer(x)
+    hook.remove()
+    assert not torch.allclose(before, changed)
+    assert torch.equal(before, layer(x)[0])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

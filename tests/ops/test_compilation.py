@@ -114,16 +114,20 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
 
 
 def call_delta(dtype, HQ, K):
-    """Forward and backward of the delta rule from logits, with a mask and a norm of q and k."""
-    from regla.ops.call import Call, Forms, Gates, QKNorm
-    from regla.ops.triton.delta_operation import triton_gated_delta_rule
+    """Forward and backward of the delta rule from logits, with a mask and a norm of q and k, and the next token."""
+    from regla.ops.call import Call, Forms, Gates, HeadNorm, QKNorm
+    from regla.ops.triton.delta_operation import triton_delta_step_, triton_gated_delta_rule
 
     q = torch.zeros(1, 64, HQ, K, dtype=dtype, requires_grad=True)
     k, v, g, r = (torch.zeros(1, 64, 1, K, dtype=dtype) for _ in range(4))
     norm = QKNorm(torch.ones(K), torch.ones(K), 1e-6)
     call = Call(q, k, v, Gates(g, r, write=torch.zeros(1, 64, 1)), 1.0, mask=torch.ones(1, 64) > 0, qk_norm=norm)
-    o, state = triton_gated_delta_rule(call, Forms(unit_exp=True, beta_max=1.0))
+    forms = Forms(unit_exp=True, beta_max=1.0)
+    o, state = triton_gated_delta_rule(call, forms)
     (o.sum() + state.sum()).backward()
+    one = Gates(g[:, :1], r[:, :1], write=torch.zeros(1, 1, 1))
+    call = Call(q[:, :1].detach(), k[:, :1], v[:, :1], one, 1.0, qk_norm=norm)
+    triton_delta_step_(call, forms, state.detach(), HeadNorm(torch.ones(HQ, K), None, 1e-6))
 
 
 LONG = 8 * 16 * 32  # in segments
@@ -169,7 +173,7 @@ def test_kernels_of_the_delta_rule_compile(dtype, HQ, K, tmp_path):
     prepare, gradient = ["delta_prepare_kernel"] * 2, ["delta_gradient_kernel"] * 2
     forward = [*prepare, "delta_state_kernel", "delta_output_kernel"]
     backward = [*prepare, "delta_state_gradient_kernel", *gradient, "norm_gradient_kernel"]
-    assert in_a_process_of_its_own(tmp_path, "delta", dtype, HQ, K) == forward + backward
+    assert in_a_process_of_its_own(tmp_path, "delta", dtype, HQ, K) == [*forward, *backward, "delta_decode_kernel"]
 
 
 def test_direct_launches_are_those_of_triton(tmp_path):

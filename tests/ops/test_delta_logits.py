@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import rms_norm
 
-from regla.ops import QKNorm, regla_delta_attention
+from regla.ops import QKNorm, gated_delta_attention, regla_delta_attention
+from regla.ops.call import Call, Forms, Gates, HeadNorm
+from regla.ops.delta import attend_delta
+from regla.ops.output_norm import output_norm
 
 from .definition import overall
 from .test_delta import FORWARD, GRADIENT, backward, definition
@@ -104,6 +107,55 @@ def test_packed_sequences(backend):
         right = regla_delta_attention(*(x[:, lo:hi] for x in inputs), initial_state=S[n : n + 1], **options)
         assert overall(o[:, lo:hi], right[0].double()) <= FORWARD
         assert overall(state[n : n + 1], right[1].double()) <= FORWARD
+
+
+STEPS = {
+    "groups and a norm": ((2, 1, 16, 24), {"qk_norm": True, "norm": True}),
+    "a gate a head, beta up to 2": ((2, 2, 17, 9), {"per_head": True, "beta_max": 2.0}),
+    "a norm with a bias": ((1, 1, 24, 16), {"norm": True, "bias": True}),
+}
+
+
+@pytest.mark.usefixtures("operation")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", STEPS)
+def test_a_token_in_one_launch(case, dtype):
+    """Equal to the recurrence, token after token, with padding among them; the state is overwritten where it lies."""
+    (HQ, H, K, V), options = STEPS[case]
+    *inputs, S, q_norm, k_norm = make(5, (HQ, H, K, V), B=2, per_head=options.get("per_head", False))
+    inputs = [x.to(dtype) for x in inputs]
+    mask = torch.tensor([[True, True, False, True, True], [False, True, True, True, False]])
+    qk_norm = QKNorm(q_norm, k_norm, 1e-6) if options.get("qk_norm") else None
+    norm = None
+    if options.get("norm"):
+        norm = HeadNorm(torch.rand(HQ, V), torch.rand(HQ, V) if options.get("bias") else None, 1e-5)
+    beta_max = options.get("beta_max", 1.0)
+    forms = Forms(True, beta_max)
+    right, state = regla_delta_attention(
+        *(x.double() for x in inputs), beta_max=beta_max, initial_state=S.double(), output_final_state=True, mask=mask,
+        qk_norm=qk_norm and QKNorm(q_norm.double(), k_norm.double(), 1e-6), backend="recurrent",
+    )  # fmt: skip
+    if norm is not None:
+        right = output_norm(right, norm.weight, norm.bias, eps=norm.eps, backend="chunked")
+    for t in range(5):
+        q, k, v, beta, gate, refine = (x[:, t : t + 1] for x in inputs)
+        call = Call(q, k, v, Gates(gate, refine, write=beta), K**-0.5, None, mask[:, t : t + 1], None, S, None, qk_norm)
+        o, after, is_normalised = attend_delta(call, forms, "triton", norm=norm, overwrite=True)
+        assert after is S and is_normalised == (norm is not None)
+        real = mask[:, t]
+        assert overall(o[real].double(), right[real, t : t + 1]) <= (FORWARD if dtype == torch.float32 else 2.0**-8)
+    assert overall(S.double(), state) <= FORWARD
+
+
+@pytest.mark.usefixtures("operation")
+def test_a_step_without_gates_from_features():
+    q, k, v, S = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 16, 8)
+    beta, before = torch.rand(1, 1, 1), S.clone()
+    options = {"initial_state": S, "output_final_state": True}
+    o, after = gated_delta_attention(q, k, v, beta, backend="triton", **options)
+    right, state = gated_delta_attention(q, k, v, beta, backend="recurrent", **options)
+    assert torch.equal(S, before)
+    assert overall(o, right.double()) <= FORWARD and overall(after, state.double()) <= FORWARD
 
 
 def test_bad_input():

@@ -11,7 +11,8 @@ so at B8 T2048 H12 K=V=64 in bfloat16, from raw logits (q, k, v, gate, refine), 
 
 Everything is computed from the same standard normal tensors: `regla_attention` from raw logits; gated_linear_attention
 and fla's `chunk_gla` from features and log-decays made of them beforehand; softmax attention from q, k and v.
-`regla_step` is one token behind a state: with the kernel in place, with the recurrence to a new state.
+`regla_step` is one token behind a state: with the kernel in place, with the recurrence to a new state;
+`regla_delta_step` is that of the delta rule.
 `output_norm` is the RMS norm over a head's output with a SiLU gate on it: the formula, that compiled, and its kernel.
 `regla_attention_fast_gates` is `regla_attention` with gate logits of mean -2 that differ by 2 from channel to channel
 and by 1 from token to token: some channels keep for tens of tokens, most hardly for one.
@@ -53,6 +54,8 @@ from regla.ops import (
     safe_exp_attention,
 )
 from regla.ops.attention import safe_exp_step_
+from regla.ops.call import Call, Forms, Gates
+from regla.ops.delta import attend_delta
 from regla.ops.dispatch import why_not_native, why_not_triton
 from regla.ops.features import safe_exp_query, unit_safe_exp
 from regla.ops.gates import log_refined_gate
@@ -65,6 +68,7 @@ NORM = "output_norm"
 FAST_GATES = "regla_attention_fast_gates"
 DELTAS = ("regla_delta_attention", "gated_delta_attention")
 DELTA_PEER = "chunk_kda"
+DELTA_STEP = "regla_delta_step"
 _GATES = {  # of an axis: arguments of safe_exp_attention
     "both": ("gk", "gv", "refine_k", "refine_v"),
     "value": ("gv", "refine_v"),
@@ -106,6 +110,7 @@ def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> l
     every += [
         (shape, STEP, "regla_step", axis, backend) for shape in one for axis in AXES for backend in _STEP_BACKENDS
     ]
+    every += [(shape, STEP, DELTA_STEP, "key", backend) for shape in one for backend in _STEP_BACKENDS]
     every += [
         (shape, direction, NORM, "none", backend)
         for shape in few
@@ -192,7 +197,7 @@ def _measure(
             return
         extra = peak_extra_bytes(call, device)
         timing = time_call(call, device, seconds=seconds)
-        moved = _floor_bytes(inputs, call()[0], direction)
+        moved = _floor_bytes(inputs, call()[0], direction, states=1 if operation == DELTA_STEP else 2)
     except torch.OutOfMemoryError:
         yield row | {"out_of_memory": True}
         return
@@ -257,7 +262,7 @@ def _operation(
         state = normal(B, H, K, V, seed=9, device=v.device), torch.zeros(B, H, device=v.device)
         step = _step if backend == "recurrent" else _step_in_place
         return partial(step, axis=axis, backend=backend), [q, k, v, *gates, *state]
-    if operation in (*DELTAS, DELTA_PEER):
+    if operation in (*DELTAS, DELTA_PEER, DELTA_STEP):
         return _delta(operation, backend, logits)
     features = safe_exp_query(q).to(v.dtype), safe_exp_query(k).to(v.dtype)
     decays = [log_refined_gate(g, r).to(v.dtype) for g, r in zip(gates[:half], gates[half:], strict=True)]
@@ -274,6 +279,10 @@ def _delta(operation: str, backend: str, logits: dict[str, Tensor]) -> tuple[Ope
     beta = normal(*k.shape[:3], seed=5, device=k.device, dtype=v.dtype)
     if operation == "regla_delta_attention":
         return partial(_delta_attention, regla_delta_attention, backend=backend), [q, k, v, beta, gate, refine]
+    if operation == DELTA_STEP:
+        B, _, H, K = k.shape
+        state = normal(B, H, K, v.shape[-1], seed=9, device=v.device)
+        return partial(_delta_step, backend=backend), [q, k, v, beta, gate, refine, state]
     inputs = [unit_safe_exp(q), unit_safe_exp(k), v, torch.sigmoid(beta), log_refined_gate(gate, refine).to(v.dtype)]
     if operation == "gated_delta_attention":
         return partial(_delta_attention, gated_delta_attention, backend=backend), inputs
@@ -283,6 +292,13 @@ def _delta(operation: str, backend: str, logits: dict[str, Tensor]) -> tuple[Ope
 
 def _delta_attention(function: Callable[..., tuple[Tensor, Tensor | None]], *inputs: Tensor, backend: str) -> Tensor:
     return function(*inputs, backend=backend)[0]
+
+
+def _delta_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, refine: Tensor, S: Tensor, backend: str
+) -> Tensor:
+    call = Call(q, k, v, Gates(gate, refine, write=beta), k.shape[-1] ** -0.5, S=S)
+    return attend_delta(call, Forms(unit_exp=True, beta_max=1.0), backend, validate=False, overwrite=True)[0]
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -342,12 +358,12 @@ def _call(function: Operation, inputs: Sequence[Tensor], direction: str) -> Call
     return both
 
 
-def _floor_bytes(inputs: Sequence[Tensor], o: Tensor, direction: str) -> int:
+def _floor_bytes(inputs: Sequence[Tensor], o: Tensor, direction: str, states: int = 2) -> int:
     """Bytes that no version avoids: see the head of this module."""
     of_inputs = sum(x.numel() * x.element_size() for x in inputs)
     of_output = o.numel() * o.element_size()
     if direction == "forward":
         return of_inputs + of_output
     if direction == STEP:
-        return of_inputs + of_output + sum(x.numel() * x.element_size() for x in inputs[-2:])
+        return of_inputs + of_output + sum(x.numel() * x.element_size() for x in inputs[-states:])
     return 3 * of_inputs + 2 * of_output

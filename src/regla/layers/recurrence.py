@@ -110,11 +110,17 @@ class DeltaRule(nn.Module):
         """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""
         forms = Forms(self.forms_features(feature_map), self.beta_max)
         q, k = (x.q, x.k) if forms.unit_exp else feature_map(x.q, x.k)
-        S = None if past.state is None else past.state[0]
+        S, m = (None, None) if past.state is None else past.state
         options = (x.qk_norm, x.qkv, past.keep)
         call = Call(q, k, x.v, x.gates, self.scale, None, x.mask, x.cu_seqlens, S, None, *options)
-        h, after = attend_delta(call, forms, self.backend, validate=False)
-        state = (after, after.new_zeros(after.shape[:2])) if past.keep else None
+        norm = head_norm(output.norm, q.device) if past.overwrite and q.shape[1] == 1 else None
+        h, after, is_normalised = attend_delta(
+            call, forms, self.backend, validate=False, norm=norm, overwrite=past.overwrite
+        )
+        m = after.new_zeros(after.shape[:2]) if m is None else m  # 0: the state needs no stabiliser
+        state = (after, m) if past.keep else None
+        if is_normalised:
+            return output_gated(h, output.gate, output.activation), state
         backend = "auto" if self.backend == "recurrent" else self.backend
         return norm_and_gate(output.norm, h, output.gate, output.activation, backend), state
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from regla.ops.additive import normalised, without_padding
-from regla.ops.call import Call, Forms, Gates, QKNorm, masked
+from regla.ops.call import Call, Forms, Gates, HeadNorm, QKNorm, masked
 from regla.ops.checks import check_call
 from regla.ops.delta_chunked import chunked_gated_delta_rule
 from regla.ops.delta_recurrent import recurrent_gated_delta_rule
-from regla.ops.dispatch import BACKENDS, for_forward_mode, why_not_native, why_not_triton
+from regla.ops.dispatch import BACKENDS, for_forward_mode, step_engine, why_not_native, why_not_triton
 from regla.ops.features import unit_safe_exp
 from regla.ops.forward_mode import has_tangents
 from regla.ops.native.delta import native_gated_delta_rule
@@ -76,7 +76,7 @@ def gated_delta_attention(
     (torch.Size([1, 10, 2, 4]), torch.Size([1, 2, 4, 4]))
     """
     call = Call(q, k, v, Gates(gk=gk, write=beta), _scale(scale, k), None, mask, cu_seqlens, initial_state)
-    o, state = attend_delta(call, Forms(), backend, validate=validate)
+    o, state, _ = attend_delta(call, Forms(), backend, validate=validate)
     return o, state if output_final_state else None
 
 
@@ -137,32 +137,62 @@ def regla_delta_attention(
         raise ValueError(f"beta_max is {beta_max}; expected a number above 0 and up to 2, behind which states grow")
     gates = Gates(gk=gate, rk=refine, write=beta)
     call = Call(q, k, v, gates, _scale(scale, k), None, mask, cu_seqlens, initial_state, None, qk_norm)
-    o, state = attend_delta(call, Forms(unit_exp=True, beta_max=beta_max), backend, validate=validate)
+    o, state, _ = attend_delta(call, Forms(unit_exp=True, beta_max=beta_max), backend, validate=validate)
     return o, state if output_final_state else None
 
 
-def attend_delta(call: Call, forms: Forms, backend: str, *, validate: bool | None = None) -> tuple[Tensor, Tensor]:
-    """Check a call of the delta rule and run it: (o, the state after the last token).
+def attend_delta(
+    call: Call,
+    forms: Forms,
+    backend: str,
+    *,
+    validate: bool | None = None,
+    norm: HeadNorm | None = None,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, bool]:
+    """Check a call of the delta rule and run it.
 
     Args:
         call: shapes as there; `gates.write` is beta [B, T, H].
         forms: what of it is logits.
         backend, validate: see `gated_delta_attention`.
+        norm: of the outputs, taken along where one token is decoded in one launch.
+        overwrite: S of the call may be overwritten with the state after it, where that saves a copy.
+
+    Returns:
+        o, the state after the last token, and whether o is normalised.
 
     Raises:
         ValueError: input that does not fit; a backend that is unknown, or is asked for and cannot run.
     """
     _check(call, validate)
-    k, v, cu_seqlens = call.k, call.v, call.cu_seqlens
     if has_tangents(call.tensors()):
         backend = for_forward_mode(backend)
-    run = _form(backend, k, v, cu_seqlens)
+    elif call.cu_seqlens is None and step_engine(backend, "decay", call.k, call.v, *call.tensors()) == "triton":
+        from regla.ops.triton.delta_operation import triton_delta_step_
+
+        S = call.S if overwrite and _can_be_overwritten(call.S) else _copy_of_state(call)
+        assert S is not None
+        return triton_delta_step_(call, forms, S, norm), S, norm is not None
+    run = _form(backend, call.k, call.v, call.cu_seqlens)
     if run is None:
         from regla.ops.triton.delta_operation import triton_gated_delta_rule
 
-        return triton_gated_delta_rule(call, forms)
+        return *triton_gated_delta_rule(call, forms), False
     q, k, v, gates, scale, _, _, cu_seqlens, S, *_ = _formed(call, forms)
-    return run(q, k, v, gates.write, gates.gk, scale, S, cu_seqlens)
+    return *run(q, k, v, gates.write, gates.gk, scale, S, cu_seqlens), False
+
+
+def _can_be_overwritten(S: Tensor | None) -> bool:
+    return S is not None and S.dtype == torch.float32 and S.is_contiguous() and not S.requires_grad
+
+
+def _copy_of_state(call: Call) -> Tensor:
+    """A state to overwrite: the call's numbers in float32, or zeros."""
+    B, _, H, K = call.k.shape
+    if call.S is None:
+        return call.k.new_zeros(B, H, K, call.v.shape[-1], dtype=torch.float32)
+    return torch.empty(call.S.shape, dtype=torch.float32, device=call.S.device).copy_(call.S)
 
 
 def _scale(scale: float | None, k: Tensor) -> float:

@@ -241,9 +241,9 @@ def _step(
 ) -> Tensor:
     N, _, H, K = k.shape
     V = v.shape[-1]
-    q, k, v = (_with_dense_channels(x) for x in (q, k, v))
+    q, k, v = (with_dense_channels(x) for x in (q, k, v))
     gk, rk, gv, rv = (
-        None if x is None else _with_dense_channels(x.expand(N, 1, H, D))
+        None if x is None else with_dense_channels(x.expand(N, 1, H, D))
         for x, D in ((gk, K), (rk, K), (gv, V), (rv, V))
     )
     weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
@@ -260,5 +260,5 @@ def _(q, k, v, gk, rk, gv, rv, mask, S, m, weight, bias, scale, decaying, eps, e
     return v.new_empty(v.shape[0], 1, q.shape[2], v.shape[-1])
 
 
-def _with_dense_channels(x: Tensor) -> Tensor:
+def with_dense_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -51,6 +51,21 @@ def load_query(
 
 
 @triton.jit
+def head_norm(out, weight, bias, eps, vi, V: tl.constexpr, NORM: tl.constexpr):
+    """The norm of an output [BV] of one head: `regla.layers.norms`."""
+    if NORM != "none":
+        size = largest(tl.abs(out), 0)
+        out = out / tl.where(size < 1.1754943508222875e-38, 1.0, size)
+        if NORM == "layernorm":
+            out = tl.where(vi < V, out - tl.sum(out, 0) / V, 0.0)
+        out *= tl.rsqrt(tl.sum(out * out, 0) / V + eps)
+        out *= weight
+        if NORM == "layernorm":
+            out += bias
+    return out
+
+
+@triton.jit
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, gk_ptr, rk_ptr, gv_ptr, rv_ptr, mask_ptr, S_ptr, m_ptr, weight_ptr, bias_ptr, o_ptr,
     scale, eps, H,
@@ -117,15 +132,7 @@ def decode_kernel(
         # 2^-48, or more where a head's output would vanish: see regla.ops.attention
         size = maximum(largest(tl.abs(out), 0), 7.888609052210118e-31)
         out *= tl.where(size == size, maximum(2.0**-12 / size, 1.0), 1.0) * 2.0**-48  # a NaN stays in its channel
-        if NORM != "none":  # regla.layers.norms
-            size = largest(tl.abs(out), 0)
-            out = out / tl.where(size < 1.1754943508222875e-38, 1.0, size)
-            if NORM == "layernorm":
-                out = tl.where(vi < V, out - tl.sum(out, 0) / V, 0.0)
-            out *= tl.rsqrt(tl.sum(out * out, 0) / V + eps)
-            out *= weight
-            if NORM == "layernorm":
-                out += bias
+        out = head_norm(out, weight, bias, eps, vi, V, NORM)
         tl.store(o_ptr + (n * H * G + query) * V + vi, out.to(o_ptr.dtype.element_ty), mask=vi < V)
         if j + 1 < G:
             q, weight, bias = load_query(

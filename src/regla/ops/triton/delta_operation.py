@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from regla.ops.call import Call, Forms, QKNorm
-from regla.ops.fused import gate_kind, in_buffers, unpack
+from regla.ops.call import Call, Forms, HeadNorm, QKNorm
+from regla.ops.fused import gate_kind, in_buffers, unpack, with_dense_channels
+from regla.ops.triton.decode import num_warps
 from regla.ops.triton.delta import (
     delta_gradient_kernel,
     delta_output_kernel,
@@ -20,6 +21,7 @@ from regla.ops.triton.delta import (
     delta_state_gradient_kernel,
     delta_state_kernel,
 )
+from regla.ops.triton.delta_decode import delta_decode_kernel
 from regla.ops.triton.launch import cdiv, launch, power_of_2, token_step
 from regla.ops.triton.operation import norm_gradient
 
@@ -333,3 +335,62 @@ def _gradients(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) ->
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+
+
+def triton_delta_step_(call: Call, forms: Forms, S: Tensor, norm: HeadNorm | None) -> Tensor:
+    """A call of one token that needs no gradient: o [N, 1, HQ, V], with `norm` the normalised outputs. S [N, H, K, V],
+    float32 and contiguous, is overwritten."""
+    # A custom operation's own work would take longer than the kernel's.
+    step = _step_operation if torch.compiler.is_compiling() else _step
+    gk, rk, _, _, beta, _ = call.gates
+    assert beta is not None
+    q_weight, k_weight, qk_eps = (None, None, 0.0) if call.qk_norm is None else call.qk_norm
+    weight, bias, eps = (None, None, 0.0) if norm is None else norm
+    return step(
+        call.q, call.k, call.v, gk, rk, beta, call.mask, S, q_weight, k_weight, weight, bias, qk_eps, eps, call.scale,
+        forms.beta_max, forms.unit_exp,
+    )  # fmt: skip
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    rk: Tensor | None,
+    beta: Tensor,
+    mask: Tensor | None,
+    S: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    qk_eps: float,
+    eps: float,
+    scale: float,
+    limit: float,
+    unit_exp: bool,
+) -> Tensor:
+    (N, _, H, K), V, HQ = k.shape, v.shape[-1], q.shape[2]
+    o = v.new_empty(N, 1, HQ, V)
+    tensors = [None if x is None else with_dense_channels(x) for x in (q, k, v, gk, rk)]
+    weights = [None if x is None else x.contiguous() for x in (q_weight, k_weight, weight, bias)]
+    given = [*tensors, beta]
+    rows, heads = ([0 if x is None else x.stride(axis) for x in given] for axis in (0, 2))
+    BK, BV = max(16, power_of_2(K)), max(16, power_of_2(V))
+    launch(
+        delta_decode_kernel, (N * H, 1, 1), (*given, mask, *weights[:2], S, *weights[2:], o),
+        (scale, qk_eps, limit, eps, H, *rows, 0 if mask is None else mask.stride(0), *heads),
+        G=HQ // H, K=K, V=V, BK=BK, BV=BV, GATE=gate_kind(gk, rk), STEP=int(gk is not None and gk.shape[-1] > 1),
+        UNIT_EXP=unit_exp, QK_NORM=q_weight is not None, LOGITS=limit != 0, MASKED=mask is not None,
+        NORM="none" if weight is None else "rmsnorm" if bias is None else "layernorm", num_warps=num_warps(BK, BV),
+    )  # fmt: skip
+    return o
+
+
+_step_operation = library.custom_op("regla::delta_step", _step, mutates_args=("S",))
+
+
+@_step_operation.register_fake
+def _(q, k, v, gk, rk, beta, mask, S, *_):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape[0], 1, q.shape[2], v.shape[-1])
