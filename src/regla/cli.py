@@ -268,6 +268,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["parallel"],
         help="how processes that torchrun started share a step (default: %(default)s)",
     )
+    add(run, "--sequence-parallel-size", int, "of --parallel sequence: processes that share a sequence (default: all)")
     _where_arguments(run)
 
     keep = parser.add_argument_group("checkpoints and log")

@@ -108,6 +108,12 @@ def test_losses_are_those_of_one_process(kind: str, count: int, alone: Path, cor
     ReGLAForCausalLM.from_pretrained(tmp_path / "run")
 
 
+def test_groups_share_sequences_and_their_processes_tokens(alone: Path, corpus: Path, tmp_path: Path) -> None:
+    ended = run(4, tmp_path / "run", corpus, "--parallel", "sequence", "--sequence-parallel-size", "2")
+    assert [one.code for one in ended] == [0] * 4, ended
+    assert_same_run(tmp_path / "run", alone)
+
+
 @pytest.mark.slow
 def test_losses_of_four_shards(alone: Path, corpus: Path, tmp_path: Path) -> None:
     ended = run(4, tmp_path / "run", corpus, "--parallel", "fsdp")
@@ -268,6 +274,11 @@ def test_the_disk_of_the_first_is_full(corpus: Path, tmp_path: Path) -> None:
             "batch; raise it, or start fewer.\n",
         ),
         (
+            ["--parallel", "sequence", "--sequence-parallel-size", "3"],
+            "regla: error: --sequence-parallel-size is 3, but there are 2 processes, which is no multiple of it; "
+            "change one of them.\n",
+        ),
+        (
             ["--data", "absent.txt"],
             "regla: error: There is no file absent.txt; give the path of a text or token file.\n",
         ),
@@ -278,6 +289,14 @@ def test_bad_input_is_told_once(more: list[str], says: str, corpus: Path, tmp_pa
     assert [one.code for one in ended] == [2, 1]
     assert ended[0].err == says and ended[1].err == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_size_of_groups_for_what_has_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--out", str(tmp_path / "run"), "--parallel", "fsdp", "--sequence-parallel-size", "2"]) == 2
+    assert capsys.readouterr().err == (
+        "regla: error: --sequence-parallel-size 2 is given with --parallel fsdp; it is of --parallel sequence: leave "
+        "one out.\n"
+    )
 
 
 def test_what_differs_between_processes(corpus: Path, tmp_path: Path) -> None:

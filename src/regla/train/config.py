@@ -150,6 +150,9 @@ class TrainConfig(LoopConfig):
     parallel: str = without_effect("ddp")
     """How the processes that torchrun started share a step, see `regla.train.parallel`: ddp or fsdp, the sequences of a
     batch; sequence, the tokens of every sequence. Without effect in one process."""
+    sequence_parallel_size: int | None = without_effect(None)
+    """Of `parallel` sequence: how many processes share a sequence; groups of so many share the sequences of a batch.
+    None: all of them."""
     resume: str | None = without_effect(None)
     """Go on in `out`, from its newest checkpoint (`latest`) or the one before that (`previous`)."""
     eval_context: int | None = without_effect(None)
@@ -160,12 +163,19 @@ class TrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = ("hidden_size", "layers", "heads", "window", "kv_heads", "head_dim", "intermediate_size", "vocab_size")
-        for name in (*sizes, "eval_context"):
+        for name in (*sizes, "eval_context", "sequence_parallel_size"):
             check_count(name, getattr(self, name))
         check_choice("mixer", self.mixer, MIXERS)
         check_choice("device", self.device, DEVICES)
         check_choice("parallel", self.parallel, PARALLEL)
         check_choice("resume", self.resume, (None, *RESUME))
+        if self.sequence_parallel_size is not None and self.parallel != "sequence":
+            raise OptionError(
+                "{sequence_parallel_size} {value} is given with {parallel} {other}; it is of {parallel} sequence: "
+                "leave one out.",
+                value=self.sequence_parallel_size,
+                other=self.parallel,
+            )
         if self.init is not None:
             self._check_init()
         self._check_task()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regla.runtime.distributed import ALONE, Processes, whole
 from regla.runtime.errors import OptionError
-from regla.train.config import LoopConfig
+from regla.train.config import LoopConfig, TrainConfig
 from regla.train.sequence import Exchange, check_model
 
 if TYPE_CHECKING:
@@ -63,13 +63,7 @@ class _Rows(Parallel):
     """Each process takes some sequences of a batch, and the backward pass takes the mean of the gradients."""
 
     def check(self, model: PreTrainedModel, config: LoopConfig) -> None:
-        if config.batch_size < self.processes.count:
-            raise OptionError(
-                "{batch_size} is {value}, but there are {count} processes, and each takes at least one sequence of a "
-                "batch; raise it, or start fewer.",
-                value=config.batch_size,
-                count=self.processes.count,
-            )
+        _check_rows(config, self.processes.count, "processes")
 
     def part(self, batch: Tensor) -> Tensor:
         return batch.tensor_split(self.processes.count, dim=-2)[self.processes.rank]
@@ -111,33 +105,57 @@ class FullySharded(_Rows):
 
 
 class SequenceParallel(Parallel):
-    """Each process has a part of every sequence, and passes the states of its linear layers on to the next (see
-    `regla.train.sequence`); weights and optimiser in every process."""
+    """Each process of a group has a part of every sequence, and passes the states of its linear layers on to the next
+    (see `regla.train.sequence`); each group takes some sequences of a batch. Weights and optimiser in every process.
+
+    Args:
+        size: processes of a group, which are neighbours; None: all.
+    """
 
     exchange: Exchange
     """Behind `prepare`."""
 
+    def __init__(self, processes: Processes, size: int | None = None) -> None:
+        super().__init__(processes)
+        self.size = size or processes.count
+        self.groups = processes.count // self.size
+        self.group, self.place = divmod(processes.rank, self.size)
+
     def check(self, model: PreTrainedModel, config: LoopConfig) -> None:
-        check_model(model.config)
-        if config.seq_len < self.processes.count:
+        if self.groups * self.size != self.processes.count:
             raise OptionError(
-                "{seq_len} is {value}, but there are {count} processes, and each takes at least one token of a "
-                "sequence; raise it, or start fewer.",
-                value=config.seq_len,
+                "{sequence_parallel_size} is {value}, but there are {count} processes, which is no multiple of it; "
+                "change one of them.",
+                value=self.size,
                 count=self.processes.count,
+            )
+        check_model(model.config)
+        _check_rows(config, self.groups, "groups of processes")
+        if config.seq_len < self.size:
+            raise OptionError(
+                "{seq_len} is {value}, but {count} processes share a sequence, and each takes at least one token of "
+                "it; raise it, or start fewer.",
+                value=config.seq_len,
+                count=self.size,
             )
 
     def prepare(self, model: PreTrainedModel, config: LoopConfig) -> nn.Module:
         _start_alike(model, self.processes)
         self._seq_len = config.seq_len
-        self.exchange = Exchange(model, self.processes)
+        rank = self.processes.rank
+        self.exchange = Exchange(
+            model,
+            before=rank - 1 if self.place > 0 else None,
+            behind=rank + 1 if self.place + 1 < self.size else None,
+        )
         return model
 
     def part(self, batch: Tensor) -> Tensor:
         # A crop has one token more than it predicts: the last of a part is the first of the next.
         extra = batch.shape[-1] - self._seq_len
-        tokens = torch.arange(self._seq_len).tensor_split(self.processes.count)[self.processes.rank]
+        tokens = torch.arange(self._seq_len).tensor_split(self.size)[self.place]
         self.exchange.start = int(tokens[0])
+        batch = batch.tensor_split(self.groups, dim=-2)[self.group]
         return batch[..., int(tokens[0]) : int(tokens[-1]) + 1 + extra]
 
     def batch(self, *, last: bool) -> AbstractContextManager[None]:
@@ -151,6 +169,17 @@ class SequenceParallel(Parallel):
             gradient.copy_(part.view_as(gradient))
 
 
+def _check_rows(config: LoopConfig, count: int, who: str) -> None:
+    if config.batch_size < count:
+        raise OptionError(
+            "{batch_size} is {value}, but there are {count} {who}, and each takes at least one sequence of a batch; "
+            "raise it, or start fewer.",
+            value=config.batch_size,
+            count=count,
+            who=who,
+        )
+
+
 def _start_alike(model: nn.Module, processes: Processes) -> None:
     """Give every process the first one's weights and buffers."""
     with torch.no_grad():
@@ -158,8 +187,18 @@ def _start_alike(model: nn.Module, processes: Processes) -> None:
             dist.broadcast(tensor, 0)
 
 
+def parallel_of(config: TrainConfig, processes: Processes) -> Parallel:
+    """How `processes` share the steps of a run of `config`."""
+    if processes.is_alone:
+        return Parallel()
+    if config.parallel == "sequence":
+        return SequenceParallel(processes, config.sequence_parallel_size)
+    return PARALLEL[config.parallel](processes)
+
+
 PARALLEL: dict[str, Callable[[Processes], Parallel]] = {
     "ddp": DataParallel,
     "fsdp": FullySharded,
     "sequence": SequenceParallel,
 }
+"""By the name of the option, with its defaults."""

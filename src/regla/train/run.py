@@ -38,7 +38,7 @@ from regla.train.config import TrainConfig
 from regla.train.loop import optimise
 from regla.train.material import Material, material
 from regla.train.model import match_softmax, model_config
-from regla.train.parallel import PARALLEL, Parallel
+from regla.train.parallel import parallel_of
 
 SUMMARY = "training.json"
 _OF_A_BEGINNING = (LOG, TENSORBOARD, CHECKPOINTS)  # what a run writes before its model
@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _train(config: TrainConfig, all_: Processes, device: torch.device, held: ExitStack) -> dict[str, Any]:
     out = Path(config.out)
-    parallel = Parallel() if all_.is_alone else PARALLEL[config.parallel](all_)
+    parallel = parallel_of(config, all_)
     with all_.together():
         goes_on = config.resume is not None and out.is_dir()
         if all_.is_first:

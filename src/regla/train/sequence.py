@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from regla.layers.attention import ReGLAAttention, ReGLAState
-from regla.runtime.distributed import Processes
 from regla.runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -49,14 +48,13 @@ def check_model(config: PreTrainedConfig) -> None:
 
 class Exchange:
     """Lets the linear layers of `model` begin with the state of the process before this one, and send theirs to the one
-    behind it, wherever they run while it is open.
+    behind it, wherever they run while it is open. before, behind: their numbers; None: there is none.
 
     `start` is the position of this process's first token in the sequence; `sent` counts the bytes sent.
     """
 
-    def __init__(self, model: PreTrainedModel, processes: Processes) -> None:
-        self.before = processes.rank - 1 if processes.rank > 0 else None
-        self.behind = processes.rank + 1 if processes.rank + 1 < processes.count else None
+    def __init__(self, model: PreTrainedModel, *, before: int | None, behind: int | None) -> None:
+        self.before, self.behind = before, behind
         self.start = 0
         self.sent = 0
         self._is_open = False
