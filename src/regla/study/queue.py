@@ -24,7 +24,6 @@ COMMAND = (sys.executable, "-m", "regla.study")
 
 _UNBUFFERED = {"PYTHONUNBUFFERED": "1"}  # so that the last line of the output is what was said last
 _POLL_SECONDS = 0.1
-_FAR = 0.5  # of the steps
 _TAIL_BYTES = 4096
 
 Place = Mapping[str, str]
@@ -84,8 +83,7 @@ def work(
 ) -> list[Trial]:
     """Run `trials` in order, as many at a time as there are places; those that were left out for want of time.
 
-    A place that is given several times (the same object) takes another trial at once, or, where those on it compile,
-    when these have made half of their steps.
+    A place that is given several times takes as many at once.
     seconds: no trial starts that would not be done in this time from now, by `estimate`. `finished(trial, line)`
     receives the row of a trial as a JSON line, `failed(trial, reason)` the last line of its output.
     On Ctrl-C or SIGTERM the running ones are told to save a checkpoint and end, and Interrupted is raised.
@@ -108,16 +106,13 @@ def work(
     ):
         try:
             while waiting or running:
-                while waiting and signals.received is None:
-                    index = next((index for index, place in enumerate(free) if _has_room(place, running)), None)
-                    if index is None:
-                        break
+                while waiting and free and signals.received is None:
                     trial = waiting.pop(0)
                     needed = time.perf_counter() - began + estimate.seconds(trial.tokens)
                     if seconds is not None and needed > seconds:
                         left.append(trial)
                     else:
-                        running.append(_start(trial, out, free.pop(index)))
+                        running.append(_start(trial, out, free.pop(0)))
                 time.sleep(_POLL_SECONDS)
                 for run in list(running):
                     run.look()
@@ -151,13 +146,6 @@ def work(
                     run.process.kill()
                     run.process.wait()
     return left
-
-
-def _has_room(place: Place, running: Sequence[_Running]) -> bool:
-    """Whether who runs on this device has got so far that another, once compiled, will hardly share it. Runs that do
-    not compile are small ones, which share it from the start."""
-    own = [run for run in running if run.place is place and run.trial.config.compile]
-    return all(run.tokens >= _FAR * run.trial.tokens for run in own)
 
 
 def _start(trial: Trial, out: Path, place: Place) -> _Running:
