@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from regla.linearize import FAMILIES, calibrate, check_transfer, convert
 from regla.linearize.load import load_config
 from regla.linearize.losses import transfer_loss
-from regla.models.families import Projection, projection, separate, stacked, stacked_by_head
+from regla.models import register
+from regla.models.families import Family, Projection, projection, separate, stacked, stacked_by_head
 from regla.models.student import OriginalNorm, linear_attention
-from tests.linearize.originals import FIRST, VARIANTS, original
+from tests.linearize.originals import FIRST, SHAPE, VARIANTS, original, stir
 
 
 def test_every_family_is_tested():
@@ -111,6 +113,21 @@ def test_a_fault_in_a_student_is_found(name, spoil):
         spoil(linear_attention(student)[1])
     with pytest.raises(ValueError, match="layer 1 is the first to differ"):
         check_transfer(model, student)
+
+
+def test_a_row_from_elsewhere(monkeypatch, tmp_path):
+    """As docs/extend.md adds one: it converts, and its folder loads without further ado."""
+    monkeypatch.setitem(FAMILIES, "mixtral", Family())
+    register()
+    shape = SHAPE | {"num_local_experts": 3, "num_experts_per_tok": 2}
+    model = stir(MixtralForCausalLM(MixtralConfig(**shape)).eval())
+    student = convert(model, [0])
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(97, (2, 12))
+    with torch.no_grad():
+        assert type(loaded).__name__ == "ReGLAMixtralForCausalLM"
+        assert torch.equal(loaded(tokens).logits, student(tokens).logits)
 
 
 class OneByOne(nn.Module):

@@ -83,6 +83,23 @@ def test_padding(name):
 
 
 @torch.no_grad()
+@EVERY
+def test_embeddings_for_tokens(name):
+    """What they hold at padding has no influence."""
+    model, ids = student(name), torch.randint(97, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    expected = model(ids, attention_mask=mask).logits
+    embeddings = model.get_input_embeddings()(ids)
+    embeddings[0, :5] = float("nan")
+    found = model(inputs_embeds=embeddings, attention_mask=mask).logits
+    close(found[0, 5:], expected[0, 5:])
+    close(found[1], expected[1])
+    with pytest.raises(ValueError, match=r"(?i)specify (exactly one|either)"):
+        model()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_mask_of_four_dimensions(name, dtype):
@@ -246,6 +263,21 @@ def test_the_originals_class_refuses_the_folder(name, tmp_path):
         type(model).from_pretrained(tmp_path)
     with pytest.raises(Exception, match="needs the package regla"):
         type(model.config).from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+@EVERY
+def test_implementation_of_attention(name):
+    """It can be changed, as the original's can; kept layers give their weights, and all blocks their hidden states."""
+    model, ids = student(name), torch.randint(97, (2, 9))
+    expected = model(ids).logits
+    model.set_attn_implementation("eager")
+    output = model(ids, output_attentions=True, output_hidden_states=True)
+    close(output.logits, expected)
+    assert len(output.attentions) == 1 and len(output.hidden_states) == 4
+    if name == "qwen3_moe":
+        model.set_experts_implementation("eager")
+        close(model(ids).logits, expected)
 
 
 def test_other_heads():

@@ -15,6 +15,7 @@ __all__ = [
     "ReGLAModel",
     "ReGLAPreTrainedModel",
     "fork_cache",
+    "register",
 ]
 
 register()

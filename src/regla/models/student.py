@@ -135,6 +135,7 @@ def student_attention(attention: nn.Module, family: Family, config: Any, number:
 class Student:
     """What is mixed into an original's classes."""
 
+    original_class: Any
     config: Any
     linear_config: ReGLAConfig
     _is_stateful = True  # a recurrent state cannot be cropped, so no assisted generation
@@ -148,6 +149,15 @@ class Student:
             base._replace_attention()
         self.linear_config = base.linear_config
         self.post_init()  # type: ignore[attr-defined]
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads the source of the class.
+        return bool(cls.original_class._can_set_attn_implementation())
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls.original_class._can_set_experts_implementation())
 
     def _replace_attention(self) -> None:
         self.linear_config = self.config.linear_config
@@ -209,7 +219,12 @@ def student_class(original: Any) -> Any:
     """The class of students in an original's class: its base model, or one with a head."""
     name = PREFIX + original.__name__
     config_class = student_config_class(original.config_class)
-    members: dict[str, Any] = {"__module__": __name__, "__doc__": original.__doc__, "config_class": config_class}
+    members: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": original.__doc__,
+        "config_class": config_class,
+        "original_class": original,
+    }
     if _is_base_model(original):
         members["forward"] = _forward(original)
     cls = type(name, (Student, original), members)

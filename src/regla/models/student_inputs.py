@@ -63,6 +63,8 @@ def prepared(model: Any, blocks: Iterable[nn.Module], arguments: dict[str, Any])
     again = torch.is_grad_enabled() and bool(checkpointed(model, blocks))
     cache, use_cache = settle_cache(model, model.linear_config, cache, use_cache, checkpointed=again)
     theirs, real = _split(attention_mask, cache, tokens)
+    if real is not None and arguments.get("inputs_embeds") is not None:  # which may hold anything there
+        arguments["inputs_embeds"] = torch.where(real[..., None], tokens, 0.0)
     if position_ids is None:
         position_ids = positions(_counted(attention_mask, cache, real), cache, tokens)
     _check_positions(position_ids, seen_tokens(cache) + T, last_position(model.config))
