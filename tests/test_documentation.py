@@ -58,8 +58,9 @@ def with_a_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("docs")])
 def test_code_runs(name: str, with_a_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from regla.layers import FEATURE_MAPS, GATES
+    from regla.models.families import FAMILIES
 
-    before = [(table, dict(table)) for table in (FEATURE_MAPS, GATES)]
+    before: list[tuple[dict, dict]] = [(table, dict(table)) for table in (FEATURE_MAPS, GATES, FAMILIES)]
     monkeypatch.chdir(with_a_model)
     try:
         for block in blocks((ROOT / name).read_text(encoding="utf-8"), "python"):

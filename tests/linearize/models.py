@@ -1,7 +1,7 @@
 """Small models to convert."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
@@ -24,20 +24,8 @@ def llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**(SHAPE | changes))).eval()
 
 
-def mistral(**changes):
-    return MistralForCausalLM(MistralConfig(**(SHAPE | {"sliding_window": None} | changes))).eval()
-
-
 def qwen2(**changes):
     return Qwen2ForCausalLM(Qwen2Config(**(SHAPE | changes))).eval()
-
-
-def stir(model):
-    """Biases and norms start at constants, which would hide a mix-up."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
 
 
 def collapsed(**changes):

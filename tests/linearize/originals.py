@@ -1,5 +1,6 @@
 """A small model of every family that converts, in its variants; as many as one layer of each kind needs."""
 
+import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -107,8 +108,6 @@ def original(name, **changes):
 
 def stir(model):
     """Biases and norms start at constants, which would hide a mix-up."""
-    import torch
-
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
