@@ -26,9 +26,19 @@ from regla.models.cache import fork_cache
 from regla.models.student import linear_attention
 from tests.linearize.originals import FIRST, original
 
-#: Of models that share the code in question, one stands for the others.
+#: Those whose classes differ most; what does not depend on where a family keeps its projections is slow for the others.
+DIFFERENT = ("llama", "gpt2", "gpt_neox", "gemma3_text", "qwen3_moe")
+WINDOWS = ["mistral, windows", "phi3, windows", "qwen2, windows"]
+
+
+def slow_unless(fast, names):
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 EVERY = pytest.mark.parametrize("name", FIRST)
-WITH_WINDOWS = pytest.mark.parametrize("name", [*FIRST, "mistral, windows", "phi3, windows", "qwen2, windows"])
+EVERY_SLOWLY = pytest.mark.parametrize("name", slow_unless(DIFFERENT, FIRST))
+WITH_WINDOWS = pytest.mark.parametrize("name", [*FIRST, *WINDOWS])
+WITH_WINDOWS_SLOWLY = pytest.mark.parametrize("name", slow_unless((*DIFFERENT, WINDOWS[0]), [*FIRST, *WINDOWS]))
 SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma3_text", "mistral, windows"])
 
 
@@ -83,7 +93,7 @@ def test_padding(name):
 
 
 @torch.no_grad()
-@EVERY
+@EVERY_SLOWLY
 def test_embeddings_for_tokens(name):
     """What they hold at padding has no influence."""
     model, ids = student(name), torch.randint(97, (2, 12))
@@ -120,7 +130,7 @@ def test_mask_of_four_dimensions(name, dtype):
 
 
 @torch.no_grad()
-@EVERY
+@EVERY_SLOWLY
 def test_packed_documents(name):
     """Each gives what it gives alone, by restarting positions and by boundaries."""
     model, ids = student(name), torch.randint(97, (1, 20))
@@ -134,7 +144,7 @@ def test_packed_documents(name):
 
 
 @torch.no_grad()
-@EVERY
+@EVERY_SLOWLY
 def test_beams(name):
     """The cache's rows follow the beams."""
     model, ids = student(name), torch.randint(1, 97, (2, 9))
@@ -143,7 +153,7 @@ def test_beams(name):
 
 
 @torch.no_grad()
-@WITH_WINDOWS
+@WITH_WINDOWS_SLOWLY
 def test_static_cache(name):
     """`generate` with tensors of fixed size, left padding included."""
     model, ids = student(name), torch.randint(97, (2, 20))
@@ -166,7 +176,7 @@ def test_forked_cache(name):
         close(found[row], model(torch.cat([ids[:, :8], ends[row : row + 1]], 1)).logits[0, 8:])
 
 
-@EVERY
+@EVERY_SLOWLY
 def test_gradient_checkpointing(name):
     """The same gradients; text generated in between keeps its cache; a cache in training is refused."""
     model, ids = student(name).train(), torch.randint(1, 97, (2, 10))
@@ -193,7 +203,7 @@ def test_gradient_checkpointing(name):
         model(ids, past_key_values=DynamicCache(config=model.config))
 
 
-@pytest.mark.parametrize("name", [name for name in FIRST if name != "gpt2"])
+@pytest.mark.parametrize("name", slow_unless(DIFFERENT, [name for name in FIRST if name != "gpt2"]))
 def test_frequencies_stay_float32(name, tmp_path):
     model = student(name)
     expected = frequencies(model)
@@ -253,7 +263,7 @@ def test_saved_and_loaded(name, tmp_path):
         assert torch.equal(copied(ids).logits, model(ids).logits)
 
 
-@EVERY
+@EVERY_SLOWLY
 def test_the_originals_class_refuses_the_folder(name, tmp_path):
     """It never becomes the softmax model, nor a model with attention drawn at random."""
     torch.manual_seed(0)
@@ -266,7 +276,7 @@ def test_the_originals_class_refuses_the_folder(name, tmp_path):
 
 
 @torch.no_grad()
-@EVERY
+@EVERY_SLOWLY
 def test_implementation_of_attention(name):
     """It can be changed, as the original's can; kept layers give their weights, and all blocks their hidden states."""
     model, ids = student(name), torch.randint(97, (2, 9))
@@ -290,7 +300,7 @@ def test_other_heads():
     assert model(torch.randint(1, 97, (2, 7))).logits.shape == (2, 2)
 
 
-@EVERY
+@EVERY_SLOWLY
 def test_drawn_weights_start_as_mixers_do(name):
     """From a configuration alone: gates at their bias, and the original's norms as its class starts them."""
     config = student(name, gate_bias=2.5).config
