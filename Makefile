@@ -11,7 +11,7 @@ RUNS := runs/quickstart
 .PHONY: help setup test lint format quickstart clean
 
 help:
-	@echo "make quickstart  small ReGLA, hybrid and softmax models side by side: train, compare, stream, plot (minutes)"
+	@echo "make quickstart  small ReGLA, hybrid and softmax models side by side, and a pretrained one linearized (minutes)"
 	@echo "make test        linters, types, layering and tests"
 	@echo "make lint        linters, types and layering alone"
 	@echo "make format      rewrite the sources in the house format"

@@ -107,10 +107,11 @@ QUICKSTART = """\
 See ReGLA learn, in about three minutes on two CPU cores and without a download: trains a small ReGLA, a hybrid and a
 softmax model on equal parameters and tokens of the English that ships with Python, compares their validation
 perplexities and speeds, shows that streaming equals the full forward pass, plots the losses and the cost of the next
-token against the length of the context, and generates a sample.
+token against the length of the context, and generates a sample. Then it makes every layer of a pretrained GPT-NeoX
+linear, which comes with the package, and trains it until its perplexity is back.
 
-DIR gets the models (regla, hybrid, softmax), loss.png, decoding.png and quickstart.json with every figure. A second
-quickstart replaces the first.
+DIR gets the models (regla, hybrid, softmax, linearized), loss.png, decoding.png and quickstart.json with every figure.
+A second quickstart replaces the first.
 
 examples:
   regla quickstart

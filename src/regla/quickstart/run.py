@@ -19,6 +19,7 @@ from regla.data.tokenizer import load_tokenizer
 from regla.eval.generation import generate
 from regla.models.folders import load_model
 from regla.quickstart.decoding import DecodingCost, decoding_costs, streaming_difference
+from regla.quickstart.pretrained import linearize_pretrained
 from regla.report.plots import Curve, plot_decoding, plot_losses
 from regla.report.tables import plain
 from regla.runtime.errors import OptionError, check_count
@@ -30,6 +31,7 @@ from regla.train.run import train
 RESULT = "quickstart.json"
 LOSS_PLOT = "loss.png"
 DECODING_PLOT = "decoding.png"
+LINEARIZED = "linearized"
 _STREAMS = ((256, 1), (2048, 100))  # tokens, tokens of a chunk
 _PROMPT = "The following statement"
 _NAMES = {"regla": "ReGLA", "hybrid": "hybrid", "softmax": "softmax"}
@@ -58,16 +60,15 @@ def quickstart(
 def _quickstart(out: Path, *, steps: int, longest: int, sample_tokens: int) -> dict[str, Any]:
     started = time.perf_counter()
     result: dict[str, Any] = {"models": {}, "streaming": [], "decoding": {}}
-    for number, mixer in enumerate(_TRAINED, start=1):
-        print(f"\n[{number}/{len(_TRAINED) + 3}] Training {_NAMES[mixer]}")
+    titles = _titles()
+    for mixer in _TRAINED:
+        print(next(titles))
         result["models"][mixer] = train(TrainConfig(out=str(out / mixer), mixer=mixer, steps=steps, device="cpu"))
     plot_losses({_NAMES[mixer]: read_losses(out / mixer) for mixer in _TRAINED}, out / LOSS_PLOT)
     print("\n" + comparison(result["models"]))
     print("One seed and one learning rate each: a demonstration, no benchmark.")
 
-    print(
-        f"\n[4/{len(_TRAINED) + 3}] Streaming: the same text in one forward pass, and piece by piece through the state"
-    )
+    print(next(titles))
     regla = load_model(out / "regla", torch.device("cpu"))
     ids_N = embedded_text().hold_out(HELD_OUT)[1].tokens(load_tokenizer(out / "regla"))
     for tokens, chunk in _STREAMS:
@@ -77,7 +78,7 @@ def _quickstart(out: Path, *, steps: int, longest: int, sample_tokens: int) -> d
         pieces = "one token at a time" if chunk == 1 else f"{chunk} tokens at a time"
         print(f"{ids_1T.shape[1]:>6,} tokens, {pieces}: no logit differs by more than {difference:.1e}")
 
-    print(f"\n[5/{len(_TRAINED) + 3}] Cost of one more token")
+    print(next(titles))
     contexts = [length for length in (2**power for power in range(7, 31)) if length <= longest]
     costs = {mixer: decoding_costs(load_model(out / mixer, torch.device("cpu")), contexts) for mixer in _COMPARED}
     result["decoding"] = {mixer: [asdict(cost) for cost in rows] for mixer, rows in costs.items()}
@@ -89,8 +90,11 @@ def _quickstart(out: Path, *, steps: int, longest: int, sample_tokens: int) -> d
     )
     print(decoding_table(costs))
 
-    print(f"\n[6/{len(_TRAINED) + 3}] ReGLA goes on from {_PROMPT!r}")
+    print(next(titles))
     generate(out / "regla", _PROMPT, max_new_tokens=sample_tokens, device="cpu")
+
+    print(next(titles))
+    result["linearized"] = linearize_pretrained(out / LINEARIZED, steps=steps)
 
     result["seconds"] = time.perf_counter() - started
     write_json(out / RESULT, result)
@@ -99,6 +103,18 @@ def _quickstart(out: Path, *, steps: int, longest: int, sample_tokens: int) -> d
     )
     print(f"\nNext:\n{_next_commands(out)}")
     return result
+
+
+def _titles() -> Iterator[str]:
+    """The heading of each part, in order."""
+    parts = [
+        *(f"Training {_NAMES[mixer]}" for mixer in _TRAINED),
+        "Streaming: the same text in one forward pass, and piece by piece through the state",
+        "Cost of one more token",
+        f"ReGLA goes on from {_PROMPT!r}",
+        "Linearizing a pretrained GPT-NeoX that comes with the package",
+    ]
+    return (f"\n[{number}/{len(parts)}] {part}" for number, part in enumerate(parts, 1))
 
 
 def read_losses(run: Path) -> Curve:

@@ -50,7 +50,7 @@ class TeacherConfig:
     """New folder for the model."""
     tokens: int = 150_000_000
     """To train on; text is repeated."""
-    repeat: int = 4
+    repeat: int = 2
     """How often the embedded text stands beside the books."""
     vocab_size: int = 2048
     seq_len: int = 512
