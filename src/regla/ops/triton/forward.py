@@ -54,10 +54,10 @@ from regla.ops.triton.tree import levels, scores_over_tree, tree_level
 def ticket(passed_ptr, n, h, segments, H, BK: tl.constexpr, BV: tl.constexpr):
     """How many CTAs have taken a chunk of head h of segment n before this one; 0 for n < 0, which is no segment.
 
-    The counters lie behind the places of all heads' states (`operation._passed`). A ticket publishes no data, so the
-    atomic is relaxed.
+    The counters lie behind the places of all heads' states (`operation._passed`), each in a cache line of its own. A
+    ticket publishes no data, so the atomic is relaxed.
     """
-    counters = passed_ptr + segments.to(tl.int64) * H * (2 * BK * BV) + n * H + h
+    counters = passed_ptr + segments.to(tl.int64) * H * (2 * BK * BV) + (n * H + h) * 32
     counters = counters.to(tl.pointer_type(tl.int32))
     return tl.atomic_add(counters, 1, mask=n >= 0, sem="relaxed", scope="gpu")
 

@@ -268,9 +268,9 @@ def _eps(norm: QKNorm | None) -> float:
 
 def _passed(k: Tensor, v: Tensor, segments: int) -> int:
     """Numbers of 32 bits, zero before a launch: two places of every head through which its state passes from chunk to
-    chunk, and behind all of these a counter of every head, which gives its chunks to CTAs. An even number."""
+    chunk, and behind all of these a counter of every head, which gives its chunks to CTAs, in 32 of its own."""
     heads = segments * k.shape[2]
-    return 2 * heads * _padded(k.shape[-1]) * _padded(v.shape[-1]) + heads + heads % 2
+    return 2 * heads * _padded(k.shape[-1]) * _padded(v.shape[-1]) + 32 * heads
 
 
 def _layout(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
