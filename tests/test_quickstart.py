@@ -127,11 +127,7 @@ def test_all_of_it_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         width, height = struct.unpack(">II", (out / plot).read_bytes()[16:24])
         assert width > 900 and height > 500
     scores = result["linearized"]["scores"]
-    assert result["linearized"]["linear_layers"] == list(range(6)) and set(scores) == {
-        "original",
-        "converted",
-        "trained",
-    }
+    assert result["linearized"]["linear_layers"] == list(range(6))
     printed = capsys.readouterr().out
     assert f"Held-out perplexity: {scores['original'][0]['perplexity']:.2f} with softmax attention" in printed
     assert comparison(result["models"]) in printed and "Next:" in printed

@@ -32,8 +32,8 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ## Text
 
 - English books in the public domain, novels and essays of the 19th and early 20th century.
-- The prose of Python's language reference (PSF licence), as `pydoc_data.topics` ships it with every CPython, {repeat} times;
-  its last part is held out.
+- The prose of Python's language reference (PSF licence), as `pydoc_data.topics` ships it with every CPython, {repeat}
+  times; its last part is held out.
 
 {text_tokens:,} tokens in all, of a byte-level BPE trained on the same text. {tokens:,} tokens were seen, so every text
 was read {epochs:.1f} times.
