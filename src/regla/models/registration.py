@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from regla.models import heads, modeling
 from regla.models.configuration import ReGLAConfig
 from regla.models.hub import AUTO_CLASSES, publish
+from regla.models.student import publish_models
 from regla.models.student_configuration import register_configs
 
 
@@ -15,4 +16,4 @@ def register() -> None:
     AutoConfig.register(ReGLAConfig.model_type, ReGLAConfig, exist_ok=True)
     for auto, name in AUTO_CLASSES.items():
         publish(auto, ReGLAConfig, getattr(modeling, name, None) or getattr(heads, name))
-    register_configs()
+    register_configs(publish_models)

@@ -26,6 +26,7 @@ from regla.layers.init import init_linear_attention
 from regla.models.cache import CACHE, ReGLACacheLayer, adopt_cache
 from regla.models.configuration import ReGLAConfig
 from regla.models.families import Family, family_of, heads_of, softmax_kinds, window
+from regla.models.hub import AUTO_CLASSES, publish
 from regla.models.modeling import NO_CONTINUOUS_BATCHING, check_exporter, linear_mixer
 from regla.models.rotary import frequencies_kept
 from regla.models.student_configuration import PREFIX, student_config_class
@@ -232,6 +233,14 @@ def student_class(original: Any) -> Any:
     # transformers does so for the class of a model as it is constructed, which is not yet this one for a base model.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)  # type: ignore[attr-defined]
     return cls
+
+
+def publish_models(config_class: Any) -> None:
+    """Make the models of a student's configuration class known to transformers' Auto classes."""
+    for auto in AUTO_CLASSES:
+        known = getattr(transformers, auto)._model_mapping
+        if config_class.original_class in known:
+            publish(auto, config_class, student_class(known[config_class.original_class]))
 
 
 def _is_base_model(original: type[PreTrainedModel]) -> bool:

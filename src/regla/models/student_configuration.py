@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from regla.layers.defaults import ADDITIVE, DEFAULTS
 from regla.models.configuration import FORMAT_VERSION, ReGLAConfig, checked_format, mixer_arguments
 from regla.models.families import FAMILIES, heads_of, softmax_kinds, window
-from regla.models.hub import AUTO_CLASSES, auto_map, publish, write_hub_module
+from regla.models.hub import AUTO_CLASSES, auto_map, write_hub_module
 from regla.runtime.install import install_regla
 
 PREFIX = "ReGLA"
@@ -62,6 +62,7 @@ class StudentConfig:
     original_model_type: str
     linear_layers: list[int]
     mixer: dict[str, Any]
+    publish_models: Callable[[Any], None]  # see `register_configs`
 
     def __post_init__(
         self,
@@ -70,6 +71,7 @@ class StudentConfig:
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
+        self.publish_models(type(self))
         kwargs["auto_map"] = auto_map(_class_names(cast(Any, type(self))))
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.format_version = checked_format(format_version)
@@ -168,8 +170,13 @@ def student_config_class(original: Any) -> Any:
     return cls
 
 
-def register_configs() -> None:
-    """Make the model types of students known to AutoConfig. Their models follow with the first configuration."""
+def register_configs(publish_models: Callable[[Any], None]) -> None:
+    """Make the model types of students known to AutoConfig.
+
+    publish_models: makes the models of a configuration class known to the other Auto classes. It is called with the
+        first configuration of a type, as it imports the original's code.
+    """
+    StudentConfig.publish_models = staticmethod(functools.cache(publish_models))
     for model_type in FAMILIES:
         cls = student_config_class(CONFIG_MAPPING[model_type])
         AutoConfig.register(cls.model_type, cls, exist_ok=True)
@@ -177,14 +184,10 @@ def register_configs() -> None:
 
 @functools.cache
 def _class_names(config_class: Any) -> dict[str, str]:
-    """Names of the classes of a student by Auto class, which all are published on the way."""
-    from regla.models.student import student_class
-
+    """Names of the classes of a student by Auto class."""
     names = {"AutoConfig": config_class.__name__}
     for auto in AUTO_CLASSES:
         known = getattr(transformers, auto)._model_mapping
         if config_class.original_class in known:
-            cls = student_class(known[config_class.original_class])
-            publish(auto, config_class, cls)
-            names[auto] = cls.__name__
+            names[auto] = PREFIX + known[config_class.original_class].__name__
     return names
