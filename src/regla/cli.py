@@ -121,9 +121,13 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = command("generate", "continue a text", help_texts.GENERATE, _generate)
     generate.add_argument("model", metavar="MODEL", help="folder, .gguf file or name on the hub")
-    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts = generate.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompts.add_argument("--prompts", dest="prompts_file", metavar="FILE", help="or a file of them, one a line")
+    generate.add_argument(
+        "--load-state", metavar="FILE", help="continue the text of a saved state, with --prompt or not"
+    )
+    generate.add_argument("--save-state", metavar="FILE", help="new file for the state at the end of the text")
     generate.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="of --prompts, at a time (default: %(default)s)"
     )
@@ -490,7 +494,10 @@ def _generate(args: argparse.Namespace) -> None:
     options = _options(args)
     of_a_batch = {name: options.pop(name) for name in ("prompts_file", "batch_size", "as_json")}
     if args.prompts_file is not None:
-        del options["prompt"]
+        if args.load_state is not None or args.save_state is not None:
+            raise ValueError("--load-state and --save-state go with --prompt TEXT, not with --prompts; leave one out.")
+        for name in ("prompt", "load_state", "save_state"):
+            del options[name]
         generate_batch(**options, **of_a_batch)
     elif args.as_json:
         raise ValueError("--json goes with --prompts FILE; leave it out or put the prompt into a file.")

@@ -97,10 +97,15 @@ Continue a text with the model in a Hugging Face folder; prints it token by toke
 UTF-8 file with one prompt a line (empty lines are passed over), runs --batch-size of them at a time and prints each
 with its continuation, with --json as one JSON object a line: {"prompt": ..., "continuation": ...}.
 
+--save-state writes the model's state at the end of the text to a file, with --max-new-tokens 0 that of the prompt.
+--load-state continues from it, on any device, as if the text had not been interrupted; --prompt then adds to it.
+
 examples:
   regla generate runs/regla --prompt "The statement"
   regla generate runs/regla --prompt "A class" --temperature 0 --max-new-tokens 200
   regla generate runs/regla --prompts prompts.txt --json > continuations.jsonl
+  regla generate runs/regla --prompt "A long text" --max-new-tokens 0 --save-state text.state
+  regla generate runs/regla --load-state text.state --prompt " and more of it"
 """
 
 QUICKSTART = """\

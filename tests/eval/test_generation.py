@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from regla.data.tokenizer import train_tokenizer
 from regla.eval.generation import generate, generate_batch
-from regla.models import ReGLAConfig, ReGLAForCausalLM
+from regla.models import ReGLAConfig, ReGLAForCausalLM, load_state, save_state, stack_states
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,49 @@ def test_bad_prompts(folder: Path, tmp_path: Path) -> None:
             generate_batch(folder, tmp_path / f"{name}.txt")
     with pytest.raises(ValueError, match="batch_size is 0"):
         generate_batch(folder, tmp_path / "empty.txt", batch_size=0)
+
+
+def test_a_text_continues_from_its_state(folder: Path, tmp_path: Path, capsys) -> None:
+    whole = text(capsys, folder, "some words", max_new_tokens=12, temperature=0)
+    first = text(capsys, folder, "some words", max_new_tokens=5, temperature=0, save_state=tmp_path / "a")
+    then = text(capsys, folder, load_state=tmp_path / "a", max_new_tokens=3, temperature=0, save_state=tmp_path / "b")
+    last = text(capsys, folder, load_state=tmp_path / "b", max_new_tokens=4, temperature=0)
+    assert "".join(part.removesuffix("\n") for part in (first, then, last)) + "\n" == whole
+
+
+def test_the_state_of_a_prompt_continues_in_several_ways(folder: Path, tmp_path: Path, capsys) -> None:
+    assert text(capsys, folder, "some words", max_new_tokens=0, save_state=tmp_path / "s") == ""
+    ids = AutoTokenizer.from_pretrained(folder)("some words")["input_ids"]
+    for more in (None, " to learn", " words"):
+        added = AutoTokenizer.from_pretrained(folder)(more)["input_ids"] if more else []
+        printed = text(capsys, folder, more, load_state=tmp_path / "s", max_new_tokens=12, temperature=0)
+        assert "some words" + printed == greedy(folder, ids + added, 12)
+
+
+def test_bad_states(folder: Path, tmp_path: Path, capsys) -> None:
+    state = tmp_path / "s"
+    text(capsys, folder, "some words", max_new_tokens=0, save_state=state)
+    content = state.read_bytes()
+    with pytest.raises(ValueError, match="exists already; give the name of a new file"):
+        generate(folder, "some", save_state=state)
+    with pytest.raises(ValueError, match="max_new_tokens is 0, expected a number above 0"):
+        generate(folder, "some", max_new_tokens=0, load_state=state)
+    with pytest.raises(ValueError, match="no text to continue; give prompt, prompts_file or load_state"):
+        generate(folder, save_state=tmp_path / "t")
+    with pytest.raises(ValueError, match="a state is of two tokens or more; give a longer prompt"):
+        generate(folder, "s", max_new_tokens=0, save_state=tmp_path / "t", device="cpu")
+    model = ReGLAForCausalLM.from_pretrained(folder).eval()
+    pair = load_state(state, model)
+    pair = stack_states([pair, pair], model)
+    save_state(tmp_path / "pair", model, pair.cache, pair.input_ids)
+    all_read = load_state(state, model)
+    read_ids = all_read.input_ids[:, : all_read.cache.get_seq_length()]
+    save_state(tmp_path / "read", model, all_read.cache, read_ids)
+    for name, message in (
+        ("pair", "holds 2 texts or padding"),
+        ("none", "There is no file"),
+        ("read", "holds no token that is still to be read; give a text with prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(folder, load_state=tmp_path / name, device="cpu")
+    assert state.read_bytes() == content and not (tmp_path / "t").exists()

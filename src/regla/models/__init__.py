@@ -5,6 +5,7 @@ from regla.models.configuration import ReGLAConfig
 from regla.models.heads import ReGLAForQuestionAnswering, ReGLAForSequenceClassification, ReGLAForTokenClassification
 from regla.models.modeling import ReGLAForCausalLM, ReGLAModel, ReGLAPreTrainedModel
 from regla.models.registration import register
+from regla.models.states import SavedState, load_state, save_state, stack_states
 
 __all__ = [
     "ReGLAConfig",
@@ -14,8 +15,12 @@ __all__ = [
     "ReGLAForTokenClassification",
     "ReGLAModel",
     "ReGLAPreTrainedModel",
+    "SavedState",
     "fork_cache",
+    "load_state",
     "register",
+    "save_state",
+    "stack_states",
 ]
 
 register()

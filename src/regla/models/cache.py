@@ -343,7 +343,7 @@ def fork_cache(cache: Cache, rows: Sequence[int] | Tensor) -> Cache:
     if not isinstance(cache, Cache) or isinstance(cache, StaticCache):
         raise ValueError(f"cache is a {type(cache).__name__}, which cannot be forked; expected a DynamicCache")
     index = torch.as_tensor(rows, dtype=torch.long)
-    if not (batch_size := _batch_size(cache)):
+    if not (batch_size := rows_of(cache)):
         raise ValueError("cache is empty, so it has no rows to fork; give it to the model with some tokens first")
     if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= batch_size:
         raise ValueError(
@@ -363,7 +363,8 @@ def _fork_layer(layer: CacheLayerMixin, rows: Tensor) -> CacheLayerMixin:
     return fork
 
 
-def _batch_size(cache: Cache) -> int:
+def rows_of(cache: Cache) -> int:
+    """The batch size of what a cache holds; 0 if it is empty."""
     for layer in cache.layers:
         for part in (getattr(layer, "keys", None), *getattr(layer, "recurrent_states", {}).values()):
             if part is not None and part.numel():

@@ -183,6 +183,13 @@ def check_writable(file: str | Path) -> None:
         raise ValueError(f"{file} cannot be written; give a file in a folder that you may write to.")
 
 
+def check_new_file(file: str | Path) -> None:
+    """Raise ValueError unless a new file can be written there: nothing is overwritten."""
+    check_writable(file)
+    if Path(file).exists():
+        raise ValueError(f"{file} exists already; give the name of a new file, or remove this one first.")
+
+
 def brief(error: Exception) -> str:
     """The kind of an error and the first sentence of what it says."""
     lines = str(error).strip().splitlines()
