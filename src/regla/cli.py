@@ -158,6 +158,15 @@ def _parser() -> argparse.ArgumentParser:
     linearize.add_argument("--out", default=argparse.SUPPRESS, metavar="DIR", help="new folder for the model")
     _linearize_arguments(linearize)
 
+    page = command("report", "write a page about a linearized model", help_texts.REPORT, _report)
+    page.add_argument("folder", metavar="DIR", help="folder that `regla linearize` wrote")
+    page.add_argument("--teacher", metavar="MODEL", help="the original (default: the one that DIR names)")
+    page.add_argument("--out", metavar="FILE.html", help="the page (default: DIR/report.html)")
+    page.add_argument(
+        "--skip-measurements", action="store_true", help="only what the folder holds; no model is loaded, in seconds"
+    )
+    page.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+
     _study_arguments(command("study", "train and compare a grid of models", help_texts.STUDY, _study))
 
     _bench_arguments(command("bench", "measure speed and memory", help_texts.BENCH, _bench))
@@ -522,6 +531,12 @@ def _linearize(args: argparse.Namespace) -> None:
     from regla.linearize.driver import linearize
 
     linearize(LinearizeConfig(**_options(args) | {"data": tuple(args.data), "valid": tuple(args.valid)}))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from regla.page import report
+
+    report(**_options(args))
 
 
 def _study(args: argparse.Namespace) -> None:

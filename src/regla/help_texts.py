@@ -155,6 +155,20 @@ Ctrl-C ends the training after the current step and saves the model as it is the
 a crash, the same command with --resume goes on from the last checkpoint.
 """
 
+REPORT = """\
+Write one HTML page about a model that `regla linearize` made: what was converted, how each layer fits, the training,
+teacher and student on the same held-out text with standard errors, half-lives and saturation of the forget gates, time
+and memory of a token over the context, samples side by side, and the command that repeats the conversion. The page is
+one file and needs no network.
+
+Teacher and student are measured on the spot, in about a minute for a small model; --skip-measurements shows what the
+folder holds alone.
+
+examples:
+  regla report runs/smol
+  regla report runs/smol --teacher models/smollm2 --out smol.html
+"""
+
 STUDY = """\
 Train a grid of runs that one short YAML file describes (what varies, learning rates, seeds), and compare them.
 DIR gets a row per run (rows.jsonl), and NAME.md with tables and a plot. Every variant gets every learning rate.

@@ -102,6 +102,11 @@ def _shown(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
+def repeated_by(arguments: dict[str, Any]) -> str:
+    """The command that makes a conversion with these arguments anew, without paths of this machine."""
+    return _command(arguments)
+
+
 def _scores(summary: dict[str, Any]) -> list[str]:
     scores = summary["scores"]
     arguments = summary["arguments"]

@@ -205,7 +205,8 @@ def _contexts(
     _finish(axes)
 
 
-def _finish(axes: Axes) -> None:
+def _finish(axes: Axes, *, legend: bool = True) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if legend:
+        axes.legend(frameon=False)
