@@ -164,6 +164,10 @@ BAD = {
     "deep configuration": ("train --out o --data corpus.txt --config deep.json", "deep.json is nested too deeply"),
     "deep study": ("study deep.yaml --dry-run", "The study deep is nested too deeply"),
     "date that there is not": ("study date.yaml --dry-run", "The study date is no valid YAML"),
+    "character that YAML has not": (
+        "study nul.yaml --dry-run",
+        "The study nul is no valid YAML (unacceptable character",
+    ),
     "unknown activation": (
         "train --out o --data corpus.txt --vocab-size 300 --config act.json",
         "hidden_act is 'nope'; expected an activation",
@@ -191,6 +195,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     Path("h.jsonl").write_text('{"text": "A text."}\n{"text": "half \\ud83d emoji"}\n')
     Path("h.yaml").write_text('title: "half \\ud83d"\nlr: [1e-3]\n')
     Path("date.yaml").write_text("title: 2020-13-45\nlr: [1e-3]\n")
+    Path("nul.yaml").write_text("title: a\0b\n")
     Path("act.json").write_text('{"hidden_act": "nope"}')
     Path("rope.json").write_text('{"rope_parameters": {"rope_type": "nope"}}')
     for suffix in ("jsonl", "json", "yaml"):

@@ -1,10 +1,12 @@
 """Text from a saved folder, as the terminal shows it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from regla.data.tokenizer import train_tokenizer
@@ -158,3 +160,14 @@ def test_bad_states(folder: Path, tmp_path: Path, capsys) -> None:
         with pytest.raises(ValueError, match=message):
             generate(folder, load_state=tmp_path / name, device="cpu")
     assert state.read_bytes() == content and not (tmp_path / "t").exists()
+
+
+def test_a_folder_without_all_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers would draw those that are missing at random."""
+    shutil.copytree(folder, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        del weights[name]
+    save_file(weights, tmp_path / "m/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights of the model in its config.json \(model.layers.1.mlp.up_proj"):
+        generate(tmp_path / "m", "some", device="cpu")

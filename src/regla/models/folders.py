@@ -18,6 +18,9 @@ def load_model(name: str | Path, device: torch.device) -> PreTrainedModel:
 
     It is float32, in evaluation mode, on `device`. Downloaded weights are read from safetensors or GGUF alone: files of
     pickles can run code.
+
+    Raises:
+        ValueError: there is none, it cannot be loaded, or weights of it are missing.
     """
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -26,7 +29,14 @@ def load_model(name: str | Path, device: torch.device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     options = {} if path.exists() else {"use_safetensors": True}
-    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=torch.float32, **options)
+    options |= {"output_loading_info": True}
+    model, found = load_pretrained(AutoModelForCausalLM, name, "model", dtype=torch.float32, **options)
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random and says so on stderr
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{name} lacks weights of the model in its config.json ({missing[0]}{others}); "
+            "give a whole causal language model."
+        )
     return model.eval().to(device)
 
 

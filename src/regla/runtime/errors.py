@@ -82,8 +82,9 @@ def flag(name: str) -> str:
 
 
 def told_in_flags(error: BaseException) -> str:
-    """What the command line says of an error."""
-    return error.told(flag) if isinstance(error, NamesOptions) else str(error)
+    """What the command line says of an error, on one line: parsers of libraries say theirs on several."""
+    told = error.told(flag) if isinstance(error, NamesOptions) else str(error)
+    return " ".join(line.strip() for line in told.splitlines())
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
