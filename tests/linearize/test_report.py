@@ -183,6 +183,15 @@ def test_layers_that_were_chosen_are_shown_and_logs_may_be_damaged(unmeasured):
     assert "0.2500 ± 0.5000" in found["training"] and "<svg " in found["training"]
 
 
+def test_the_kind_of_every_layer_is_shown(unmeasured):
+    copy, render = unmeasured
+    file = copy / "config.json"
+    config = json.loads(file.read_text()) | {"num_hidden_layers": 4, "windowed": {"layers": [3], "window": 8}}
+    file.write_text(json.dumps(config))
+    kinds = re.findall(r'<span class="(\w+)">(\d)</span>', render()["converted"])
+    assert kinds == [("linear", "0"), ("linear", "1"), ("softmax", "2"), ("window", "3")]
+
+
 def test_names_and_texts_are_no_markup(unmeasured):
     copy, render = unmeasured
     file = copy / "linearize.json"

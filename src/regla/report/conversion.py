@@ -11,6 +11,7 @@ from typing import Any
 from regla.report import conversion_plots as plots
 
 _STATES = {"original": "original", "converted": "after conversion", "trained": "after training"}
+_KINDS = {"linear": "linear attention", "softmax": "softmax attention", "window": "softmax attention over a window"}
 _NOT_MEASURED = "Not measured: the page was made with --skip-measurements."
 
 _STYLE = """
@@ -31,6 +32,7 @@ th { color: #596170; font-weight: 600; } .num { text-align: right; font-variant-
 svg { display: block; max-width: 100%; height: auto; margin: 8px auto; }
 .layers { display: flex; flex-wrap: wrap; gap: 4px; margin: 8px 0; }
 .layers span { min-width: 2.1em; padding: 3px 0; text-align: center; border-radius: 4px; font-size: .85em; }
+.window { background: #56b4e9; color: #000; }
 .linear { background: #d55e00; color: #fff; } .softmax { background: #0072b2; color: #fff; }
 .key span { padding: 3px 10px; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 12px; margin: 4px 0 20px; }
@@ -148,15 +150,15 @@ def _tokens(stage: Any, summary: Mapping[str, Any]) -> int | None:
 
 def _converted(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     linear = [int(number) for number in summary["linear_layers"]]
+    windowed = [int(number) for number in _as_dict(config.get("windowed")).get("layers", [])]
     arguments = summary["arguments"]
     layers = config.get("num_hidden_layers")
     strip = ""
     if isinstance(layers, int):
-        boxes = [f'<span class="{"linear" if n in linear else "softmax"}">{n}</span>' for n in range(layers)]
-        strip = (
-            f'<div class="layers">{"".join(boxes)}</div><div class="layers key"><span class="linear">linear attention'
-            '</span><span class="softmax">softmax attention</span></div>'
-        )
+        kinds = ["linear" if n in linear else "window" if n in windowed else "softmax" for n in range(layers)]
+        boxes = "".join(f'<span class="{kind}">{n}</span>' for n, kind in enumerate(kinds))
+        names = "".join(f'<span class="{kind}">{_KINDS[kind]}</span>' for kind in _KINDS if kind in kinds)
+        strip = f'<div class="layers">{boxes}</div><div class="layers key">{names}</div>'
     mixer = _as_dict(config.get("mixer"))
     kind = str(config.get("model_type", "")).removeprefix("regla_")
     error = summary.get("transfer_error")
@@ -213,7 +215,7 @@ def _training(summary: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> s
         parts.append(plots.training_figure(curves))
         parts.append(
             '<p class="note">Loss of attention transfer: |mixer(x) - y|² / |y|². Loss of distillation: '
-            "KL(teacher || student).</p>"
+            "KL(teacher || student). Thick lines: the mean of 20 steps.</p>"
         )
     if summary["stages"]:
         body = [

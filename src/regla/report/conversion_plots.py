@@ -73,6 +73,8 @@ def alignment_figure(errors: Mapping[int, float]) -> str:
 
 def training_figure(stages: Mapping[str, Curve]) -> str:
     """Loss by step, a panel for each stage."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, panels = _figure(len(stages))
     for axes, (name, curve), colour in zip(panels, stages.items(), _COLOURS * 2, strict=False):
         steps, losses = zip(*curve, strict=True)
@@ -80,6 +82,7 @@ def training_figure(stages: Mapping[str, Curve]) -> str:
         axes.plot(steps, moving_mean(losses, _SMOOTHING), color=colour, linewidth=1.8, label=f"mean of {_SMOOTHING}")
         unit = "share of |y|²" if name == "attention transfer" else "nats per token"
         axes.set(title=name[:1].upper() + name[1:], xlabel="step of the conversion", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if min(losses) > 0 and max(losses) > 20 * min(losses):
             axes.set_yscale("log")
         _finish(axes)
