@@ -64,11 +64,12 @@ class Seed:
 
 
 GENERATE = "generate {seed} --prompt Line --max-new-tokens 2 --temperature 0 --device cpu"
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 RESUME = f"train --out {{seed}} --data {{base}}/text.txt {TINY} --save-every 2 --steps 6 --resume"
 SEEDS = [
     Seed("config", "config.json", "", "train --out {out} --data {base}/text.txt --config {seed} " + TINY),
     Seed("study", "study.yaml", "", "study {seed} --dry-run"),
-    *(Seed("model", "model", file, GENERATE) for file in ("config.json", "model.safetensors", "tokenizer.json")),
+    *(Seed("model", "model", file, GENERATE) for file in _MODEL_FILES),
     Seed("model", "student", "config.json", GENERATE),
     Seed("model", "pickled", "pytorch_model.bin", GENERATE),
     *(
@@ -85,6 +86,7 @@ SEEDS = [
         )
         for file in ("manifest.json", "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
     ),
+    *(Seed("run", "run", file, RESUME) for file in ("training.json", "log.jsonl", "config.json")),
     Seed("state", "text.state", "", "generate {base}/model --load-state {seed} --max-new-tokens 2 --device cpu"),
 ]
 
@@ -112,7 +114,9 @@ def make_seeds(base: Path) -> None:
     (base / "text.jsonl").write_text("".join(json.dumps({"text": line, "n": 1}) + "\n" for line in LINES[:20]))
     pyarrow.parquet.write_table(pyarrow.table({"text": LINES[:20]}), base / "text.parquet")
     (base / "config.json").write_text('{"hidden_size":32,"num_hidden_layers":2,"rms_norm_eps":1e-6,"qk_norm":true}')
-    (base / "study.yaml").write_text("title: A study\nlr: [1e-3, 2e-3]\nseed: [0, 1]\nsteps: 3\nhidden_size: 32\n")
+    (base / "study.yaml").write_text(
+        "title: A study\nbase: {steps: 3, warmup: 1}\nlr: [1.0e-3, 2.0e-3]\nseeds: [0, 1]\n"
+    )
     run = ["train", "--data", str(base / "text.txt"), *TINY.split(), "--save-every", "2"]
     for name in ("model", "run"):
         _run([*run, "--out", str(base / name)])
@@ -259,10 +263,16 @@ def fuzz(
     base.mkdir()
     make_seeds(base)
     untouched = _files(base)
+    for number, chosen in enumerate(SEEDS):  # what refuses everything would pass all cases
+        place = folder / f"valid-{number}"
+        place.mkdir()
+        code, wrong = attempt(chosen, (base / chosen.copied / chosen.changed).read_bytes(), base, place)
+        if wrong or code != (2 if chosen.copied == "pickled" else 0):
+            raise RuntimeError(f"{chosen.copied}/{chosen.changed} as it was made ends in {code} {wrong}")
     for number in range(cases):
         dice = random.Random(f"{seed}/{number}")
         chosen = SEEDS[number % len(SEEDS)]
-        file = base / chosen.copied / chosen.changed if chosen.changed else base / chosen.copied
+        file = base / chosen.copied / chosen.changed
         place = folder / str(number)
         place.mkdir()
         code, wrong = attempt(chosen, malformed(file.read_bytes(), dice), base, place)

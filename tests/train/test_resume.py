@@ -272,6 +272,12 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def odd_size(file: Path) -> None:
+    manifest = json.loads(file.read_text())
+    manifest["files"]["model.safetensors"]["size"] = []
+    file.write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -279,6 +285,7 @@ def flip(file: Path) -> None:
         ("optimizer.safetensors", flip, r"optimizer.safetensors is corrupt: its content does not have the recorded "),
         ("random.safetensors", Path.unlink, r"random.safetensors cannot be read \(No such file or directory\); "),
         ("manifest.json", truncate, r"manifest.json is missing or damaged; "),
+        ("manifest.json", odd_size, r"manifest.json is missing or damaged; "),
     ],
 )
 def test_a_corrupt_checkpoint_is_named_and_the_previous_one_offered(

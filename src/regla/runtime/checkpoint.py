@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -239,8 +240,8 @@ def _verified(checkpoint: Path) -> dict[str, bytes]:
     contents = {}
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_bytes())["files"]
-        sizes = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in _FILES}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sizes = {name: (operator.index(manifest[name]["size"]), manifest[name]["sha256"]) for name in _FILES}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{checkpoint / _MANIFEST} is missing or damaged; {advice}.") from error
     for name, (size, digest) in sizes.items():
         file = checkpoint / name
