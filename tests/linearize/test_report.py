@@ -20,6 +20,7 @@ from regla.data.tokenizer import load_tokenizer, train_tokenizer
 from regla.linearize.losses import transfer_loss
 from regla.models.folders import load_model
 from regla.page.measure import alignment, compare, measure
+from regla.page.run import _held_out
 from tests.linearize.models import llama
 
 PARTS = ["converted", "alignment", "training", "comparison", "gates", "decoding", "samples", "command"]
@@ -138,6 +139,12 @@ def test_short_texts(folder, converted, tokens):
     assert len(found["samples"]) >= 1 and len(found["gates"]) == 2
 
 
+@pytest.mark.parametrize("arguments", [{}, {"data": 5}, {"data": [5]}, {"data": ["gone.txt"]}, {"valid": "gone"}])
+def test_where_the_validation_text_is_gone_the_embedded_text_takes_its_place(converted, arguments):
+    ids_N, text = _held_out(arguments, load_tokenizer(converted))
+    assert len(ids_N) > 1000 and ("is not there" in text) == bool(arguments) and "pydoc_data.topics" in text
+
+
 def test_without_measurements_no_weights_are_needed(unmeasured):
     found = unmeasured[1]()
     assert all("--skip-measurements" in found[key] for key in MEASURED)
@@ -156,6 +163,8 @@ def test_without_measurements_no_weights_are_needed(unmeasured):
         ({"stages": {"distillation": []}}, "training"),
         ({"layer_choice": {}}, "choice"),
         ({"arguments": {}}, "command"),
+        ({"arguments": {"model": 3}}, "command"),
+        ({"versions": [1]}, "converted"),
     ],
 )
 def test_a_part_without_figures_says_so(unmeasured, change, part):

@@ -69,7 +69,7 @@ def report(
     measured = None if skip_measurements else _measure(folder, summary, teacher, device)
     try:
         command = repeated_by(summary["arguments"])
-    except (KeyError, TypeError, ValueError):  # of another version
+    except (KeyError, TypeError, ValueError, AttributeError):  # of another version
         command = None
     write_text(page, conversion_page(folder.resolve().name, summary, _config(folder), _log(folder), measured, command))
     print(f"Written to {page}.")
@@ -168,7 +168,7 @@ def _held_out(arguments: Mapping[str, Any], tokenizer: Any) -> tuple[np.ndarray,
         data, valid = arguments.get("data") or (), arguments.get("valid") or ()
         sources = split_validation(read_sources(data, arguments.get("text_field") or "text"), valid)[1]
         note = "the conversion's validation text"
-    except ValueError:
+    except (ValueError, TypeError):  # gone, or of a damaged record
         sources = split_validation(read_sources(()))[1]
         note = "embedded text, since the conversion's validation text is not there"
     texts = [encode_source(source, tokenizer) for source in sources]

@@ -12,6 +12,7 @@ from regla.report import conversion_plots as plots
 
 _STATES = {"original": "original", "converted": "after conversion", "trained": "after training"}
 _KINDS = {"linear": "linear attention", "softmax": "softmax attention", "window": "softmax attention over a window"}
+_MOST_LAYERS = 10_000  # of a strip of boxes
 _NOT_MEASURED = "Not measured: the page was made with --skip-measurements."
 
 _STYLE = """
@@ -127,7 +128,8 @@ def _cards(summary: Mapping[str, Any], config: Mapping[str, Any], measured: Mapp
         cards.append((f"{sum(filter(None, tokens)):,}", "tokens trained on"))
     if measured is not None:
         gap, error = measured["comparison"]["loss_gap"]
-        cards.append((_with_error(math.exp(gap), math.exp(gap) * error, digits=3), "times the teacher's perplexity"))
+        ratio = math.exp(min(gap, 700.0))
+        cards.append((_with_error(ratio, ratio * error, digits=3), "times the teacher's perplexity"))
         cards.append((_with_error(*measured["comparison"]["kl"], digits=3), "KL to the teacher, nats per token"))
     return '<div class="cards">' + "".join(
         f'<div class="card"><b>{_small_error(value)}</b><span>{escape(label)}</span></div>' for value, label in cards
@@ -154,7 +156,7 @@ def _converted(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     arguments = summary["arguments"]
     layers = config.get("num_hidden_layers")
     strip = ""
-    if isinstance(layers, int):
+    if isinstance(layers, int) and layers <= _MOST_LAYERS:
         kinds = ["linear" if n in linear else "window" if n in windowed else "softmax" for n in range(layers)]
         boxes = "".join(f'<span class="{kind}">{n}</span>' for n, kind in enumerate(kinds))
         names = "".join(f'<span class="{kind}">{_KINDS[kind]}</span>' for kind in _KINDS if kind in kinds)
@@ -274,12 +276,13 @@ def _comparison(found: Mapping[str, Any], measured: Mapping[str, Any] | None) ->
         return _with_error(math.exp(min(loss, 700.0)), math.exp(min(loss, 700.0)) * error, digits=2)
 
     gap, gap_error = found["loss_gap"]
+    ratio = math.exp(min(gap, 700.0))
     body = [
         [
             "perplexity",
             perplexity(*found["teacher_loss"]),
             perplexity(*found["student_loss"]),
-            _with_error(math.exp(gap), math.exp(gap) * gap_error, digits=3) + " times",
+            _with_error(ratio, ratio * gap_error, digits=3) + " times",
         ],
         [
             "loss, nats per token",
