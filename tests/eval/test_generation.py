@@ -171,3 +171,12 @@ def test_a_folder_without_all_weights_is_refused(folder: Path, tmp_path: Path) -
     save_file(weights, tmp_path / "m/model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks weights of the model in its config.json \(model.layers.1.mlp.up_proj"):
         generate(tmp_path / "m", "some", device="cpu")
+
+
+@pytest.mark.parametrize("value", ["x", [0, "x"], 2.5, {"a": 1}])
+def test_a_special_token_that_is_no_id_is_refused(folder: Path, tmp_path: Path, value: object) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((folder / "generation_config.json").read_text()) | {"bos_token_id": value}
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"bos_token_id of .* expected a token id; correct its generation_config.json"):
+        generate(tmp_path / "m", "some", device="cpu")

@@ -37,7 +37,16 @@ def load_model(name: str | Path, device: torch.device) -> PreTrainedModel:
             f"{name} lacks weights of the model in its config.json ({missing[0]}{others}); "
             "give a whole causal language model."
         )
+    _check_special_ids(name, model)
     return model.eval().to(device)
+
+
+def _check_special_ids(name: str | Path, model: PreTrainedModel) -> None:
+    """Raise ValueError for a special token of the generation config that is no id: transformers reads it unchecked."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(model.generation_config, key, None)
+        if not all(type(one) is int for one in (found if isinstance(found, list) else [found]) if one is not None):
+            raise ValueError(f"{key} of {name} is {found!r}, expected a token id; correct its generation_config.json.")
 
 
 def check_ids(model: PreTrainedModel, ids: Iterable[int], what: str) -> None:
