@@ -50,6 +50,10 @@ class ValuesForOutputs(nn.Module):
     def gates(self, gates: Gates, x: Tensor) -> Gates:
         return gates
 
+    def forms_features(self, feature_map: nn.Module) -> bool:
+        """It reads logits, and needs no features of them."""
+        return True
+
     def forward(self, feature_map: nn.Module, x: Tokens, past: Past, output: Output) -> tuple[Tensor, None]:
         q, k, v, gates, qk_norm, *_ = x
         if qk_norm is not None:
