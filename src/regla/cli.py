@@ -363,21 +363,46 @@ def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
     model = parser.add_argument_group("model")
+
+    def tokens(group: Any, flag: str, text: str) -> None:
+        group.add_argument(flag, default=argparse.SUPPRESS, metavar="N", help=text)
+
     model.add_argument(
         "--keep",
         default=argparse.SUPPRESS,
         metavar="RULE",
-        help="layers that keep softmax: none, every-N, sliding (those with a window), or numbers from 0 such as 0,7,14 "
-        "(default: every-2; with --init those of DIR)",
+        help="layers that keep softmax: none, every-N, sliding (those with a window), numbers from 0 such as 0,7,14, "
+        "or auto:25%% or auto:7 for the best so many (default: every-2; with --init those of DIR)",
     )
+    model.add_argument(
+        "--mixer",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="what the others become: additive or delta, linear attention by that rule; window, softmax over the last "
+        "--window tokens and the first four, without training (default: additive)",
+    )
+    model.add_argument(
+        "--config",
+        dest="overrides",
+        metavar="FILE.json",
+        default=argparse.SUPPRESS,
+        help="options of the mixer over it",
+    )
+    add(model, "--window", int, "tokens that --mixer window attends to (default: 64)")
     model.add_argument(
         "--init",
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="go on from this converted folder, with MODEL as the teacher (default: convert MODEL itself)",
     )
-    add(model, "--gate-bias", float, "start of the forget gates' biases (default: 3, a memory of about 20 tokens)")
-    add(model, "--calibration-tokens", int, "tokens the feature map is fitted to and checked on (default: 4096)")
+    model.add_argument(
+        "--gate-start",
+        default=argparse.SUPPRESS,
+        metavar="START",
+        help="forget gates: teacher or distance, from the original's attention, or a half-life in tokens such as 14 "
+        "(default: teacher)",
+    )
+    add(model, "--calibration-tokens", int, "tokens that layers are calibrated and checked on, 0: none (default: 8192)")
     model.add_argument("--dry-run", action="store_true", help="check every input, print sizes and costs; write nothing")
 
     text = parser.add_argument_group("text")
@@ -391,16 +416,22 @@ def _linearize_arguments(parser: argparse.ArgumentParser) -> None:
     add(text, "--valid-tokens", int, "of each validation file that are scored, at most (default: 100000)")
 
     run = parser.add_argument_group("run")
-    add(run, "--steps", int, "optimiser steps of both stages together (default: 0, convert only)")
-    add(
-        run,
-        "--transfer-steps",
-        int,
-        "how many of them are attention transfer (default: a third; none if no layer is new)",
+    run.add_argument(
+        "--preset",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="distill; paper, cross-entropy alone without calibration; lora, distill by adapters (default: distill)",
     )
+    tokens(run, "--tokens", "to train on in all stages, such as 60M (default: 0, convert only)")
+    tokens(
+        run, "--transfer-tokens", "how many of them for attention transfer (default: a third; none if no layer is new)"
+    )
+    tokens(run, "--long-tokens", "how many of them for long-context tuning (default: 0)")
+    add(run, "--long-seq-len", int, "tokens of its sequences (default: 2048)")
     add(run, "--seq-len", int, "tokens of a sequence (default: 512)")
     add(run, "--batch-size", int, "sequences per step (default: 16)")
-    add(run, "--lr", float, "peak learning rate of the new layers; all else learns at a tenth (default: 1e-3)")
+    add(run, "--lr", float, "peak learning rate of the mixers (default: 1e-3)")
+    add(run, "--original-lr", float, "of all other weights, in distillation (default: a tenth of --lr)")
     add(run, "--seed", int, "of new weights and crops (default: 0)")
     run.add_argument("--compile", action="store_true", help="torch.compile the distillation")
     add(run, "--save-every", int, "steps between checkpoints (default: a tenth of a stage, but at least 50)")
@@ -527,10 +558,13 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _linearize(args: argparse.Namespace) -> None:
-    from regla.linearize.config import LinearizeConfig
     from regla.linearize.driver import linearize
+    from regla.train.model import read_overrides
 
-    linearize(LinearizeConfig(**_options(args) | {"data": tuple(args.data), "valid": tuple(args.valid)}))
+    options = _options(args) | {"data": tuple(args.data), "valid": tuple(args.valid)}
+    if "overrides" in options:
+        options["overrides"] = read_overrides(options["overrides"])
+    linearize(**options)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -138,18 +138,21 @@ models of Gemma 3, OLMo 2, Phi-3, Granite, GPT-NeoX, Pythia, GPT-2), train it to
 as a Hugging Face folder (weights, config, tokenizer, generation config, model card, linearize.json).
 
 The pretrained projections move over, key and value heads shared as before; softmax attention run through them must
-reproduce the original's logits. Then queries and keys are fitted to the feature map on a few thousand tokens, and the
-figures of each layer are printed. Training is in two stages: attention transfer (each new layer learns its original's
-output), then distillation (the whole model learns the original's predictions). Without --steps it only converts.
+reproduce the original's logits. Then queries, keys, gates and output norms are fitted to the original's attention on a
+few thousand tokens, and the figures of each layer are printed. Training is in stages: attention transfer (each new
+layer learns its original's output; a third of --tokens), then distillation (the whole model learns the original's
+predictions; the rest), and long-context tuning where --long-tokens says so. Without --tokens it only converts.
 
 examples:
-  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol --steps 300
-  regla linearize model.gguf --out runs/smol --data wiki.txt books.txt --steps 300 --dtype bfloat16
-  regla linearize models/llama --out runs/all-linear --keep none --steps 1000
-  regla linearize models/llama --steps 1000 --dry-run
-  regla linearize models/llama --init runs/all-linear --out runs/longer --steps 1000
+  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/smol --tokens 60M
+  regla linearize HuggingFaceTB/SmolLM2-135M --out runs/chosen --keep auto:25% --mixer delta --tokens 60M
+  regla linearize model.gguf --out runs/smol --data wiki.txt books.txt --tokens 60M --dtype bfloat16
+  regla linearize models/llama --out runs/all-linear --keep none --tokens 20M
+  regla linearize models/llama --tokens 20M --dry-run
+  regla linearize models/llama --init runs/all-linear --out runs/longer --tokens 20M
+  regla linearize models/llama --out runs/window --mixer window --keep none
 
---init goes on from a folder that this command wrote: further layers (--keep), more training (--steps), or both.
+--init goes on from a folder that this command wrote: further layers (--keep), more training (--tokens), or both.
 
 Ctrl-C ends the training after the current step and saves the model as it is then (exit code 130). After that, or after
 a crash, the same command with --resume goes on from the last checkpoint.

@@ -44,5 +44,5 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def converted(folder):
     out = folder / "converted"
-    assert main(command(folder, out, "--keep", "none", "--steps", "90", "--lr", "3e-3")) == 0
+    assert main(command(folder, out, "--keep", "none", "--tokens", "23040", "--lr", "3e-3")) == 0
     return out

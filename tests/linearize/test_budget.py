@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from regla.linearize import convert
 from regla.linearize.budget import budget, parameter_counts
+from regla.linearize.config import StagePlan
 from regla.linearize.convert import converted_config
 from regla.models.cache import expected_cache_bytes
 from tests.linearize.models import llama, qwen2
@@ -37,7 +38,8 @@ def test_parameters(original):
 
 def test_text():
     original = llama().config
-    text = budget(original, converted_config(original), steps=10, batch_size=2, seq_len=32)
+    stages = [StagePlan("distillation", 10, 2, 32)]
+    text = budget(original, converted_config(original), stages, batch_size=2, seq_len=32)
     assert "4, 2 of them to become ReGLA" in text and "640 (10 steps of 2 x 32)" in text
     # 4 layers x 2 (keys, values) x 2 heads x 16 channels x 2 bytes x 1024; half of it, and 2 x 2 x 4 x (16 x 16 + 1)
     row = next(line for line in text.splitlines() if line.strip().startswith("1k tokens"))

@@ -8,7 +8,7 @@ import torch
 
 from regla.layers.positions import apply_rotary
 from regla.linearize import convert
-from regla.linearize.calibration import calibrate, calibration_table, effective_features
+from regla.linearize.calibration import HALF_LIVES, calibrate, calibration_table, effective_features, output_gains
 from regla.linearize.observe import observed_attention
 from tests.linearize.models import collapsed, llama
 
@@ -91,10 +91,10 @@ def test_effective_features_of_known_distributions():
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_output_norm_has_the_originals_power(calibrated):
-    """On the tokens it was set on, every channel before the output projection has softmax's RMS."""
-    original, converted, tokens, _ = calibrated
-    number, found, ours, theirs = 1, [], [], []
+def heads(original, converted, tokens, number=1):
+    """Outputs of one layer's heads before the output projection, on the tokens that set the numbers: ours with the
+    norm's weight and without, and softmax's; each [B, T, 4, 16]."""
+    found, ours, theirs = [], [], []
     mixer = converted.model.layers[number].self_attn.mixer
     hooks = [
         mixer.norm.register_forward_hook(lambda module, args, output: ours.append(output)),
@@ -107,8 +107,111 @@ def test_output_norm_has_the_originals_power(calibrated):
         mixer(found[0].x[:2], rotary=found[0].rotary)
     for hook in hooks:
         hook.remove()
-    rms = [y[:2].flatten(2).square().mean((0, 1)).sqrt() for y in (ours[0], theirs[0])]
-    torch.testing.assert_close(rms[0], rms[1], rtol=1e-4, atol=0)
+    return ours[0], ours[0] / mixer.norm.weight, theirs[0][:2].unflatten(-1, (4, 16)), mixer.norm.weight
+
+
+def test_output_norm_is_the_least_squares_gain(calibrated):
+    """Of every head and channel."""
+    _, plain, theirs, weight = heads(*calibrated[:3])
+    gain = (theirs * plain).mean((0, 1)) / plain.square().mean((0, 1))
+    torch.testing.assert_close(weight.detach(), gain, rtol=1e-3, atol=1e-6)
+
+
+def test_no_channel_starts_dead():
+    """Where ours and the original's have nothing in common: a tenth of the gain of equal power."""
+    ours = torch.ones(1, 4, 1, 2)
+    theirs = torch.tensor([[3.0, -3.0], [-3.0, -3.0]])[None, [0, 1, 0, 1], None]
+    torch.testing.assert_close(output_gains(theirs, ours), torch.tensor([[0.3, 0.3]]))
+
+
+def gate_half_lives(mixer):
+    """As the gates say them for any input, by key head [2, 16]."""
+    with torch.no_grad():
+        gates = mixer.gate(torch.randn(1, 3, 64))
+        g, r = gates.gk.sigmoid(), gates.rk.sigmoid()
+        decay = (1 - r) * g**2 + r * (1 - (1 - g) ** 2)
+    torch.testing.assert_close(decay[0, 0], decay[0, 2])
+    return -math.log(2) / decay[0, 0].log()
+
+
+def test_gates_start_at_the_mean_distance():
+    """By a plain loop over all queries; each channel of a key head forgets half of it in that time."""
+    torch.manual_seed(0)
+    original = llama(num_hidden_layers=1, initializer_range=0.5)
+    converted = convert(original, "none")
+    tokens = torch.randint(97, (2, 32))
+    (row,) = calibrate(original, converted, tokens, gates="distance")
+    attention = original.model.layers[0].self_attn
+    original.set_attn_implementation("eager")
+    seen = []
+    attention.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    with torch.no_grad():
+        original.model(tokens)
+    total, weights = torch.zeros(4), torch.zeros(4)
+    for t in range(32):
+        for s in range(1, t + 1):  # the first token does not count
+            p = seen[0][0, :, t, s] + 1e-3 / 32
+            total, weights = total + p * (t - s), weights + p
+    expected = (total / weights).clamp_min(1).view(2, 2).mean(1)
+    assert row.distances == pytest.approx(expected.tolist(), rel=1e-3)
+    assert row.half_lives == row.distances
+    found = gate_half_lives(converted.model.layers[0].self_attn.mixer)
+    torch.testing.assert_close(found, expected[:, None].expand(2, 16), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["additive", "delta"])
+def test_gates_start_where_the_output_is_nearest(rule):
+    """No other half-life of the grid, the same for all heads, comes nearer to the original's heads."""
+    torch.manual_seed(0)
+    options = {"additive": {}, "delta": {"update_rule": "delta", "feature_map": "unit_safe_exp"}}[rule]
+    original = llama(num_hidden_layers=1, initializer_range=0.5)
+    tokens = torch.randint(97, (4, 48))
+
+    def error(gates, number=None):
+        torch.manual_seed(1)
+        converted = convert(original, "none", **options, **({} if number is None else {"gate_half_life": number}))
+        mixer = converted.model.layers[0].self_attn.mixer
+        if number is not None:
+            with torch.no_grad():
+                for module in (mixer.gate.proj, mixer.gate.refine_proj):
+                    module.weight.zero_()
+        rows = calibrate(original, converted, tokens, gates=gates)
+        ours, _, theirs, _ = heads(original, converted, tokens, 0)
+        return (((ours - theirs).square().sum((0, 1, 3)) / theirs.square().sum((0, 1, 3))).mean().item(), rows[0])
+
+    best, row = error("teacher")
+    others = {number: error(None, number)[0] for number in (4.0, 16.0, 64.0, 1024.0)}
+    assert all(best <= other + 1e-5 for other in others.values()), (best, others)
+    assert max(others.values()) > 1.01 * best
+    assert set(row.half_lives) <= set(HALF_LIVES)
+
+
+def test_the_delta_rule_is_calibrated_too():
+    """Keys of unit length: KL by the definition, and the contract holds."""
+    torch.manual_seed(0)
+    original = collapsed()
+    converted = convert(original, "none", update_rule="delta", feature_map="unit_safe_exp")
+    tokens = torch.randint(97, TOKENS)
+    rows = calibrate(original, converted, tokens, gates="teacher")
+    assert all(row.holds for row in rows)
+    found = []
+    with torch.no_grad(), observed_attention(original, [2], lambda _, attention: found.append(attention)):
+        original.model(tokens)
+    mixer, (x, rotary, _) = converted.model.layers[2].self_attn.mixer, found[0]
+    with torch.no_grad():
+        q0, k0 = mixer.q_proj(x).view(4, 64, 4, 16), mixer.k_proj(x).view(4, 64, 2, 16)
+        q0, k0 = apply_rotary(q0, *rotary), apply_rotary(k0, *rotary)
+        phi_q, phi_k = (y[2:].double().exp() for y in mixer.qk_calibration(q0, k0))
+    phi_k = phi_k / phi_k.norm(dim=-1, keepdim=True)
+    values = []
+    for b in range(2):
+        for head in range(4):
+            for t in range(1, 64, 2):
+                past = slice(0, t + 1)
+                p = (k0[2 + b, past, head // 2] @ q0[2 + b, t, head] / 4).softmax(0).double()
+                a = phi_k[b, past, head // 2] @ phi_q[b, t, head]
+                values.append((p * (p / (a / a.sum())).log()).sum())
+    assert math.isclose(rows[2].kl_after, sum(values).item() / len(values), rel_tol=1e-4)
 
 
 def test_nothing_else_changes(calibrated):
@@ -139,9 +242,9 @@ def test_the_first_half_sets_the_numbers(calibrated):
     ("own", "sequences", "message"),
     [
         ({}, 1, "1 sequence given; calibration needs at least 2"),
-        ({"feature_map": "relu"}, 2, "feature_map is 'relu'; calibration is for 'safe_exp'"),
-        ({"attention_norm": "sum"}, 2, "attention_norm is 'sum'; calibration is for 'rmsnorm'"),
-        ({"qk_calibration": False}, 2, "qk_calibration is False; calibration is for True"),
+        ({"feature_map": "relu"}, 2, "feature_map is 'relu', and calibration is for 'safe_exp' or"),
+        ({"attention_norm": "sum"}, 2, "attention_norm is 'sum', and calibration is for 'rmsnorm'"),
+        ({"qk_calibration": False}, 2, "qk_calibration is False, and calibration is for True"),
     ],
 )
 def test_errors(own, sequences, message):

@@ -44,7 +44,7 @@ def test_the_code_runs_in_a_fresh_process(converted):
 def test_the_command_repeats_the_conversion(folder, tmp_path, monkeypatch):
     """Interrupted and resumed, too, the card names the command that makes the same weights from nothing."""
     monkeypatch.chdir(folder)
-    options = command(folder, "runs/first", "--steps", "4", "--save-every", "2")
+    options = command(folder, "runs/first", "--tokens", "1024", "--save-every", "2")
     options = [os.path.relpath(word, folder) if word.startswith(str(folder)) else word for word in options]
     write = TrainingLog.__call__
 

@@ -37,8 +37,8 @@ def place(folder, tmp_path):
 def test_linearize(name, place, capsys):
     """Both stages train, and the folder goes on with --init until no layer is softmax."""
     here = place(name)
-    steps = ("--steps", "4", "--transfer-steps", "2")
-    assert main(command(here, here / "dry", "--steps", "4", "--dry-run")) == 0
+    steps = ("--tokens", "1024", "--transfer-tokens", "512")
+    assert main(command(here, here / "dry", "--tokens", "1024", "--dry-run")) == 0
     assert "3, 2 of them to become ReGLA" in capsys.readouterr().out
     assert main(command(here, here / "out", *steps)) == 0
     printed = capsys.readouterr().out
@@ -72,7 +72,7 @@ def test_no_more_tokens_than_positions(place, capsys):
     padded = torch.ones(1, 52, dtype=torch.long)
     padded[:, :4] = 0
     assert model(torch.zeros(1, 52, dtype=torch.long), attention_mask=padded).logits.isfinite().all()
-    options = ["--init", str(here / "out"), "--data", str(here / "text.txt"), "--steps", "2"]
+    options = ["--init", str(here / "out"), "--data", str(here / "text.txt"), "--tokens", "512"]
     assert main(["train", "--out", str(here / "run"), *options, "--seq-len", "64"]) == 2
     assert "--seq-len is 64, but the model in --init" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_folder_is_complete(folder, converted):
 def test_model_card(folder, converted):
     card = (converted / "README.md").read_text()
     summary = json.loads((converted / "linearize.json").read_text())
-    assert "regla linearize model --out converted --keep none" in card and "--steps 90" in card
+    assert "regla linearize model --out converted --keep none" in card and "--tokens 23040" in card
     assert str(folder) not in card
     assert f"{summary['transfer_error']:.1e} of the largest" in card
     figures = [f"{summary['scores'][key][0]['perplexity']:.2f}" for key in ("original", "converted", "trained")]
@@ -66,7 +67,7 @@ def test_model_card(folder, converted):
 
 def test_same_seed_same_model(folder, tmp_path):
     for name in "ab":
-        assert main(command(folder, tmp_path / name, "--steps", "3")) == 0
+        assert main(command(folder, tmp_path / name, "--tokens", "768")) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
 
@@ -81,15 +82,21 @@ def test_convert_only(folder, tmp_path, capsys):
 
 
 def test_bfloat16(folder, tmp_path):
-    assert main(command(folder, tmp_path / "out", "--steps", "4", "--dtype", "bfloat16")) == 0
+    assert main(command(folder, tmp_path / "out", "--tokens", "1024", "--dtype", "bfloat16")) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
 
 
 def test_dry_run_writes_nothing(folder, tmp_path, capsys):
-    assert main(command(folder, tmp_path / "out", "--steps", "10", "--dry-run")) == 0
+    assert main(command(folder, tmp_path / "out", "--tokens", "2560", "--dry-run")) == 0
     printed = capsys.readouterr().out
     assert re.search(r"estimated time +[\d.]+ minutes on cpu: 40 sequences", printed)
-    for expected in ("parameters", "training memory", "2,560 (10 steps of 4 x 64)", "512k tokens"):
+    for expected in (
+        "parameters",
+        "training memory",
+        "training tokens   2,560",
+        "1,792 (7 steps of 4 x 64)",
+        "512k tokens",
+    ):
         assert expected in printed
     assert not (tmp_path / "out").exists()
 
@@ -117,7 +124,7 @@ def test_dry_run_of_gguf_asks_for_what_the_run_needs(package, tmp_path, monkeypa
 def test_interrupt_saves_the_model(folder, tmp_path):
     """Ctrl-C in the middle of the training: the folder holds a model that loads, and says how far it came."""
     out = tmp_path / "out"
-    arguments = command(folder, out, "--steps", "100000")
+    arguments = command(folder, out, "--tokens", "25600000")
     process = subprocess.Popen(
         [sys.executable, "-m", "regla", *arguments],
         stdout=subprocess.PIPE,
@@ -148,7 +155,7 @@ def undisturbed(folder):
     return out
 
 
-SHORT = ("--steps", "12", "--transfer-steps", "5", "--save-every", "2")
+SHORT = ("--tokens", "3072", "--transfer-tokens", "1280", "--save-every", "2")
 
 
 @pytest.mark.parametrize("stopped_at", [1, 4, 5, 8, 11])
@@ -203,7 +210,7 @@ def test_interrupted_and_resumed_with_other_options(folder, tmp_path, monkeypatc
     assert main(command(folder, out, *SHORT, "--resume", "--lr", "0.5")) == 2
     assert "is of a conversion with --lr 0.001, but this one has --lr 0.5" in capsys.readouterr().err
     assert main(command(folder, out, "--resume")) == 2
-    assert "--resume without --steps has nothing to go on with" in capsys.readouterr().err
+    assert "--resume without --tokens has nothing to go on with" in capsys.readouterr().err
     (out / "linearize.json").write_text("{")  # damaged; the checkpoints are whole
     (out / "log.jsonl").unlink()
     assert main(command(folder, out, *SHORT, "--resume", "previous")) == 0
@@ -240,7 +247,7 @@ def test_a_finished_conversion_is_not_overwritten(folder, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):
     """Exit 1, one sentence, and the folder keeps the untrained model."""
-    assert main(command(folder, tmp_path / "out", "--steps", "30", "--lr", "1e30")) == 1
+    assert main(command(folder, tmp_path / "out", "--tokens", "7680", "--lr", "1e30")) == 1
     assert "no longer finite" in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -263,7 +270,7 @@ def test_a_gradient_that_is_not_finite(step, folder, tmp_path, monkeypatch, caps
     run = driver.run_stages
     monkeypatch.setattr(driver, "run_stages", lambda *args, **options: model.append(args[1]) or run(*args, **options))
     monkeypatch.setattr(torch.Tensor, "backward", spoilt)
-    options = ("--steps", "6", "--transfer-steps", "0", "--save-every", "2")
+    options = ("--tokens", "1536", "--transfer-tokens", "0", "--save-every", "2")
     assert main(command(folder, out, *options)) == 1
     assert "not finite" in (error := capsys.readouterr().err) or "no longer finite" in error
     assert "trained" not in json.loads((out / "linearize.json").read_text())["scores"]
@@ -322,19 +329,22 @@ def test_bad_models(make, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--steps", "-1"], "--steps is -1, expected 0 or more"),
-        (["--steps", "5", "--transfer-steps", "6"], "--transfer-steps is 6, expected 0 to 5"),
-        (["--calibration-tokens", "600"], "--calibration-tokens is 600, expected at least 1024"),
+        (["--tokens", "-1"], "--tokens is '-1', expected a number of tokens such as 60M or 500000"),
+        (
+            ["--tokens", "1280", "--transfer-tokens", "1536"],
+            "--transfer-tokens and --long-tokens are 1536 together, expected at most 1280, since --tokens counts",
+        ),
+        (["--calibration-tokens", "600"], "--calibration-tokens is 600, expected 0 (none) or at least 1024"),
         (["--lr", "0"], "--lr is 0.0, expected a number above 0"),
         (
             ["--keep", "most"],
-            "--keep is 'most'; expected 'none', 'every-N' with N of at least 2, 'sliding', or layer numbers",
+            "--keep is 'most'; expected 'none', 'every-N' with N of at least 2, 'sliding', 'auto:N' or 'auto:P%', ",
         ),
         (["--keep", "0,5"], "--keep names layer 5; the model has layers 0 to 1"),
         (["--keep", "0,,1"], "--keep is '0,,1'; expected"),
         (["--keep", "0,1"], "--keep 0,1 names every layer, so that none becomes linear"),
         (["--lr", "nan"], "--lr is nan, expected a number above 0"),
-        (["--gate-bias", "inf"], "--gate-bias is inf, expected a finite number"),
+        (["--gate-start", "inf"], "--gate-start is inf, expected a number above 0"),
         (["--seed", str(2**70)], f"--seed is {2**70}, expected at most"),
         (["--batch-size", str(10**15)], "--batch-size is 1000000000000000, expected at most"),
         (["--data", "missing.txt"], "There is no file missing.txt"),
@@ -382,22 +392,122 @@ def test_full_memory_is_one_sentence(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("regla.linearize.driver.calibrate", full)
     assert main(command(folder, tmp_path / "out")) == 1
     assert sentence(capsys.readouterr().err) == (
-        "regla: error: The memory of the device is full; lower --batch-size, --seq-len or --calibration-tokens."
+        "regla: error: The memory of the device is full; lower --batch-size, --seq-len or --calibration-tokens, "
+        "or give --preset lora, which trains fewer weights."
     )
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        (
+            {"features_after": 3.9},
+            "layer 1: 3.9 of 16 key features are effective, expected 4; name such layers in --keep",
+        ),
+        (
+            {"kl_after": 2.5, "kl_uniform": 2.25},
+            "layer 1: its KL from softmax attention is 2.50 nats, expected less than the 2.25 of uniform attention;",
+        ),
+    ],
+)
+def test_a_layer_that_calibration_does_not_fit(figures, message, folder, tmp_path, monkeypatch, capsys):
+    fit = driver.calibrate
+
+    def spoilt(*args, **options):
+        rows = fit(*args, **options)
+        return [*rows[:-1], replace(rows[-1], **figures)]
+
+    monkeypatch.setattr(driver, "calibrate", spoilt)
+    assert main(command(folder, tmp_path / "out", "--keep", "none")) == 2
+    assert message in sentence(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transfer_that_fails(folder, tmp_path, monkeypatch, capsys):
+    """A planted fault: the sentence names the layer, and nothing is written."""
+    made = driver.make_student
+
+    def spoilt(*args):
+        student = made(*args)
+        with torch.no_grad():
+            student.model.model.layers[1].self_attn.mixer.v_proj.weight.mul_(1.1)
+        return student
+
+    monkeypatch.setattr(driver, "make_student", spoilt)
+    assert main(command(folder, tmp_path / "out", "--keep", "none")) == 2
+    assert "layer 1 is the first to differ" in sentence(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_stages():
     def stages(**options):
-        return LinearizeConfig(model="m", out="o", **options).stages
+        config = LinearizeConfig(model="m", out="o", batch_size=4, seq_len=64, **options)
+        return {stage.name: (stage.steps, stage.batch_size, stage.seq_len) for stage in config.stages}
 
-    assert stages(steps=300) == {"attention transfer": 100, "distillation": 200}
-    assert stages(steps=10, transfer_steps=10) == {"attention transfer": 10}
-    assert stages(steps=10, transfer_steps=0) == {"distillation": 10}
+    assert stages(tokens=300 * 256) == {"attention transfer": (100, 4, 64), "distillation": (200, 4, 64)}
+    assert stages(tokens="2.56k", transfer_tokens="2560") == {"attention transfer": (10, 4, 64)}
+    assert stages(tokens=2560, transfer_tokens=0) == {"distillation": (10, 4, 64)}
+    assert stages(tokens=2560, preset="paper") == {"cross-entropy": (10, 4, 64)}
+    assert stages(tokens=4096, long_tokens=1024, long_seq_len=128) == {
+        "attention transfer": (4, 4, 64),
+        "distillation": (8, 4, 64),
+        "long-context tuning": (4, 2, 128),
+    }
+    assert stages(tokens=2560, init="i") == {"distillation": (10, 4, 64)}  # no layer is new
     assert stages() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 511}, "tokens is 511, too few for a step of distillation (4 x 64 tokens); give at least 512,"),
+        ({"tokens": 600, "transfer_tokens": 100}, "transfer_tokens is 100, too few for a step of attention transfer"),
+        (
+            {"tokens": 600, "transfer_tokens": 512},
+            "tokens is 600, too few for a step of distillation (4 x 64 tokens); give at least 768",
+        ),
+        (
+            {"tokens": 255, "preset": "paper"},
+            "tokens is 255, too few for a step of cross-entropy (4 x 64 tokens); give at least 256",
+        ),
+        (
+            {"tokens": 9999, "long_tokens": 99},
+            "long_tokens is 99, too few for a step of long-context tuning (1 x 2048 tokens); give at least 2048",
+        ),
+        ({"tokens": "60X"}, "tokens is '60X', expected a number of tokens such as 60M or 500000"),
+        (
+            {"tokens": 600, "preset": "paper", "transfer_tokens": 256},
+            "preset paper has no attention transfer; leave transfer_tokens out",
+        ),
+        ({"tokens": 600, "long_seq_len": 256}, "long_seq_len is given without long_tokens"),
+        (
+            {"keep": "auto:25%"},
+            "keep auto:25% chooses layers after attention transfer, which this conversion does not have",
+        ),
+        ({"keep": "auto:1", "tokens": 600, "transfer_tokens": 0}, "chooses layers after attention transfer"),
+        ({"keep": "all", "tokens": 600}, "keep all leaves the model as it is, which has nothing to learn from itself"),
+        (
+            {"gate_start": "teacher", "calibration_tokens": 0},
+            "gate_start teacher is measured on the calibration's tokens",
+        ),
+        (
+            {"gate_start": "soon"},
+            "gate_start is 'soon', expected teacher, distance or a half-life in tokens such as 14",
+        ),
+        ({"mixer": "gru"}, "mixer is 'gru', expected one of additive, delta, window"),
+        ({"preset": "fast"}, "preset is 'fast', expected one of distill, paper, lora"),
+        ({"mixer": "window", "tokens": 600}, "mixer window is not trained, but tokens is given"),
+        ({"window": 32}, "window is given without mixer window"),
+        ({"init": "i", "keep": "none", "mixer": "delta"}, "Both init and mixer are given"),
+    ],
+)
+def test_what_contradicts_itself(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LinearizeConfig(model="m", out="o", batch_size=4, seq_len=64, **options)
 
 
 def test_a_full_folder_is_left_alone(folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
-        linearize(LinearizeConfig(model=str(folder / "model"), out=str(tmp_path)))
+        linearize(str(folder / "model"), out=str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from regla.linearize import convert
-from regla.linearize.losses import distillation_loss, transfer_loss
+from regla.linearize import convert, losses
+from regla.linearize.losses import distillation_loss, head_of, hidden_states, transfer_loss
 from tests.linearize.models import llama
+from tests.linearize.originals import FIRST, original
 
 CROP = (2, 33)
 
@@ -68,3 +69,37 @@ def test_it_can_be_learnt(loss_of):
         optimizer.step()
         values.append(value.item())
     assert values[-1] < 0.7 * values[0]
+
+
+@pytest.mark.parametrize("name", [*FIRST, "gemma3_text, soft-cap, one key head"])
+def test_the_head_by_itself_is_that_of_the_model(name):
+    """Scaling, soft-caps and biases of the family included."""
+    model, ids = original(name), torch.randint(97, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            head_of(model)(hidden_states(model, ids)), model(ids).logits.flatten(0, 1), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_gradients_in_parts_are_those_of_the_whole(monkeypatch):
+    teacher = llama()
+    student = convert(teacher)
+    crop = torch.randint(97, CROP)
+
+    def gradients(loss):
+        student.zero_grad()
+        loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+
+    with torch.no_grad():
+        target = teacher(crop[:, :-1]).logits.log_softmax(-1)
+    ours = student(crop[:, :-1]).logits.log_softmax(-1)
+    whole = torch.nn.functional.kl_div(ours, target, reduction="none", log_target=True).sum(-1).mean()
+    expected = gradients(2 * whole)
+    monkeypatch.setattr(losses, "LOGITS", 97 * 5)  # 5 tokens at a time, of 64
+    rows = []
+    student.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[-2]))
+    found = gradients(2 * distillation_loss(teacher)(student, crop))
+    assert max(rows) == 5 and sum(rows) == 64
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)

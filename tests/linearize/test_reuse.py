@@ -10,7 +10,7 @@ from regla.linearize.texts import Texts
 from regla.runtime.log import TrainingLog
 from tests.linearize.models import command
 
-SHORT = ("--steps", "4", "--save-every", "2")
+SHORT = ("--tokens", "1024", "--save-every", "2")
 
 
 @pytest.fixture

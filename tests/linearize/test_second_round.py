@@ -17,7 +17,7 @@ from tests.linearize.models import command, llama
 def hybrid(folder):
     """Layer 1 of two is softmax."""
     out = folder / "hybrid"
-    assert main(command(folder, out, "--keep", "every-2", "--steps", "30", "--lr", "3e-3")) == 0
+    assert main(command(folder, out, "--keep", "every-2", "--tokens", "7680", "--lr", "3e-3")) == 0
     return out
 
 
@@ -36,7 +36,7 @@ def summary_of(place):
 
 def test_distilled_further(folder, converted, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(command(folder, out, "--init", str(converted), "--steps", "40", "--lr", "1e-3")) == 0
+    assert main(command(folder, out, "--init", str(converted), "--tokens", "10240", "--lr", "1e-3")) == 0
     assert "2 of them ReGLA; none is new" in capsys.readouterr().out
     before, after = summary_of(converted), summary_of(out)
     assert after["stages"].keys() == {"distillation"}
@@ -60,7 +60,10 @@ def test_further_layers(folder, hybrid, tmp_path, capsys):
     assert {name.split(".self_attn.")[0] for name in ours.keys() - theirs.keys()} == {"model.layers.1"}
 
     trained = tmp_path / "trained"
-    assert main(command(folder, trained, "--init", str(hybrid), "--keep", "none", "--steps", "90", "--lr", "3e-3")) == 0
+    assert (
+        main(command(folder, trained, "--init", str(hybrid), "--keep", "none", "--tokens", "23040", "--lr", "3e-3"))
+        == 0
+    )
     stages = summary_of(trained)["stages"]
     assert {name: row["steps"] for name, row in stages.items()} == {"attention transfer": 30, "distillation": 60}
     assert all(row["last_loss"] < row["first_loss"] for row in stages.values())
@@ -68,7 +71,7 @@ def test_further_layers(folder, hybrid, tmp_path, capsys):
 
 def test_attention_transfer_leaves_the_first_rounds_layers_alone(folder, hybrid, tmp_path):
     out = tmp_path / "out"
-    options = ("--init", str(hybrid), "--keep", "none", "--steps", "3", "--transfer-steps", "3")
+    options = ("--init", str(hybrid), "--keep", "none", "--tokens", "768", "--transfer-tokens", "768")
     assert main(command(folder, out, *options)) == 0
     ours, theirs = weights(out), weights(hybrid)
     changed = {name for name, value in theirs.items() if not torch.equal(ours[moved(name)], value)}
@@ -76,7 +79,7 @@ def test_attention_transfer_leaves_the_first_rounds_layers_alone(folder, hybrid,
 
 
 def test_resume(folder, hybrid, tmp_path, monkeypatch):
-    options = ("--init", str(hybrid), "--keep", "none", "--steps", "6", "--save-every", "2")
+    options = ("--init", str(hybrid), "--keep", "none", "--tokens", "1536", "--save-every", "2")
     assert main(command(folder, tmp_path / "undisturbed", *options)) == 0
     write = TrainingLog.__call__
 
@@ -96,7 +99,7 @@ def test_resume(folder, hybrid, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "--init without --steps or --keep changes nothing"),
+        ([], "--init without --tokens or --keep changes nothing"),
         (["--keep", "0"], "--keep 0 keeps layer 0, which is linear in HYBRID already"),
         (["--keep", "1"], "--keep 1 makes no further layer of HYBRID linear"),
         (["--keep", "5"], "--keep names layer 5; the model has layers 0 to 1"),
@@ -114,7 +117,7 @@ def test_folders_that_do_not_fit(folder, hybrid, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    steps = ("--steps", "3")
+    steps = ("--tokens", "768")
     assert f"{tmp_path} holds no model to go on from; give --init" in refused("--init", str(tmp_path), *steps)
     assert "holds a model of type 'llama'" in refused("--init", str(folder / "model"), *steps)
     ReGLAForCausalLM(ReGLAConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)).save_pretrained(

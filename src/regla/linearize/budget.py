@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from regla.linearize.config import StagePlan
+from regla.linearize.losses import LOGITS
 from regla.models.cache import expected_cache_bytes
 from regla.report.tables import plain
 
@@ -16,7 +19,7 @@ LENGTHS = (1024, 8 * 1024, 64 * 1024, 512 * 1024)
 
 _ADAM_BYTES = 16  # per parameter in training: float32 weight, gradient, and two moments
 _TEACHER_BYTES = 4
-_LOGITS = 6  # float32 tensors of [batch, T, vocabulary] that a distillation step holds at its peak
+_LOGITS = 6  # float32 tensors of that many logits that a distillation step holds at its peak
 
 
 def parameter_counts(original: PreTrainedConfig, converted: PreTrainedConfig) -> tuple[int, int]:
@@ -27,21 +30,28 @@ def parameter_counts(original: PreTrainedConfig, converted: PreTrainedConfig) ->
     return first, second
 
 
-def budget(original: PreTrainedConfig, converted: Any, *, steps: int, batch_size: int, seq_len: int) -> str:
+def budget(
+    original: PreTrainedConfig, converted: Any, stages: Sequence[StagePlan], *, batch_size: int, seq_len: int
+) -> str:
     """Parameters, memory, tokens and caches, as text."""
     before, after = parameter_counts(original, converted)
     linear = converted.linear_config
     softmax = type(converted).from_dict(converted.to_dict() | {"linear_layers": []}).linear_config
     training = after * _ADAM_BYTES + before * _TEACHER_BYTES
-    training += _LOGITS * 4 * batch_size * seq_len * original.vocab_size
-    tokens = steps * batch_size * seq_len
+    training += _LOGITS * 4 * min(LOGITS, batch_size * seq_len * original.vocab_size)
+    tokens = sum(stage.tokens for stage in stages)
+    shares = [
+        f"  {stage.name:<24} {stage.tokens:,} ({stage.steps:,} steps of {stage.batch_size} x {stage.seq_len})"
+        for stage in stages
+    ]
     flops = (6 * after + 2 * before) * tokens
     kinds = linear.layer_types
     lines = [
         f"layers            {len(kinds)}, {kinds.count('linear_attention')} of them to become ReGLA",
         f"parameters        {before:,} now, {after:,} then ({after / before - 1:+.1%})",
         f"weights           {_size(4 * after)} in float32, {_size(2 * after)} in bfloat16",
-        f"training tokens   {tokens:,} ({steps:,} steps of {batch_size} x {seq_len})",
+        f"training tokens   {tokens:,}",
+        *shares,
         f"training memory   {_size(training)} and the activations (weights, gradients, Adam, the original, logits)",
         f"training compute  {flops / 1e15:.3g} PFLOP",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import yaml
 
+from regla.linearize.config import WINDOW
+from regla.models.window_attention import SINKS
 from regla.runtime.errors import flag
 from regla.runtime.install import install_regla
 
 _OF_ONE_RUN = ("dry_run", "resume", "save_every")
+_OPTIONS = "mixer.json"
 _STATES = {"original": "original", "converted": "after conversion", "trained": "after training"}
 
 
@@ -20,16 +24,10 @@ def model_card(summary: dict[str, Any]) -> str:
     """Markdown with Hugging Face's front matter, from what `regla.linearize.driver.linearize` returns."""
     arguments = summary["arguments"]
     model = _shown(arguments["model"])
-    linear = summary["linear_layers"]
     lines = [
         *_front_matter(summary["origin"]),
         "",
-        f"# {model}, with ReGLA in {len(linear)} layers",
-        "",
-        f"Converted from the softmax model `{model}` with regla {summary['versions']['regla']}. Layers "
-        f"{', '.join(map(str, linear))} (counted from 0) are gated linear attention with a refined gate "
-        "(ReGLA, arXiv 2502.01578): their memory does not grow with the text. "
-        f"The model has {summary['parameters']:,} parameters.",
+        *_about(summary, model),
         "",
         f"It needs the package `regla` (`{install_regla()}`):",
         "",
@@ -45,10 +43,32 @@ def model_card(summary: dict[str, Any]) -> str:
         "```sh",
         _command(arguments),
         "```",
+        *(["", f"where `{_OPTIONS}` holds `{json.dumps(arguments['overrides'])}`."] if arguments["overrides"] else []),
         "",
         *(f"{number}. {step}" for number, step in enumerate(_steps(summary), 1)),
     ]
     return "\n".join([*lines, "", *_scores(summary), "", *_calibration(summary), *_versions(summary)]) + "\n"
+
+
+def _about(summary: dict[str, Any], model: str) -> list[str]:
+    arguments, linear = summary["arguments"], summary["linear_layers"]
+    made = f"Made from the softmax model `{model}` with regla {summary['versions']['regla']}."
+    size = f"The model has {summary['parameters']:,} parameters."
+    if arguments["mixer"] == "window":
+        title = f"{model}, cut to a window"
+        what = (
+            f"A baseline without training: layers that `--keep` does not name attend to the last "
+            f"{arguments['window'] or WINDOW} tokens and the first {SINKS} alone."
+        )
+    elif not linear:
+        title, what = f"{model}, trained further", "Every layer keeps softmax attention: the control of a conversion."
+    else:
+        title = f"{model}, with ReGLA in {len(linear)} layers"
+        what = (
+            f"Layers {', '.join(map(str, linear))} (counted from 0) are gated linear attention "
+            "(ReGLA, arXiv 2502.01578): their memory does not grow with the text."
+        )
+    return [f"# {title}", "", f"{made} {what} {size}"]
 
 
 def _front_matter(origin: dict[str, Any]) -> list[str]:
@@ -71,15 +91,20 @@ def _steps(summary: dict[str, Any]) -> Iterator[str]:
             f"{summary['transfer_error']:.1e} of the largest."
         )
         yield (
-            "Queries and keys were centred and scaled for the exponential feature map, and the output norms to the "
-            "original's output, on a few thousand tokens (figures below)."
+            "Queries and keys were centred and scaled for the exponential feature map, and gates and output norms set "
+            f"from the original's attention, on {arguments['calibration_tokens']:,} tokens (figures below)."
+            if summary["calibration"]
+            else "Nothing was calibrated."
         )
     for stage, row in summary["stages"].items():
         yield (
-            f"{stage.capitalize()}: {row['steps']:,} steps of {arguments['batch_size']} x {arguments['seq_len']} "
-            f"tokens in {row['seconds']:.0f} s, loss {row['first_loss']:.3f} to {row['last_loss']:.3f}."
+            f"{stage.capitalize()}: {row['steps']:,} steps, {row['tokens']:,} tokens in {row['seconds']:.0f} s, "
+            f"loss {row['first_loss']:.3f} to {row['last_loss']:.3f}."
         )
-    if not summary["stages"]:
+    if "layer_choice" in summary:
+        kept = ", ".join(map(str, summary["layer_choice"]["kept"]))
+        yield f"Layers {kept} were chosen to stay softmax after attention transfer; linearize.json has the ranking."
+    if not summary["stages"] and summary["linear_layers"]:
         yield "It was not trained: its gates are as they were initialised."
 
 
@@ -87,11 +112,13 @@ def _command(arguments: dict[str, Any]) -> str:
     """The command that makes the model anew. Options of a single run, such as --resume, are left out."""
     words = ["regla", "linearize", _shown(arguments["model"])]
     for name, value in arguments.items():
-        if name in ("model", *_OF_ONE_RUN) or value in (None, False, (), []):
+        if name in ("model", *_OF_ONE_RUN) or value is None or value is False or value in ((), [], {}):
             continue
         words.append(flag(name))
         if name in ("data", "valid"):
             words += map(_shown, value)
+        elif name == "overrides":
+            words.append(_OPTIONS)
         elif value is not True:
             words.append(_shown(value) if name in ("out", "init") else str(value))
     return shlex.join(words)

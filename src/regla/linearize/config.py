@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from regla.runtime.errors import OptionError, check_choice, check_count, check_number, check_seed
 from regla.runtime.options import without_effect
 from regla.train.config import DEVICES, DTYPES, RESUME
 
 CALIBRATION_LENGTH = 512  # tokens of a sequence that layers are calibrated on
+CALIBRATION_TOKENS = 8192
 KEEP = "every-2"
-REST_LR = 0.1  # learning rate of everything but the mixers, in relation to theirs
+MIXERS = ("additive", "delta", "window")
+PRESETS = ("distill", "paper", "lora")
+ORIGINAL_LR = 0.1  # of the weights outside the mixers, in relation to theirs
+LONG_LR = 0.1  # of the long-context stage, in relation to the others
+LONG_SEQ_LEN = 2048
+LARGEST_TOKENS = 10**12
+WINDOW = 64  # tokens of --mixer window
+TEACHER, DISTANCE = "teacher", "distance"  # gates start from the original's attention, see `calibrate`
+CONSTANT_HALF_LIFE = 14.0  # where gates start that are not told otherwise, in tokens
 
-#: Where the biases of the new forget gates start: a memory of about 20 tokens. The best of a short scan of attention
-#: transfer on SmolLM2-135M (0, 1, 2, 3, 4, 6), with gates on the value axis. Not settled: sweep --gate-bias.
-GATE_BIAS = 3.0
+TRANSFER, DISTILLATION, CROSS_ENTROPY, LONG = (
+    "attention transfer",
+    "distillation",
+    "cross-entropy",
+    "long-context tuning",
+)
 
-_TRANSFER_SHARE = 1 / 3  # of the steps go to attention transfer, unless told otherwise
+_TRANSFER_SHARE = 1 / 3  # of the tokens before long-context tuning, unless told otherwise
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the training."""
+
+    name: str
+    steps: int
+    batch_size: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_size * self.seq_len
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearizeConfig:
-    """One conversion by `regla.linearize.driver.linearize`; the defaults are the command's."""
+    """One conversion by `regla.linearize.linearize`; the defaults are the command's."""
 
     model: str = without_effect()
     """The original: a name on the Hugging Face hub, a folder or a .gguf file."""
@@ -32,9 +59,30 @@ class LinearizeConfig:
     init: str | None = None
     """Folder of a converted model to go on from, with `model` as its teacher; None: convert `model` itself."""
     keep: str | Sequence[int] | None = None
-    """Layers that keep softmax attention, see `regla.linearize.layer_types`; None: KEEP, or those of `init`."""
-    gate_bias: float = GATE_BIAS
-    """Where the biases of the new forget gates start."""
+    """Layers that keep softmax attention, see `regla.linearize.layer_types`; "auto:N" or "auto:P%" to choose that many
+    after attention transfer. None: KEEP, or those of `init`."""
+    mixer: str | None = None
+    """What takes the place of softmax attention: the "additive" or the "delta" rule; "window": softmax attention over
+    the last `window` tokens and the first four, without training. None: "additive", or that of `init`."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the mixer over those of its name (`regla.models.student_configuration.MIXER`)."""
+    window: int | None = None
+    """Tokens of the mixer "window"; None: WINDOW."""
+    preset: str = "distill"
+    """How it is trained: "distill", "paper" (cross-entropy alone) or "lora" (distill by adapters)."""
+    tokens: int | str = 0
+    """To train on in all stages together, such as 60_000_000 or "60M"; 0 converts and calibrates only."""
+    transfer_tokens: int | str | None = None
+    """How many of them go to attention transfer; None: a third of those before long-context tuning, or none if no
+    layer is new."""
+    long_tokens: int | str = 0
+    """How many of them go to long-context tuning."""
+    long_seq_len: int | None = None
+    """Tokens of its sequences; None: LONG_SEQ_LEN."""
+    gate_start: str | float | None = None
+    """Where the forget gates start: "teacher", at the half-life whose output is nearest to the original's; "distance",
+    at the mean distance that its attention looks back; or a half-life in tokens. None: "teacher", or CONSTANT_HALF_LIFE
+    without calibration."""
     data: tuple[str, ...] = without_effect(())
     """Text or token files to calibrate and train on; none: the embedded text."""
     text_field: str = without_effect("text")
@@ -43,15 +91,14 @@ class LinearizeConfig:
     """Files to validate on; none: the last tenth of every data file, which is then not trained on."""
     valid_tokens: int = without_effect(100_000)
     """Tokens of each validation source that are scored, at most."""
-    calibration_tokens: int = 4096
-    steps: int = 0
-    """Of both stages together; 0 converts and calibrates only."""
-    transfer_steps: int | None = None
-    """How many of them are attention transfer; None: a third, or none if no layer is new."""
+    calibration_tokens: int | None = None
+    """0: do not calibrate. None: CALIBRATION_TOKENS, or 0 with the preset "paper"."""
     seq_len: int = 512
     batch_size: int = 16
     lr: float = 1e-3
-    """Peak learning rate of the mixers in both stages; all other parameters learn at REST_LR times that."""
+    """Peak learning rate of the mixers."""
+    original_lr: float | None = None
+    """That of all other weights in distillation; None: ORIGINAL_LR times `lr`."""
     seed: int = 0
     device: str = without_effect("auto")
     dtype: str = "float32"
@@ -64,45 +111,172 @@ class LinearizeConfig:
     """Go on in `out`, from the newest checkpoint of its stage (`latest`) or the one before that (`previous`)."""
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "transfer_tokens", "long_tokens"):
+            object.__setattr__(self, name, token_count(name, getattr(self, name)))
         if self.keep is None and self.init is None:
             object.__setattr__(self, "keep", KEEP)
         elif self.keep is not None and not isinstance(self.keep, str):
             object.__setattr__(self, "keep", ",".join(map(str, self.keep)))
         if self.out is None and not self.dry_run:
             raise OptionError("{out} is missing; name a new folder for the model, or use {dry_run}.")
-        for name in ("valid_tokens", "seq_len", "batch_size", "save_every"):
+        for name in ("valid_tokens", "seq_len", "batch_size", "save_every", "window", "long_seq_len"):
             check_count(name, getattr(self, name))
-        check_count("steps", self.steps, least=0)
-        check_count("transfer_steps", self.transfer_steps, least=0)
         check_seed(self.seed)
         check_number("lr", self.lr)
-        if not math.isfinite(self.gate_bias):
-            raise OptionError("{gate_bias} is {value}, expected a finite number.", value=self.gate_bias)
-        for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("resume", (None, *RESUME))):
+        check_number("original_lr", self.original_lr)
+        for name, allowed in (
+            ("mixer", MIXERS if self.mixer is not None else (None,)),
+            ("preset", PRESETS),
+            ("device", DEVICES),
+            ("dtype", DTYPES),
+            ("resume", (None, *RESUME)),
+        ):
             check_choice(name, getattr(self, name), allowed)
-        if self.calibration_tokens < 2 * CALIBRATION_LENGTH:
+        if self.init is not None and self.keep is None and self.tokens == 0:
+            raise OptionError("{init} without {tokens} or {keep} changes nothing; give one of them.")
+        self._settle_start()
+        self._check_stages()
+        self._check_mixer()
+
+    def _settle_start(self) -> None:
+        """Fill in and check what depends on the preset: calibration and the start of the gates."""
+        plain = self.preset == "paper" or self.mixer == "window"
+        if self.calibration_tokens is None:
+            object.__setattr__(self, "calibration_tokens", 0 if plain else CALIBRATION_TOKENS)
+        assert self.calibration_tokens is not None
+        check_count("calibration_tokens", self.calibration_tokens, least=0)
+        if 0 < self.calibration_tokens < 2 * CALIBRATION_LENGTH:
             raise OptionError(
-                "{calibration_tokens} is {value}, expected at least {least}: a sequence of {length} to calibrate on, "
-                "and one to check it.",
+                "{calibration_tokens} is {value}, expected 0 (none) or at least {least}: a sequence of {length} to "
+                "calibrate on, and one to check it.",
                 value=self.calibration_tokens,
                 least=2 * CALIBRATION_LENGTH,
                 length=CALIBRATION_LENGTH,
             )
-        check_count("calibration_tokens", self.calibration_tokens)
-        if self.transfer_steps is not None and self.transfer_steps > self.steps:
+        if self.gate_start is None:
+            object.__setattr__(self, "gate_start", TEACHER if self.calibration_tokens else CONSTANT_HALF_LIFE)
+        if self.gate_start in (TEACHER, DISTANCE):
+            if not self.calibration_tokens:
+                raise OptionError(
+                    "{gate_start} {value} is measured on the calibration's tokens, but {calibration_tokens} is 0; give "
+                    "a half-life in tokens, such as {gate_start} 14.",
+                    value=self.gate_start,
+                )
+            return
+        try:
+            object.__setattr__(self, "gate_start", float(self.gate_start))  # type: ignore[arg-type]
+        except ValueError:
             raise OptionError(
-                "{transfer_steps} is {value}, expected 0 to {total}, since {steps} counts them.",
-                value=self.transfer_steps,
-                total=self.steps,
+                "{gate_start} is {value!r}, expected teacher, distance or a half-life in tokens such as 14.",
+                value=self.gate_start,
+            ) from None
+        check_number("gate_start", self.gate_start)  # type: ignore[arg-type]
+
+    def _check_mixer(self) -> None:
+        if self.init is not None:
+            for name in ("mixer", "overrides"):
+                if getattr(self, name):
+                    raise OptionError(
+                        f"Both {{init}} and {{{name}}} are given; the mixers are those of the folder: leave one out."
+                    )
+        if self.window is not None and self.mixer != "window":
+            raise OptionError("{window} is given without {mixer} window; leave it out.")
+        if self.mixer == "window":
+            for name in ("tokens", "overrides", "calibration_tokens"):
+                if getattr(self, name):
+                    raise OptionError(f"{{mixer}} window is not trained, but {{{name}}} is given; leave it out.")
+        if self.keep == "all" and self.preset != "paper":
+            raise OptionError(
+                "{keep} all leaves the model as it is, which has nothing to learn from itself; it goes with {preset} "
+                "paper, which trains it on the text."
             )
-        if self.init is not None and self.keep is None and self.steps == 0:
-            raise OptionError("{init} without {steps} or {keep} changes nothing; give one of them.")
+        if self.chooses_layers and self.transfer == 0:
+            raise OptionError(
+                "{keep} {value} chooses layers after attention transfer, which this conversion does not have; give "
+                "{tokens} with {preset} distill or lora, or name the layers.",
+                value=self.keep,
+            )
+
+    def _check_stages(self) -> None:
+        """Raise ValueError where a stage would have no step."""
+        if self.transfer_tokens is not None and self.preset == "paper":
+            raise OptionError("{preset} paper has no attention transfer; leave {transfer_tokens} out.")
+        if self.long_seq_len is not None and not self.long_tokens:
+            raise OptionError("{long_seq_len} is given without {long_tokens}; say how many tokens.")
+        parts = int(self.transfer_tokens or 0) + int(self.long_tokens)
+        if parts > int(self.tokens):
+            raise OptionError(
+                "{transfer_tokens} and {long_tokens} are {parts} together, expected at most {total}, since {tokens} "
+                "counts them.",
+                parts=parts,
+                total=self.tokens,
+            )
+        for stage in self.stages:
+            if stage.steps:
+                continue
+            step = stage.batch_size * stage.seq_len
+            name, least = "tokens", int(self.long_tokens) + (2 * step if self.transfer is None else step)
+            if stage.name == LONG:
+                name, least = "long_tokens", step
+            elif self.transfer:
+                name, least = "tokens", self.transfer + int(self.long_tokens) + step
+                if stage.name == TRANSFER:
+                    name, least = "transfer_tokens", step
+            raise OptionError(
+                f"{{{name}}} is {{value}}, too few for a step of {{stage}} ({{batch}} x {{length}} tokens); give at "
+                f"least {{least}}, or a smaller {{batch_size}} or {{seq_len}}.",
+                value=getattr(self, name),
+                stage=stage.name,
+                batch=stage.batch_size,
+                length=stage.seq_len,
+                least=least,
+            )
 
     @property
-    def stages(self) -> dict[str, int]:
-        """Steps of each stage that has any."""
-        transfer = self.transfer_steps
+    def chooses_layers(self) -> bool:
+        return isinstance(self.keep, str) and self.keep.startswith("auto")
+
+    @property
+    def transfer(self) -> int | None:
+        """Tokens of attention transfer; None: a share of all."""
+        if self.preset == "paper" or not self.tokens:
+            return 0
+        if self.transfer_tokens is not None:
+            return int(self.transfer_tokens)
+        return 0 if self.keep is None else None
+
+    @property
+    def stages(self) -> list[StagePlan]:
+        """The stages of the training that have tokens, in order; each has as many whole steps as its tokens hold."""
+        long, transfer = int(self.long_tokens), self.transfer
+        rest = int(self.tokens) - long
         if transfer is None:
-            transfer = 0 if self.keep is None else round(self.steps * _TRANSFER_SHARE)
-        stages = {"attention transfer": transfer, "distillation": self.steps - transfer}
-        return {name: steps for name, steps in stages.items() if steps}
+            step = self.batch_size * self.seq_len
+            transfer = max(1, round(rest // step * _TRANSFER_SHARE)) * step
+        long_length = self.long_seq_len or LONG_SEQ_LEN
+        stages = []
+        for name, tokens, batch_size, seq_len in (
+            (TRANSFER, transfer, self.batch_size, self.seq_len),
+            (CROSS_ENTROPY if self.preset == "paper" else DISTILLATION, rest - transfer, self.batch_size, self.seq_len),
+            (LONG, long, max(1, self.batch_size * self.seq_len // long_length), long_length),
+        ):
+            if tokens:
+                stages.append(StagePlan(name, max(0, tokens) // (batch_size * seq_len), batch_size, seq_len))
+        return stages
+
+
+def token_count(name: str, value: int | str | None) -> int | None:
+    """A number of tokens, from a number or from text such as "60M", "500k" or "1.5B".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+|\d*\.\d+)([kKmMbB]?)", value.strip().replace("_", "").replace(",", ""))
+        if match is None:
+            raise OptionError(
+                f"{{{name}}} is {{value!r}}, expected a number of tokens such as 60M or 500000.", value=value
+            )
+        value = round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+    check_count(name, value, least=0, most=LARGEST_TOKENS)
+    return value

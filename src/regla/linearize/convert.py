@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -10,11 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from regla.linearize.config import GATE_BIAS
+from regla.layers.gates import GATES, NoGate
+from regla.linearize.config import CONSTANT_HALF_LIFE
 from regla.linearize.transfer import check_transfer
 from regla.models.families import FAMILIES, family_of, heads_of, projection, softmax_kinds
 from regla.models.student import StudentAttention, linear_attention, student_class
-from regla.models.student_configuration import MODEL_TYPE_PREFIX, student_config_class
+from regla.models.student_configuration import MIXER, MODEL_TYPE_PREFIX, student_config_class
+from regla.models.window_attention import SINKS
 from regla.runtime.errors import OptionError
 
 
@@ -39,8 +42,8 @@ def layer_types(kinds: int | Sequence[str], keep: str | Iterable[int]) -> list[s
 
     Args:
         kinds: of the layers of the original, "full_attention" or "sliding_attention"; a number of layers: all full.
-        keep: "none", "every-N" (every N-th layer: N-1, 2N-1, ...), "sliding" (those with a sliding window), or the
-            layers' numbers from 0, as a list or as text such as "0,7,14".
+        keep: "none", "all", "every-N" (every N-th layer: N-1, 2N-1, ...), "sliding" (those with a sliding window), or
+            the layers' numbers from 0, as a list or as text such as "0,7,14".
 
     Raises:
         ValueError: another word, N below 2, or a layer that is not there.
@@ -62,8 +65,8 @@ def linear_numbers(original: PreTrainedConfig, keep: str | Iterable[int]) -> lis
 
 
 def _kept(kinds: Sequence[str], keep: str) -> set[int]:
-    if keep == "none":
-        return set()
+    if keep in ("none", "all"):
+        return set(range(len(kinds))) if keep == "all" else set()
     if keep == "sliding":
         return {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
     rule, _, number = keep.partition("-")
@@ -72,25 +75,60 @@ def _kept(kinds: Sequence[str], keep: str) -> set[int]:
     numbers = [number.strip() for number in keep.split(",")]
     if not all(number.isdecimal() for number in numbers):
         raise OptionError(
-            "{keep} is {value!r}; expected 'none', 'every-N' with N of at least 2, 'sliding', or layer numbers such as "
-            "'0,7,14'",
+            "{keep} is {value!r}; expected 'none', 'every-N' with N of at least 2, 'sliding', 'auto:N' or 'auto:P%', "
+            "'all', or layer numbers such as '0,7,14'",
             value=keep,
         )
     return {int(number) for number in numbers}
 
 
+def chosen_count(keep: str, layers: int) -> int:
+    """How many layers of so many "auto:N" or "auto:P%" keeps.
+
+    Raises:
+        ValueError: text of another form, no layer, or all of them.
+    """
+    match = re.fullmatch(r"auto:(\d+(?:\.\d+)?)(%?)", keep)
+    if match is None or ("." in match[1] and not match[2]):
+        raise OptionError("{keep} is {value!r}; expected a number of layers or a share, auto:7 or auto:25%", value=keep)
+    count = round(float(match[1]) / 100 * layers) if match[2] else int(match[1])
+    if not 0 < count < layers:
+        raise OptionError(
+            "{keep} {value} keeps {count} of {layers} layers; expected 1 to {most}",
+            value=keep,
+            count=count,
+            layers=layers,
+            most=layers - 1,
+        )
+    return count
+
+
 def converted_config(original: PreTrainedConfig, keep: str | Iterable[int] = "every-2", **mixer: Any) -> Any:
     """The configuration of the student, see `convert`; derived from the original's, nothing from defaults."""
+    gate = GATES.get(mixer.get("gate", MIXER["gate"]), NoGate)
+    if not ({"gate_bias", "gate_half_life"} & mixer.keys() or gate.starts_itself or issubclass(gate, NoGate)):
+        mixer |= {"gate_half_life": CONSTANT_HALF_LIFE}
+    return _student_config(original, linear_layers=linear_numbers(original, keep), mixer=mixer)
+
+
+def windowed_config(original: PreTrainedConfig, keep: str | Iterable[int], window: int) -> Any:
+    """The configuration of the baseline without training: layers that are not kept attend to the last `window` tokens
+    and the first few (`regla.models.window_attention`). Layers with a window of their own keep that."""
+    kinds = softmax_kinds(original)
+    layers = [number for number in linear_numbers(original, keep) if kinds[number] == "full_attention"]
+    return _student_config(original, windowed={"layers": layers, "window": window, "sinks": SINKS})
+
+
+def _student_config(original: PreTrainedConfig, **own: Any) -> Any:
     check_family(original)
     config_class = student_config_class(cast(Any, type(original)))
     theirs = {name: value for name, value in original.to_dict().items() if name not in _OF_ITS_FILE}
-    shared = sorted(mixer.keys() & theirs.keys())
+    shared = sorted(own.get("mixer", {}).keys() & theirs.keys())
     if shared:
         raise ValueError(f"{shared[0]} is the original's and cannot be set anew; leave it out")
     if theirs.get("pad_token_id") is not None and theirs["pad_token_id"] < 0:
         theirs["pad_token_id"] = None  # how some checkpoints say that there is none
-    mixer = {"gate_bias": GATE_BIAS} | mixer
-    return config_class.from_dict(theirs | {"linear_layers": linear_numbers(original, keep), "mixer": mixer})
+    return config_class.from_dict(theirs | own)
 
 
 _OF_ITS_FILE = ("model_type", "architectures", "transformers_version", "_name_or_path", "quantization_config")
@@ -120,14 +158,18 @@ def convert(
     Raises:
         ValueError: unsupported architecture; layers that are not there; arguments that do not fit; a failed check.
     """
-    config = converted_config(model.config, keep, **mixer)
-    original_class = cast(Any, AutoModelForCausalLM)._model_mapping[type(model.config)]
-    student = with_weights(model, student_class(original_class), config)
-    student.generation_config = _generation_config(model)
-    student.train(model.training)
+    student = make_student_of(model, converted_config(model.config, keep, **mixer))
     if check:
         check_transfer(model, student)
     return student
+
+
+def make_student_of(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """The student of this configuration with the weights of its original."""
+    original_class = cast(Any, AutoModelForCausalLM)._model_mapping[type(model.config)]
+    student = with_weights(model, student_class(original_class), config)
+    student.generation_config = _generation_config(model)
+    return student.train(model.training)
 
 
 def with_weights(source: PreTrainedModel, student_class: Any, config: Any) -> PreTrainedModel:
@@ -155,7 +197,7 @@ def with_weights(source: PreTrainedModel, student_class: Any, config: Any) -> Pr
             continue
         path = paths[attention]
         replaced = {name for name in weights if name.startswith(f"{path}.")}
-        moved = dict(_mixer_weights(theirs, student.config))
+        moved = dict(mixer_weights(theirs, student.config))
         counts = sum(weights.pop(name).numel() for name in replaced), sum(value.numel() for value in moved.values())
         if counts[0] != counts[1]:
             raise ValueError(
@@ -173,7 +215,7 @@ def with_weights(source: PreTrainedModel, student_class: Any, config: Any) -> Pr
     return student
 
 
-def _mixer_weights(attention: Any, config: Any) -> Iterator[tuple[str, Tensor]]:
+def mixer_weights(attention: Any, config: Any) -> Iterator[tuple[str, Tensor]]:
     """Weights of a mixer by name, from an original's attention module."""
     family = family_of(config)
     projections = [*family.qkv(attention, heads_of(config)), projection(attention.get_submodule(family.out))]

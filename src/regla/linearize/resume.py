@@ -32,18 +32,18 @@ def check_out(config: LinearizeConfig) -> None:
     if config.out is None:
         return
     out = Path(config.out)
-    folders = [stage_folder(out, number) for number in (1, 2)]
+    folders = [stage_folder(out, number) for number in (1, 2, 3)]
     begun = any(found_in(folder / CHECKPOINTS) for folder in folders)
     summary = read_summary(out)
     if config.resume is None:
-        if (begun or summary.get("arguments", {}).get("steps")) and not finished(summary):
+        if (begun or summary.get("arguments", {}).get("tokens")) and not finished(summary):
             raise OptionError(
                 "{folder} is not empty; give {out} a new folder, or {resume} to go on with its conversion.", folder=out
             )
         check_new(out)
         return
-    if config.steps == 0:
-        raise OptionError("{resume} without {steps} has nothing to go on with; repeat the {steps} of the conversion.")
+    if config.tokens == 0:
+        raise OptionError("{resume} without {tokens} has nothing to go on with; repeat the {tokens} of the conversion.")
     if not out.is_dir() or not content_of(out):
         return
     if finished(summary):

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from regla.linearize.config import LinearizeConfig
-from regla.linearize.convert import convert, converted_config, linear_numbers, with_weights
+from regla.linearize.config import WINDOW, LinearizeConfig
+from regla.linearize.convert import (
+    chosen_count,
+    converted_config,
+    linear_numbers,
+    make_student_of,
+    windowed_config,
+    with_weights,
+)
 from regla.linearize.load import load_student, load_student_config
 from regla.models.student import linear_attention
 from regla.runtime.errors import OptionError
 
 _SHARED = ("num_hidden_layers", "hidden_size", "vocab_size")  # what attention transfer and distillation compare
+
+
+#: Options of the mixers that have a name, over those that all conversions share.
+MIXER_OPTIONS: dict[str, dict[str, Any]] = {
+    "additive": {},
+    "delta": {"update_rule": "delta", "feature_map": "unit_safe_exp"},
+}
 
 
 @dataclass(frozen=True)
@@ -34,15 +49,39 @@ def student_config(config: LinearizeConfig, original: PreTrainedConfig) -> PreTr
         ValueError: layers that are not there; no layer is linear; a folder to go on from that does not fit.
     """
     if config.init is None:
-        assert config.keep is not None
-        planned = converted_config(original, config.keep, gate_bias=config.gate_bias)
+        planned = _new_config(config, original)
     else:
         planned = _further_config(config, load_student_config(config.init), original)
-    if not planned.linear_layers:
+    if not (planned.linear_layers or config.keep == "all" or (planned.windowed and planned.windowed["layers"])):
         raise OptionError(
-            "{keep} {value} names every layer, so that none becomes linear; name fewer.", value=config.keep
+            "{keep} {value} names every layer, so that none becomes linear; name fewer.",
+            value=config.keep,
         )
     return planned
+
+
+def _new_config(config: LinearizeConfig, original: PreTrainedConfig) -> Any:
+    keep = _keep_at_first(config, original)
+    if config.mixer == "window":
+        return windowed_config(original, keep, config.window or WINDOW)
+    return converted_config(original, keep, **_mixer(config))
+
+
+def _keep_at_first(config: LinearizeConfig, original: PreTrainedConfig) -> str:
+    """The layers that keep softmax attention from the start; those that are chosen later become linear first."""
+    keep = config.keep
+    assert isinstance(keep, str)
+    if not config.chooses_layers:
+        return keep
+    chosen_count(keep, original.num_hidden_layers)
+    return "none"
+
+
+def _mixer(config: LinearizeConfig) -> dict[str, Any]:
+    """Options of the mixers; gates that are told by the teacher start at the constant until then."""
+    start = {} if isinstance(config.gate_start, str) else {"gate_half_life": config.gate_start}
+    gate = {"gate", "gate_bias", "gate_half_life"} & config.overrides.keys()
+    return (start if not gate else {}) | MIXER_OPTIONS[config.mixer or "additive"] | dict(config.overrides)
 
 
 def make_student(config: LinearizeConfig, original: PreTrainedModel) -> Student:
@@ -53,8 +92,7 @@ def make_student(config: LinearizeConfig, original: PreTrainedModel) -> Student:
     """
     torch.manual_seed(config.seed)
     if config.init is None:
-        assert config.keep is not None
-        model = convert(original, config.keep, check=False, gate_bias=config.gate_bias)
+        model = make_student_of(original, _new_config(config, original.config))
         return Student(model, original, sorted(linear_attention(model)))
     before = load_student(config.init)
     planned = _further_config(config, before.config, original.config)
@@ -95,5 +133,4 @@ def _further_config(config: LinearizeConfig, before: PreTrainedConfig, original:
             value=config.keep,
             folder=config.init,
         )
-    mixer = before.mixer | {"gate_bias": config.gate_bias}
-    return type(before).from_dict(before.to_dict() | {"linear_layers": linear, "mixer": mixer})
+    return type(before).from_dict(before.to_dict() | {"linear_layers": linear})

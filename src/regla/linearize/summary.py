@@ -80,3 +80,9 @@ def score_table(scores: dict[str, list[dict[str, Any]]]) -> str:
         for of_source in zip(*found.values(), strict=True)
     ]
     return plain(["perplexity", *found], body)
+
+
+def divergence_line(rows: dict[str, dict[str, Any]]) -> str:
+    """KL of the original's predictions to those of each state of the model."""
+    parts = [f"{state} {row['mean']:.4f} ± {row['se']:.4f}" for state, row in rows.items()]
+    return f"KL to the original, nats per token: {', '.join(parts)}"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from regla.data.selection import read_sources, split_validation
 from regla.data.sources import Encoded, Source, encode_source
@@ -54,6 +56,14 @@ class Texts:
             )
             for text in self.valid
         ]
+
+    def windows(self, count: int, length: int) -> Tensor:
+        """About `count` sequences of validation text [B, T] with T at most `length`, spread over all of it."""
+        ids_N = np.concatenate([text.ids for text in self.valid])
+        T = min(length, len(ids_N))
+        B = min(count, len(ids_N) // T)
+        starts = np.linspace(0, len(ids_N) - T, B).astype(int)
+        return torch.from_numpy(np.stack([ids_N[start : start + T] for start in starts]).astype(np.int64))
 
 
 def read_texts(config: LinearizeConfig) -> tuple[list[Source], list[Source]]:

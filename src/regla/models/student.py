@@ -31,6 +31,7 @@ from regla.models.modeling import NO_CONTINUOUS_BATCHING, check_exporter, linear
 from regla.models.rotary import frequencies_kept
 from regla.models.student_configuration import PREFIX, student_config_class
 from regla.models.student_inputs import LinearTokens, checkpointed, masks_for_generate, prepared, set_checkpointing
+from regla.models.window_attention import limit_attention
 
 
 class StudentAttention(nn.Module):
@@ -146,7 +147,7 @@ class Student:
         base = self.base_model  # type: ignore[attr-defined]
         if not isinstance(base, Student):  # the original's constructor made it; generic heads ask AutoModel
             base.__class__ = student_class(cast(Any, type(base)))
-        if not linear_attention(base):
+        if "linear_config" not in vars(base):
             base._replace_attention()
         self.linear_config = base.linear_config
         self.post_init()  # type: ignore[attr-defined]
@@ -167,6 +168,9 @@ class Student:
         for number in self.config.linear_layers:
             new = student_attention(family.attention_of(model, number), family, self.config, number)
             family.replace_attention(model, number, new)
+        windowed = self.config.windowed
+        for number in windowed["layers"] if windowed else ():
+            limit_attention(family.attention_of(model, number), windowed["window"], windowed["sinks"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         with frequencies_kept(cast(nn.Module, self)):

@@ -40,7 +40,16 @@ for _theirs in ("qk_norm", "rms_norm_eps", "attention_bias"):
     del MIXER[_theirs]
 
 #: Keys of config.json that stand beside the original's configuration.
-_OWN = ("architectures", "auto_map", "dtype", "format_version", "linear_layers", "mixer", "transformers_version")
+_OWN = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "format_version",
+    "linear_layers",
+    "mixer",
+    "transformers_version",
+    "windowed",
+)
 
 
 class StudentConfig:
@@ -49,6 +58,8 @@ class StudentConfig:
     Args:
         linear_layers: numbers of the layers that are linear, from 0; the others are the original's softmax attention.
         mixer: options of the linear layers by the names of `MIXER`; what is left out is as there.
+        windowed: {"layers": numbers, "window": tokens, "sinks": tokens}, layers whose softmax attention is cut to the
+            last and the first tokens (`regla.models.window_attention`); None: none.
         format_version: of saved models; set by the package.
 
     All other arguments are the original's. In config.json they are under "original", and "vocab_size" says who can read
@@ -63,11 +74,13 @@ class StudentConfig:
     linear_layers: list[int]
     mixer: dict[str, Any]
     publish_models: Callable[[Any], None]  # see `register_configs`
+    windowed: dict[str, Any] | None
 
     def __post_init__(
         self,
         linear_layers: Sequence[int] = (),
         mixer: dict[str, Any] | None = None,
+        windowed: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -80,6 +93,7 @@ class StudentConfig:
         unknown = sorted(self.mixer.keys() - MIXER.keys())
         if unknown:
             raise ValueError(f"{unknown[0]} is no option of a mixer; expected {', '.join(MIXER)}")
+        self.windowed = windowed
         layers = self.num_hidden_layers  # type: ignore[attr-defined]
         missing = [number for number in self.linear_layers if not 0 <= number < layers]
         if missing:

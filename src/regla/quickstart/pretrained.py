@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regla.linearize.config import LinearizeConfig
 from regla.linearize.driver import linearize
 
 PRETRAINED = Path(__file__).with_name("tiny-neox")
@@ -23,17 +22,16 @@ def linearize_pretrained(out: Path, *, steps: int) -> dict[str, Any]:
     Returns:
         What `linearize.json` in `out` holds.
     """
-    config = LinearizeConfig(
-        model=str(PRETRAINED),
+    summary = linearize(
+        str(PRETRAINED),
         out=str(out),
         keep="none",
-        steps=steps,
+        tokens=steps * 1024,
         seq_len=256,
         batch_size=4,
         lr=3e-3,
         device="cpu",
     )
-    summary = linearize(config)
     assert summary is not None  # no dry run
     before, converted, trained = (summary["scores"][state][0]["perplexity"] for state in _STATES)
     print(

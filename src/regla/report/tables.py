@@ -74,11 +74,14 @@ def scores_table(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
         arguments, scores = row["arguments"], row["scores"]
-        tokens = arguments["steps"] * arguments["batch_size"] * arguments["seq_len"]
+        stages = row["stages"].values()
+        steps = sum(stage["steps"] for stage in stages)
+        step = arguments["batch_size"] * arguments["seq_len"]  # of stages whose tokens are not on record
+        tokens = sum(stage.get("tokens", stage["steps"] * step) for stage in stages)
         for stage, linear, training in (
             ("original", "0", "-"),
             ("converted", str(len(row["linear_layers"])), "none"),
-            ("trained", str(len(row["linear_layers"])), f"{arguments['steps']} steps, {tokens / 1e6:.1f}M tokens"),
+            ("trained", str(len(row["linear_layers"])), f"{steps} steps, {tokens / 1e6:.1f}M tokens"),
         ):
             perplexities = [f"{source['perplexity']:.1f}" for source in scores[stage]]
             body.append([f"{arguments['model']}, {stage}", linear, training, *perplexities])

@@ -10,6 +10,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("datasets>=4", "pyarrow>=18"),
     "eval": ("accelerate>=1.10", "lm_eval>=0.4.13"),
     "gguf": ("accelerate>=1.10", "gguf>=0.10"),
+    "lora": ("peft>=0.18",),
     "tensorboard": ("tensorboard>=2.18",),
 }
 """What the extras of pyproject.toml install."""
@@ -19,7 +20,7 @@ PACKAGES = {
     "datasets": "reads data sets of Hugging Face (`regla train --dataset`)",
     "gguf": "reads GGUF files (`regla linearize`, `eval` and `generate` of model.gguf)",
     "lm_eval": "tasks, prompts and scores of `regla eval --tasks`",
-    "peft": "fine-tunes with adapters (LoRA)",
+    "peft": "fine-tunes with adapters (LoRA; `regla linearize --preset lora`)",
     "pyarrow": "reads .parquet files",
     "tensorboard": "writes logs that TensorBoard shows (`regla train --tensorboard`)",
     "triton": "GPU kernels, and torch.compile on a GPU",

@@ -138,6 +138,14 @@ def decaying(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, DECAYING)}
 
 
+def token_bar(total: int, done: int, *, shown: bool = True) -> tqdm:
+    """The progress of a training in tokens, with the time that is left."""
+    every = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
+    return tqdm(
+        total=total, initial=done, unit="tok", unit_scale=True, desc="train", mininterval=every, disable=not shown
+    )
+
+
 def finite_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
     """Whether to make the step of a gradient of norm `norm`; keeps one that is not finite from the weights.
 
@@ -164,6 +172,7 @@ def optimise(
     evaluate: Callable[[], float] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     parallel: Parallel | None = None,
+    bar: tqdm | None = None,
 ) -> None:
     """Train `model` in place until the last step, or `stop()` after any step.
 
@@ -180,6 +189,9 @@ def optimise(
     `{"step", "tokens", "loss", "lr", "gradient_norm", "tokens_per_second", "seconds"}` and, where there is
     one, `"validation_loss"`, each time the losses are read: after every step on a CPU, every tenth elsewhere; `loss`
     and `tokens_per_second` are the means since the record before.
+
+    `bar` shows the progress of a longer whole, of which this run is a part; it moves by the tokens of each step. None:
+    that of this run alone.
 
     `parallel` shares the work with other processes, each of which calls this with the same arguments; `log` is the
     first one's.
@@ -207,21 +219,12 @@ def optimise(
     steps = config.total_steps
     unread: list[tuple[Tensor, Tensor]] = []  # loss and norm of the gradient
     read_at = started = time.perf_counter()
-    shown_every = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
     total = steps * config.tokens_per_step
     first = progress.steps
     done = first * config.tokens_per_step
     with (
         compiled_blocks(model) if config.compile else nullcontext(),
-        tqdm(
-            total=total,
-            initial=done,
-            unit="tok",
-            unit_scale=True,
-            desc="train",
-            mininterval=shown_every,
-            disable=not parallel.processes.is_first,
-        ) as bar,
+        nullcontext(bar) if bar is not None else token_bar(total, done, shown=parallel.processes.is_first) as bar,
     ):
         loss_of = torch.compile(loss, dynamic=False) if config.compile else loss
         for step in range(first, steps):

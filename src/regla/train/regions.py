@@ -34,6 +34,7 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
             region.forward = torch.compile(region.forward, dynamic=False)
             undo.callback(delattr, region, "forward")
         # Else the compiler would follow a loss into the model, and through its blocks one by one.
-        model.forward = torch.compiler.disable(model.forward)
-        undo.callback(delattr, model, "forward")
+        for whole in {model, base}:
+            whole.forward = torch.compiler.disable(whole.forward)
+            undo.callback(delattr, whole, "forward")
         yield
