@@ -177,7 +177,7 @@ def test_layer_types():
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ("every-1", "keep is 'every-1'; expected 'none', 'every-N' with N of at least 2, 'sliding', or layer numbers"),
+        ("every-1", "keep is 'every-1'; expected 'none', 'every-N' with N of at least 2, 'sliding', 'auto:N'"),
         ("some", "keep is 'some'; expected"),
         ([4], "keep names layer 4; the model has layers 0 to 3"),
     ],

@@ -132,7 +132,13 @@ DELTA = {
 SUM = {"linear_conv_kernel_dim": 0, "attention_norm": "sum", "output_gate": None}
 
 
-@pytest.mark.parametrize(("kind", "model"), [("sequence", DELTA), ("sequence", SUM), ("fsdp", DELTA)])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("sequence", DELTA),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sequence", SUM), ("fsdp", DELTA))),
+    ],
+)
 def test_other_models_and_options(kind: str, model: dict, corpus: Path, tmp_path: Path) -> None:
     """The delta rule, positions, a state without a convolution or with the normaliser's channel, tied weights;
     activations computed again, several batches a step."""
@@ -144,7 +150,7 @@ def test_other_models_and_options(kind: str, model: dict, corpus: Path, tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "sequence"])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_students(kind: str, corpus: Path, tmp_path: Path) -> None:
     """Converted models in their original's class, GPT-2's with its table of positions; a softmax layer is refused."""
     tokenizer = train_tokenizer([corpus.read_text()], 280)
@@ -167,7 +173,7 @@ def test_students(kind: str, corpus: Path, tmp_path: Path) -> None:
         assert ended[0].code == 2 and "layer 1 of the model is full_attention" in ended[0].err
 
 
-@pytest.mark.parametrize("kind", ["ddp", "sequence"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_tokens_weigh_alike_wherever_they_are(kind: str, tmp_path: Path) -> None:
     """Answers of recall: their number differs between sequences, and the first parts of sequences have none."""
     options = {"task": "mqar", "pairs": "1,6", "seq-len": 33, "batch-size": 4, "accumulate": 2, "steps": 4}
@@ -197,7 +203,7 @@ def test_another_number_of_processes_goes_on(
     assert_same_run(out, alone)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "sequence"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_a_process_is_killed(kind: str, corpus: Path, tmp_path: Path) -> None:
     """The others end, and the run goes on to the same weights, bit for bit, as one that nothing disturbed."""
     run(2, tmp_path / "undisturbed", corpus, "--parallel", kind, steps=12)

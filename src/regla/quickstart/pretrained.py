@@ -26,6 +26,7 @@ def linearize_pretrained(out: Path, *, steps: int) -> dict[str, Any]:
         str(PRETRAINED),
         out=str(out),
         keep="none",
+        calibration_tokens=2048,
         tokens=steps * 1024,
         seq_len=256,
         batch_size=4,
