@@ -376,7 +376,7 @@ def _killed(folder: Path, bench: Bench) -> Row:
         "setting": {"measure": "kill", "processes": bench.processes.count, "steps": steps},
         "exit_code": run.returncode,
         "seconds_to_end": seconds,
-        "says": [line for line in texts[0].splitlines() if line.startswith("regla: error")],
+        "says": [x.replace(f"{folder}{os.sep}", "") for x in texts[0].splitlines() if x.startswith("regla: error")],
         "resumed_from": left,
         "records": len(ours),
         "largest_difference": max(abs(a - b) for a, b in zip(ours, theirs, strict=True)),
