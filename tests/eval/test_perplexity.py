@@ -24,7 +24,6 @@ from regla.eval.perplexity import (
     stream_nats,
     table,
     token_nats,
-    total_nats,
 )
 from regla.models import ReGLAConfig, ReGLAForCausalLM
 from regla.models.folders import load_model
@@ -45,6 +44,10 @@ def make_model(kind: str):
         return LlamaForCausalLM(LlamaConfig(**SHAPE))
     layer_types = ["linear_attention", "full_attention" if kind == "hybrid" else "linear_attention"]
     return ReGLAForCausalLM(ReGLAConfig(**SHAPE, layer_types=layer_types))
+
+
+def total_nats(*arguments, **options) -> float:
+    return float(token_nats(*arguments, **options).double().sum())
 
 
 @pytest.fixture(scope="module")

@@ -173,14 +173,6 @@ def _mean_positions(sources: Sequence[tuple[PositionScore, ...]]) -> tuple[Posit
     return tuple(means)
 
 
-def total_nats(
-    model: PreTrainedModel, ids_N: np.ndarray, *, first: int, seq_len: int, batch_size: int, dtype: str
-) -> float:
-    """-sum_i ln p(x_i): log-probabilities in float32, their sum in float64. The model is put into evaluation mode."""
-    nats_N = token_nats(model, ids_N, first=first, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
-    return float(nats_N.double().sum())
-
-
 @torch.no_grad()
 def token_nats(
     model: PreTrainedModel, ids_N: np.ndarray, *, first: int, seq_len: int, batch_size: int, dtype: str

@@ -257,13 +257,42 @@ class ReGLAModel(ReGLAPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
 
-class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
+class Generation:
+    """What `generate` and transformers' server need to know of models with ReGLA layers, before the classes that
+    generate."""
+
+    linear_config: ReGLAConfig  # which layers are linear, and their options
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        # `generate` asks the cache for its length before the first forward.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if model_kwargs.get(CACHE) is not None:
+            adopt_cache(model_kwargs[CACHE], self.linear_config)
+
+    @property
+    def init_continuous_batching(self) -> Any:
+        # `transformers serve` asks whether there is such a method, and else says so and serves one request at a time.
+        raise AttributeError(NO_CONTINUOUS_BATCHING)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported, see `NO_CONTINUOUS_BATCHING`."""
+        raise ValueError(NO_CONTINUOUS_BATCHING)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported, see `NO_CONTINUOUS_BATCHING`."""
+        raise ValueError(NO_CONTINUOUS_BATCHING)
+
+
+class ReGLAForCausalLM(Generation, ReGLAPreTrainedModel, GenerationMixin):
     """`ReGLAModel` with a language-modelling head, its weight tied to the embeddings if the config says so."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: ReGLAConfig) -> None:
         super().__init__(config)
+        self.linear_config = config
         self.model = ReGLAModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -312,27 +341,6 @@ class ReGLAForCausalLM(ReGLAPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},
         )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        # `generate` asks the cache for its length before the first forward.
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get(CACHE) is not None:
-            adopt_cache(model_kwargs[CACHE], self.config)
-
-    @property
-    def init_continuous_batching(self) -> Any:
-        # `transformers serve` asks whether there is such a method, and else says so and serves one request at a time.
-        raise AttributeError(NO_CONTINUOUS_BATCHING)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Not supported, see `NO_CONTINUOUS_BATCHING`."""
-        raise ValueError(NO_CONTINUOUS_BATCHING)
-
-    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
-        """Not supported, see `NO_CONTINUOUS_BATCHING`."""
-        raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
 def check_exporter() -> None:

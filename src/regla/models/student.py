@@ -23,11 +23,10 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from regla.layers.attention import ReGLAAttention
 from regla.layers.init import init_linear_attention
-from regla.models.cache import CACHE, ReGLACacheLayer, adopt_cache
-from regla.models.configuration import ReGLAConfig
+from regla.models.cache import ReGLACacheLayer
 from regla.models.families import Family, family_of, heads_of, softmax_kinds, window
 from regla.models.hub import AUTO_CLASSES, publish
-from regla.models.modeling import NO_CONTINUOUS_BATCHING, check_exporter, linear_mixer
+from regla.models.modeling import Generation, check_exporter, linear_mixer
 from regla.models.rotary import frequencies_kept
 from regla.models.student_configuration import PREFIX, student_config_class
 from regla.models.student_inputs import LinearTokens, checkpointed, masks_for_generate, prepared, set_checkpointing
@@ -134,12 +133,11 @@ def student_attention(attention: nn.Module, family: Family, config: Any, number:
     )
 
 
-class Student:
+class Student(Generation):
     """What is mixed into an original's classes."""
 
     original_class: Any
     config: Any
-    linear_config: ReGLAConfig
     _is_stateful = True  # a recurrent state cannot be cropped, so no assisted generation
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -196,27 +194,6 @@ class Student:
         super()._initialize_weights(module, is_custom_code=False)  # type: ignore[misc]
 
     create_masks_for_generate = staticmethod(masks_for_generate)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        # `generate` asks the cache for its length before the first forward.
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        if model_kwargs.get(CACHE) is not None:
-            adopt_cache(model_kwargs[CACHE], self.linear_config)
-
-    @property
-    def init_continuous_batching(self) -> Any:
-        # `transformers serve` asks whether there is such a method, and else says so and serves one request at a time.
-        raise AttributeError(NO_CONTINUOUS_BATCHING)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Not supported, see `NO_CONTINUOUS_BATCHING`."""
-        raise ValueError(NO_CONTINUOUS_BATCHING)
-
-    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
-        """Not supported, see `NO_CONTINUOUS_BATCHING`."""
-        raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
 @functools.cache

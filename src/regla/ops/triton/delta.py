@@ -27,210 +27,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regla.ops.triton.norm import load_norm, logits, one_over_rms
-from regla.ops.triton.tiles import (
-    LOG2E,
-    decays,
-    exp2,
-    gate_at,
-    largest,
-    later,
-    load_gate,
-    load_tile,
-    maximum,
-    nan_or,
-    store_gate_gradient,
-    store_tile,
-    sums,
+from regla.ops.triton.delta_inputs import (
+    NEAR,
+    bounds,
+    factors,
+    feature_gradient,
+    inverse,
+    load_beta,
+    load_decays,
+    load_features,
+    load_slice,
+    put,
+    real_tokens,
+    statistics,
+    tile,
 )
+from regla.ops.triton.norm import load_norm
+from regla.ops.triton.tiles import exp2, gate_at, load_gate, load_tile, nan_or, store_gate_gradient, store_tile, sums
 from regla.ops.triton.tree import levels, score_over_tree, scores_over_tree
-
-NEAR = tl.constexpr(60.0)
-LOWEST = tl.constexpr(-150.0)  # bits: what is left below is 0 in float32
-
-
-@triton.jit
-def bounds(slot, starts, stops, T, chunks, C: tl.constexpr, VARLEN: tl.constexpr):
-    """First token of a chunk and the end of its sequence, counted over all rows."""
-    if VARLEN:
-        start, stop = tl.load(starts + slot), tl.load(stops + slot)
-    else:
-        row = slot // chunks
-        start, stop = row * T + (slot % chunks) * C, row * T + T
-    return start.to(tl.int64), stop.to(tl.int64)
-
-
-@triton.jit
-def real_tokens(mask_ptr, start, inside, t, MASKED: tl.constexpr):
-    """[C]: which tokens of a chunk exist and are no padding."""
-    if MASKED:
-        inside = inside & (tl.load(mask_ptr + start + t, mask=inside, other=0) != 0)
-    return inside
-
-
-@triton.jit
-def tile(ptr, index, height: tl.constexpr, width: tl.constexpr, top, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS, BLOCK] of the index-th of tensors [height, width], both padded, from row `top` and column `first` on."""
-    row, column = top + tl.arange(0, ROWS), first + tl.arange(0, BLOCK)
-    at = ptr + index.to(tl.int64) * (height * width) + (row[:, None] * width + column[None, :])
-    if height % ROWS == 0 and width % BLOCK == 0:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=(row < height)[:, None] & (column < width)[None, :], other=0.0)
-    return x
-
-
-@triton.jit
-def put(ptr, index, height: tl.constexpr, width: tl.constexpr, first, x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write x where `tile` reads."""
-    row, column = tl.arange(0, ROWS), first + tl.arange(0, BLOCK)
-    at = ptr + index.to(tl.int64) * (height * width) + (row[:, None] * width + column[None, :])
-    x = x.to(ptr.dtype.element_ty)
-    if height % ROWS == 0 and width % BLOCK == 0:
-        tl.store(at, x)
-    else:
-        tl.store(at, x, mask=(row < height)[:, None] & (column < width)[None, :])
-
-
-@triton.jit
-def load_logits(ptr, t, real, step, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr):
-    """[C, BK] of q or k, as it is in memory."""
-    empty: tl.constexpr = float("-inf") if UNIT_EXP and not NORM else 0.0
-    return load_tile(ptr, t, real, step, tl.arange(0, BK), K, empty)
-
-
-@triton.jit
-def unit_exp(x, weight, eps, real, K: tl.constexpr, NORM: tl.constexpr):
-    """(e / |e| with e = exp(x - max x), behind an RMS norm with NORM, [C, BK], 0 for padding; what `unit_exp_of_slice`
-    needs to know of all channels: 1 / rms, max x, 1 / |e|, [C] each) of x as `load_logits` gives it."""
-    r = 1.0
-    if NORM:
-        r = one_over_rms(x.to(tl.float32), eps, K)
-    x = logits(x, weight, eps, real, K, NORM)
-    to_log2: tl.constexpr = 1.0 if NORM else LOG2E
-    top = tl.where(real, largest(x, 1), 0.0)
-    e = exp2((x - top[:, None]) * to_log2)
-    factor = tl.where(real, tl.rsqrt(tl.sum(e * e, 1)), 0.0)
-    return e * factor[:, None], (r, top, factor)
-
-
-@triton.jit
-def load_features(
-    ptr, t, real, step, weight, eps, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
-):
-    """[C, BK] float32, 0 for padding: what is in memory or, with UNIT_EXP, `unit_exp` of it."""
-    x = load_logits(ptr, t, real, step, K, BK, UNIT_EXP, NORM)
-    if UNIT_EXP:
-        x, _ = unit_exp(x, weight, eps, real, K, NORM)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def statistics(
-    ptr, t, real, step, weight_ptr, eps, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
-):
-    """What `load_slice` needs to know of all channels."""
-    known = (1.0, 0.0, 1.0)
-    if UNIT_EXP:
-        weight = load_weight(weight_ptr, tl.arange(0, BK), K, NORM)
-        _, known = unit_exp(load_logits(ptr, t, real, step, K, BK, True, NORM), weight, eps, real, K, NORM)
-    return known
-
-
-@triton.jit
-def load_weight(weight_ptr, column, K: tl.constexpr, NORM: tl.constexpr):
-    """Of the norm of q or k, times log2(e): [BLOCK]."""
-    weight = 1.0
-    if NORM:
-        weight = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32) * LOG2E
-    return weight
-
-
-@triton.jit
-def load_slice(
-    ptr, t, real, step, weight_ptr, known, column, K: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
-):
-    """`load_features` of the channels `column`; known: `statistics`."""
-    empty: tl.constexpr = float("-inf") if UNIT_EXP and not NORM else 0.0
-    x = load_tile(ptr, t, real, step, column, K, empty).to(tl.float32)
-    if UNIT_EXP:
-        to_log2: tl.constexpr = 1.0 if NORM else LOG2E
-        if NORM:
-            x *= known[0][:, None] * load_weight(weight_ptr, column, K, NORM)[None, :]
-            x = tl.where(real[:, None] & (column < K)[None, :], x, float("-inf"))
-        x = exp2((x - known[1][:, None]) * to_log2) * known[2][:, None]
-    return x
-
-
-@triton.jit
-def feature_gradient(phi, d, along, UNIT_EXP: tl.constexpr):
-    """Gradient of what `load_slice` read (behind its norm), from that of the features, d. along [C]: phi . d over all
-    channels."""
-    if UNIT_EXP:
-        d = phi * (d - phi * along[:, None])
-    return d
-
-
-@triton.jit
-def load_beta(beta_ptr, start, t, real, h, H, limit, LOGITS: tl.constexpr):
-    """[C], 0 for padding. LOGITS: limit * sigmoid of what is in memory."""
-    b = tl.load(beta_ptr + (start + t) * H + h, mask=real, other=0.0).to(tl.float32)
-    if LOGITS:
-        b = tl.where(real, limit * tl.sigmoid(b), 0.0)
-    return b
-
-
-@triton.jit
-def load_decays(
-    g_ptr, r_ptr, t, real, g_step, r_step, column, K: tl.constexpr, GATE: tl.constexpr, PER_HEAD: tl.constexpr
-):
-    """Log2-decays of the channels `column`, at least LOWEST; 0 for padding. GATE: "none", "log" (natural logarithms) or
-    "refined" (logits); PER_HEAD: one for all channels."""
-    if PER_HEAD:
-        one = tl.load(g_ptr + t * g_step, mask=real, other=0.0).to(tl.float32) * LOG2E
-        gg = tl.broadcast_to(one[:, None], (t.shape[0], column.shape[0]))
-    else:
-        g, r = load_gate(g_ptr, r_ptr, t, real, g_step, r_step, column, K, GATE)
-        gg = decays(g, r, t.shape[0], column.shape[0], GATE)
-    return maximum(gg, LOWEST)
-
-
-@triton.jit
-def factors(gg, DEEP: tl.constexpr, EXACT: tl.constexpr):
-    """(E, the factor of what scores write, 0 where a token is out of range, and F, all [C, BK]; total [BK] in bits;
-    B)."""
-    B = sums(gg, 1.0, False, EXACT)
-    total = tl.sum(gg, 0)
-    D = exp2(-B)
-    if DEEP:
-        D = tl.where(B > -NEAR, D, 0.0)
-        F = exp2(later(gg, "tf32x3" if EXACT else "tf32"))
-    else:
-        F = D * exp2(total)[None, :]
-    return exp2(B), D, F, total, B
-
-
-@triton.jit
-def doubled(X, A, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """`inverse` of diagonal blocks of 2 SIZE rows, from X, that of blocks of SIZE: these on the diagonal, and
-    -X_2 A_21 X_1 below."""
-    rows = tl.arange(0, A.shape[0])
-    t, s = rows[:, None], rows[None, :]
-    below = ((t // (2 * SIZE)) == (s // (2 * SIZE))) & ((t // SIZE) > (s // SIZE))
-    AX = tl.dot(tl.where(below, A, 0.0), X, input_precision=PRECISION)
-    return X - tl.dot(X, AX, input_precision=PRECISION)
-
-
-@triton.jit
-def inverse(A, PRECISION: tl.constexpr):
-    """(I + A)^-1 of strictly lower triangular A [C, C]: of diagonal blocks of 2 rows, then of 4, 8, ... rows."""
-    rows = tl.arange(0, A.shape[0])
-    t, s = rows[:, None], rows[None, :]
-    X = tl.where(t == s, 1.0, 0.0) - tl.where((t // 2) == (s // 2), A, 0.0)
-    for level in tl.static_range(1, 6):
-        if 2**level < A.shape[0]:
-            X = doubled(X, A, 2**level, PRECISION)
-    return X
 
 
 @triton.jit
