@@ -20,6 +20,10 @@ from regla.runtime.errors import LostProcessError, OptionError, OtherProcessErro
 
 _PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+# Groups of processes, to the end of this one. Were DistributedDataParallel the last to hold a group, it would end it with
+# the interpreter's lock, for which a thread of the group may wait: neither would end.
+_held: list[Any] = []
+
 
 class Processes:
     """This process among those of a run; without a launcher it is the first and only one.
@@ -174,6 +178,7 @@ def processes(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
         device, backend = torch.device("cuda", found.local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     dist.init_process_group(backend)
+    _held.append(dist.group.WORLD)
     connected = True
     try:
         with nullcontext() if found.is_first else redirect_stdout(io.StringIO()):
