@@ -200,6 +200,9 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
             kind.add_argument("--eager", action="store_true", help="without torch.compile, which a CPU never uses here")
         if name in ("decode", "train"):
             kind.add_argument("--config", metavar="FILE.json", help="ReGLAConfig arguments for the ReGLA model")
+        if name == "train":
+            text = "tokens of a sequence (default: 2048 8192 32768; a step has 32768 tokens, or one sequence)"
+            kind.add_argument("--lengths", nargs="+", type=int, default=[], metavar="N", help=text)
 
 
 def linearize_arguments(parser: argparse.ArgumentParser) -> None:

@@ -245,13 +245,14 @@ BENCH_TRAIN = """\
 Time whole steps of training, forward, backward and AdamW, of a softmax model and of ReGLA at equal parameters, and of
 that model without its recurrence: with values for outputs, all projections in place, and with every mixer replaced by
 the identity. All have the same number of tokens in a step. Where memory runs out, the row says so, and another has
-activation checkpointing.
+activation checkpointing. FLOP utilisation is of the rate that a product of matrices of 8,192 rows reaches.
 
 A case is called MODEL/lengthN, such as regla/length2048.
 
 examples:
   regla bench train --out benchmarks/gpu/h100.jsonl
   regla bench train --only '*/length2048' --eager
+  regla bench train --lengths 2048 131072 --only 'regla/*' 'softmax/*'
   regla bench train --config axis.json                        where axis.json holds {"gate_axis": "value"}
   regla bench train --device cpu --quick
 """

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from regla.bench import decode, ops, run
 from regla.bench.decode import fill, set_length
+from regla.bench.flops import training_flops
 from regla.bench.measure import Case, Row, floor_columns, quantiles, time_call
 from regla.bench.models import build, configs
 from regla.bench.train import IdentityMixer, _model
@@ -179,6 +181,36 @@ def test_train(tmp_path: Path) -> None:
         assert row["setting"] == {"length": 16, "batch": 4, "dtype": "bfloat16", "compiled": False}
         assert row["activation_checkpointing"] is False
     assert set(rows[3]["against"]) == {"softmax", "identity", "values"}
+
+
+@pytest.mark.parametrize("update_rule", ["additive", "delta"])
+def test_operations_are_counted_from_shapes(update_rule: str) -> None:
+    """As PyTorch counts linear maps and attention, half of which causality saves; and recurrences by hand."""
+    more = {"update_rule": update_rule, "feature_map": "unit_safe_exp"} if update_rule == "delta" else None
+    ids, L = torch.zeros(1, 16, dtype=torch.int64), 16
+    for name in ("softmax", "identity", "values", "regla"):
+        model = _model(name, L, CPU, True, more)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.set_attn_implementation("eager") if name == "softmax" else None
+            if name == "regla":
+                _model("values", L, CPU, True, more)(ids, use_cache=False)
+            else:
+                model(ids, use_cache=False)
+        attention = 2 * L * 32 * 2  # of a token and two layers of width 32, without the half that causality saves
+        recurrence = 2 * 2 * 2 * 16 * 16 * (3 if update_rule == "delta" else 2)  # two layers of two heads
+        recurrence += 2 * 2 * 2 * 32 if update_rule == "delta" else 0  # beta, which values for outputs have not
+        expected = counter.get_total_flops() / L
+        expected += {"softmax": -attention, "regla": recurrence}.get(name, 0)
+        assert training_flops(model, L) == 3 * expected, name
+
+
+def test_lengths_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = bench("train --quick --device cpu --only regla/* --lengths 8 128", tmp_path / "rows.jsonl")
+    assert [(row["setting"]["length"], row["setting"]["batch"]) for row in rows] == [(8, 8), (128, 1)]
+    assert all(row["utilisation"] > 0 for row in rows) and "FLOP utilisation" in capsys.readouterr().out
+    assert rows[0]["matrix_flops_per_second"] == rows[1]["matrix_flops_per_second"]  # measured once
+    assert main(["bench", "train", "--lengths", "0", "--quick"]) == 2
+    assert capsys.readouterr().err == "regla: error: --lengths has 0, expected numbers of tokens above 0.\n"
 
 
 def test_the_identity_is_all_of_regla_but_its_mixers() -> None:

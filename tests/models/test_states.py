@@ -51,6 +51,23 @@ def test_a_loaded_state_continues_bit_for_bit(model, tmp_path):
         assert torch.equal(expected, actual)
 
 
+@pytest.mark.gpu
+def test_a_state_saved_on_a_gpu_goes_on_on_a_cpu(model, tmp_path):
+    """Greedy tokens in float32; logits differ by rounding."""
+    ids = ids_of(2, 300)
+    expected, logits = written(model, read(model, ids), 40)
+    model.cuda()
+    state = read(model, ids.cuda())
+    save_state(tmp_path / "s", model, state.cache, state.input_ids)
+    on_gpu, _ = written(model, state, 40)
+    model.cpu()
+    loaded = load_state(tmp_path / "s", model)
+    assert loaded.input_ids.device.type == "cpu"
+    tokens, ours = written(model, loaded, 40)
+    assert torch.equal(tokens, expected) and torch.equal(tokens, on_gpu.cpu())
+    torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
+
+
 def test_generation_in_two_parts_is_that_in_one(model, tmp_path):
     state = read(model, ids_of(1, 7))
     whole, _ = written(model, read(model, state.input_ids), 20)

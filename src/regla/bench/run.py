@@ -61,13 +61,16 @@ def bench_train(
     quick: bool = False,
     eager: bool = False,
     config: str | None = None,
+    lengths: Sequence[int] = (),
 ) -> list[Row]:
     """Time training steps; see `regla.bench.train`. The rows."""
     where = pick_device(device)
+    if any(length <= 0 for length in lengths):
+        raise ValueError(f"--lengths has {min(lengths)}, expected numbers of tokens above 0.")
     own = None if config is None else read_overrides(config)
     kind = _dtype(dtype, where)
     with _as_in_training(kind):
-        cases = train.cases(where, kind, quick=quick, eager=eager, overrides=own)
+        cases = train.cases(where, kind, quick=quick, eager=eager, overrides=own, lengths=lengths)
         return run(cases, where, out=out, only=only)
 
 

@@ -3,21 +3,23 @@
 Models of one shape at several sequence lengths, with the same number of tokens in every step: softmax attention
 (PyTorch's SDPA), ReGLA at equal parameters, and that model without its recurrence: with values for outputs, all
 projections in place, and with every mixer replaced by the identity. Weights are float32, products run under autocast.
-Tokens are random.
+Tokens are random. A model's FLOP utilisation is its floating point operations a second (`regla.bench.flops`) over those
+of a large product of matrices, which is measured first.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from regla.bench.flops import matrix_rate, training_flops
 from regla.bench.measure import Case, Row, Timing, dtype_name, give_memory_back, quantiles
 from regla.bench.models import build, configs
 from regla.layers.norms import norm_and_gate
@@ -71,15 +73,21 @@ def cases(
     quick: bool = False,
     eager: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    lengths: Sequence[int] = (),
 ) -> list[Case]:
-    """Every length with softmax, the identity, values for outputs and ReGLA; `overrides` as in `configs`."""
+    """Every length with softmax, the identity, values for outputs and ReGLA; `overrides` as in `configs`.
+
+    lengths: of sequences, in place of the usual ones. A step has TOKENS tokens, or one sequence where that is longer.
+    """
     configs(max_length=1, quick=quick, overrides=overrides)  # what does not fit is found before anything is measured
-    lengths, tokens = ((16, 64), 64) if quick else (LENGTHS, TOKENS)
+    usual, tokens = ((16, 64), 64) if quick else (LENGTHS, TOKENS)
     compiled = device.type == "cuda" and not eager
+    rate = cache(partial(matrix_rate, device, dtype, quick=quick))
     found = []
-    for length in lengths:
+    for length in lengths or usual:
+        batch = max(1, tokens // length)
         for model in ("softmax", "identity", "values", "regla"):
-            measure = partial(_measure, model, length, tokens // length, device, dtype, compiled, quick, overrides)
+            measure = partial(_measure, model, length, batch, device, dtype, compiled, quick, overrides, rate)
             found.append(Case(f"{model}/length{length}", measure))
     return found
 
@@ -93,6 +101,7 @@ def _measure(
     compiled: bool,
     quick: bool,
     overrides: Mapping[str, Any] | None,
+    rate: Callable[[], float],
 ) -> Iterator[Row | str]:
     """A row; where memory runs out, one that says so and another with activation checkpointing."""
     setting = {"length": length, "batch": batch, "dtype": dtype_name(dtype), "compiled": compiled}
@@ -110,7 +119,8 @@ def _measure(
         except torch.OutOfMemoryError:
             yield row | {"out_of_memory": True}
         else:
-            yield row | measured
+            done = measured["flops_per_token"] * measured["tokens_per_second"]
+            yield row | measured | {"matrix_flops_per_second": rate(), "utilisation": done / rate()}
             return
         give_memory_back(device)
 
@@ -136,6 +146,7 @@ def _train(
         "parameters": model.num_parameters(),
         **timing.as_row(),
         "tokens_per_second": tokens_per_second,
+        "flops_per_token": training_flops(model, length),
         "peak_bytes": peak,
     }
 

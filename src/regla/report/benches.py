@@ -138,6 +138,7 @@ def _train_cells(row: Row) -> dict[str, str]:
         "batch": str(setting["batch"]),
         "tokens/s": _number(row, "tokens_per_second", ",.0f"),
         **_time(row, "ms", 1e-3),
+        **({"FLOP utilisation": f"{row['utilisation']:.1%}"} if "utilisation" in row else {}),
         "peak memory": _memory(row.get("peak_bytes")),
         "x softmax": _ratio(row, "softmax"),
         "x values": _ratio(row, "values"),

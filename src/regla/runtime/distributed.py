@@ -20,8 +20,8 @@ from regla.runtime.errors import LostProcessError, OptionError, OtherProcessErro
 
 _PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# Groups of processes, to the end of this one. Were DistributedDataParallel the last to hold a group, it would end it with
-# the interpreter's lock, for which a thread of the group may wait: neither would end.
+# Groups of processes, to the end of this one. Were DistributedDataParallel the last to hold a group, it would end it
+# with the interpreter's lock, for which a thread of the group may wait: neither would end.
 _held: list[Any] = []
 
 
