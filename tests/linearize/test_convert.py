@@ -11,6 +11,7 @@ from regla.cli import main
 from regla.data.tokenizer import train_tokenizer
 from regla.linearize import check_transfer, convert, layer_types
 from regla.models import ReGLAConfig
+from tests.same import assert_same_model
 
 
 def llama(**changes) -> LlamaForCausalLM:
@@ -93,7 +94,7 @@ def test_saves_loads_and_generates(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.config.mixer["gate_axis"] == "key" and loaded.config.rope_parameters["rope_theta"] == 1e5
     tokens = torch.randint(97, (2, 7))
-    assert torch.equal(loaded(tokens).logits, converted(tokens).logits)
+    assert_same_model(loaded, converted, tokens)
     assert loaded.generate(tokens, max_new_tokens=5, do_sample=False).shape == (2, 12)
 
 
@@ -108,7 +109,7 @@ def test_the_delta_rule_in_converted_layers(tmp_path):
     converted.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.mixer == converted.config.mixer and again.config.mixer["update_rule"] == "delta"
-    assert torch.equal(again(tokens).logits, converted(tokens).logits)
+    assert_same_model(again, converted, tokens)
 
 
 def test_from_folder_to_folder(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.same import assert_same_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from regla.models import ReGLAConfig, ReGLAForCausalLM, ReGLAModel
@@ -28,12 +29,7 @@ def test_loading_changes_nothing(saved):
     model, folder = saved
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert type(again) is ReGLAForCausalLM
-    parameters = dict(again.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameters.pop(name), parameter), name
-    assert not parameters
-    ids = torch.randint(3, 97, (2, 9))
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert_same_model(again, model, torch.randint(3, 97, (2, 9)))
 
 
 def test_tied_weights_stay_tied(build, tmp_path):
@@ -57,8 +53,7 @@ def test_folders_from_before_an_option_load(build, tmp_path):
     path.write_text(json.dumps(config))
     again, report = ReGLAForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    ids = torch.randint(3, 97, (2, 9))
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert_same_model(again, model, torch.randint(3, 97, (2, 9)))
 
 
 @pytest.fixture

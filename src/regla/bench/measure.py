@@ -152,9 +152,9 @@ def floor_columns(moved: int, rate: float, p50_us: float) -> Row:
 
 
 def give_memory_back(device: torch.device) -> None:
-    """Make what nobody holds any more free for the next case."""
-    gc.collect()
+    """Make what nobody holds any more free for the next case, where memory is scarce: on a GPU."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
