@@ -17,6 +17,7 @@ from regla.train.config import (
     DEVICES,
     DTYPES,
     MIXERS,
+    MOST_SKIPPED,
     PARALLEL,
     RESUME,
     TASKS,
@@ -117,6 +118,13 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add(run, "--warmup", int, "steps of linear warm-up (default: a tenth of all)")
     add(run, "--weight-decay", float, "of linear maps, embeddings and convolutions; norms and biases do not decay")
     add(run, "--seed", int, "of initial weights and crops")
+    add(
+        run,
+        "--max-skipped-steps",
+        int,
+        "of the last 100, whose loss or gradient is not finite; one more ends the run (default: a tenth of the run, at "
+        f"most {MOST_SKIPPED})",
+    )
     run.add_argument("--compile", action="store_true", help="torch.compile the blocks and the loss")
     run.add_argument(
         "--activation-checkpointing", action="store_true", help="less memory, more time: compute activations twice"

@@ -259,7 +259,7 @@ def test_stop_ends_after_the_current_step() -> None:
 
 @pytest.mark.parametrize("mixer", ["regla", "softmax"])
 def test_numbers_that_are_not_finite_end_the_run(mixer: str) -> None:
-    with pytest.raises(FloatingPointError, match=r"step \d+.*; lower --lr or lengthen --warmup\.$|Step \d+ failed"):
+    with pytest.raises(FloatingPointError, match=r"step \d+ .*; lower --lr or lengthen --warmup\.$"):
         run(steps=50, lr=1e30, mixer=mixer)
 
 
@@ -286,7 +286,10 @@ def spoiled(number: int, kind: float, parameter: nn.Parameter):
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(kind: float, step: int) -> None:
     model, config = tiny_model(steps=4)
     parameter = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(FloatingPointError, match=rf"^The gradient is no longer finite \(by step {step}\); lower --lr"):
+    with pytest.raises(
+        FloatingPointError,
+        match=rf"^The gradient of step {step} is not finite, in model\.layers\.0\.mlp\.up_proj\.weight; with it 1 of",
+    ):
         optimise(model, TOKENS_N, config, progress=Progress(), stop=lambda: False, loss=spoiled(step, kind, parameter))
     expected, config = tiny_model(steps=4)
     optimise(expected, TOKENS_N, config, progress=(done := Progress()), stop=lambda: done.steps == step - 1)

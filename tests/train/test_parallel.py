@@ -19,7 +19,7 @@ from regla.data.tokenizer import train_tokenizer
 from regla.linearize import convert
 from regla.models import ReGLAForCausalLM
 from regla.runtime import checkpoint
-from regla.train import loop
+from regla.train import loop, material
 
 from ..linearize.originals import original
 from ..ranks import Ended, in_processes
@@ -112,6 +112,54 @@ def test_groups_share_sequences_and_their_processes_tokens(alone: Path, corpus: 
     ended = run(4, tmp_path / "run", corpus, "--parallel", "sequence", "--sequence-parallel-size", "2")
     assert [one.code for one in ended] == [0] * 4, ended
     assert_same_run(tmp_path / "run", alone)
+
+
+def spoil_layer(step: int, rank: int) -> Callable[[], None]:
+    """Makes the gradient of a weight in layer 1 NaN in process `rank` (None: in any) and step `step` alone."""
+
+    def before() -> None:
+        good, latest, draw = loop.next_token_loss, [0], loop.crops
+
+        def drawing(*arguments, batch: int, **options):
+            latest[0] = batch + 1
+            return draw(*arguments, batch=batch, **options)
+
+        def loss(model, crop_BL):
+            if latest[0] != step or os.environ.get("RANK", str(rank)) != str(rank):
+                return good(model, crop_BL)
+            named = getattr(model, "module", model).model.layers[1].mlp.up_proj
+            handle = named.register_forward_hook(lambda module, args, x: x + 0 * torch.sqrt(0 * x))
+            value = good(model, crop_BL)
+            handle.remove()
+            return value
+
+        loop.crops, material.next_token_loss = drawing, loss
+
+    return before
+
+
+@pytest.mark.parametrize(
+    "kind", ["fsdp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "sequence"))]
+)
+def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(
+    kind: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max-skipped-steps", "1", "--parallel", kind)
+    before = spoil_layer(4, rank=1)
+    ended = run(2, tmp_path / "run", corpus, *options, before=before, steps=6)
+    assert [one.code for one in ended] == [0, 0], ended
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "crops", loop.crops)
+        patch.setattr(material, "next_token_loss", material.next_token_loss)
+        before()
+        assert main(command(tmp_path / "alone", corpus, *options, steps=6)) == 0
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["skipped_steps"] == 1
+    for out in (tmp_path / "run", tmp_path / "alone"):
+        (found,) = [one for line in log(out) for one in line.get("skipped", ())]
+        assert found["step"] == 4 and found["last"].startswith("model.layers.1."), found
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "alone"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

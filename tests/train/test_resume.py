@@ -198,7 +198,8 @@ def test_a_loss_that_is_not_finite_keeps_and_names_the_last_good_checkpoint(
         assert main(command(out, corpus)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        "regla: error: The loss is no longer finite (by step 6); lower --lr or lengthen --warmup. "
+        "regla: error: The loss of step 6 is not finite; with it 1 of the last 100 steps are skipped, and at "
+        "most 0 may be; lower --lr or lengthen --warmup. "
         f"--resume goes on from the last checkpoint, {out / 'checkpoints' / 'step-000003'}."
     )
     assert checkpoints(out) == ["step-000003"] and not (out / "model.safetensors").exists()

@@ -203,12 +203,15 @@ def _log_of(log: TrainingLog, stage: str, before: int) -> Callable[[dict[str, An
 
 
 def _figures(stage: Stage, progress: Progress, out: Path) -> dict[str, Any]:
-    logged = [record["loss"] for record in read_log(out) if record.get("stage") == stage.name]
-    first = logged[0] if stage.checkpoints.resumed is not None and logged else progress.losses[0]
+    records = [record for record in read_log(out) if record.get("stage") == stage.name]
+    logged = [record["loss"] for record in records if record["loss"] is not None]
+    first = (logged if stage.checkpoints.resumed is not None and logged else progress.losses)[0]
     return {
         "steps": progress.steps,
         "tokens": progress.steps * stage.config.tokens_per_step,
         "seconds": progress.total_seconds,
         "first_loss": first,
         "last_loss": progress.train_loss,
+        "skipped_steps": progress.skipped,
+        "loss_spikes": progress.spikes,
     }

@@ -6,12 +6,29 @@ Shapes are always checked, numbers where that makes no device wait.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from regla.ops.call import Call, QKNorm
 from regla.ops.features import KEY_MAX
+
+
+_numbers_checked = True
+
+
+@contextmanager
+def numbers_unchecked() -> Iterator[None]:
+    """Within the context numbers are not checked unless `validate` asks for it: for a caller that looks at the result,
+    as a training loop does."""
+    global _numbers_checked
+    before, _numbers_checked = _numbers_checked, False
+    try:
+        yield
+    finally:
+        _numbers_checked = before
 
 
 def check_decays(gk: Tensor | None, gv: Tensor | None, validate: bool | None, mask: Tensor | None = None) -> None:
@@ -148,5 +165,5 @@ def check_bounds(bounds: list[int], T: int) -> None:
 
 def _reads_numbers(x: Tensor, validate: bool | None) -> bool:
     if validate is None:
-        return x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return _numbers_checked and x.device.type == "cpu" and not torch.compiler.is_compiling()
     return validate

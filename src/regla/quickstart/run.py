@@ -121,7 +121,7 @@ def read_losses(run: Path) -> Curve:
     """(tokens, loss) of every step in the log of a training run."""
     lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
+    return [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
 
 
 def comparison(models: dict[str, dict[str, Any]]) -> str:

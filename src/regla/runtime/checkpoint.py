@@ -4,7 +4,7 @@
         model.safetensors       parameters and buffers
         optimizer.safetensors   PARAMETER/KEY: what AdamW keeps for each parameter
         random.safetensors      states of PyTorch's generators
-        state.json              format, step, last losses, seconds, and the settings of the run
+        state.json              format, step, last losses, seconds, skipped steps, and the settings of the run
         manifest.json           size and SHA-256 of each file above
 
 The crops of a batch depend on its number alone, so the step is also the position in the data. Of several processes the
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from regla.runtime.distributed import ALONE, Processes, local, whole
 from regla.runtime.files import remove_unfinished, sync_folder, unfinished_name, write_synced
-from regla.runtime.progress import CALMER, FINAL_STEPS, Progress
+from regla.runtime.progress import CALMER, WINDOW, Progress
 
 FOLDER = "checkpoints"
 _KEEP = 2
@@ -135,6 +135,9 @@ class Checkpoints:
         progress.steps = state["step"]
         progress.losses = state["losses"]
         progress.seconds_before = state["seconds"]
+        progress.skipped = state.get("skipped", 0)
+        progress.skipped_lately = state.get("skipped_lately", [])
+        progress.spikes = state.get("spikes", 0)
         self._files = {}
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
@@ -167,8 +170,11 @@ class Checkpoints:
         state = {
             "format": FORMAT,
             "step": progress.steps,
-            "losses": progress.losses[-FINAL_STEPS:],
+            "losses": progress.losses[-WINDOW:],
             "seconds": progress.total_seconds,
+            "skipped": progress.skipped,
+            "skipped_lately": progress.skipped_lately,
+            "spikes": progress.spikes,
             "settings": self.settings,
         }
         temporary = unfinished_name(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +38,8 @@ class TrainingLog:
         except OSError as error:
             raise OSError(f"The log {self._file.name} cannot be written ({error.strerror}).") from error
         if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float):  # not the name of a stage
-                    self._tensorboard.add_scalar(name, value, record["step"])
+            for name, value in _scalars({key: value for key, value in record.items() if key != "step"}):
+                self._tensorboard.add_scalar(name, value, record["step"])
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -72,6 +72,17 @@ def _tensorboard_writer(folder: Path, after: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=after + 1 if after else None)
+
+
+def _scalars(record: dict[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """The figures of a record and of those within it, with `/` between their names, and the lengths of its lists."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{before}{name}/")
+        elif isinstance(value, list):
+            yield f"{before}{name}", len(value)
+        elif isinstance(value, int | float):  # not the name of a stage
+            yield f"{before}{name}", value
 
 
 def _whole_lines(file: Path) -> list[str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 READ_EVERY = 10  # steps between looks at the loss, each of which waits for the device
 FINAL_STEPS = 20  # steps whose mean is the final training loss
+WINDOW = 100  # steps that a spike is compared with, and among which skipped ones are counted
 CALMER = "lower --lr or lengthen --warmup"
 
 
@@ -21,7 +18,8 @@ class Progress:
     steps: int = 0
     """Of the whole run; those before a resume count."""
     losses: list[float] = field(default_factory=list)
-    """The loss of each step in nats, before its update; of the steps before a resume only the last 20."""
+    """The loss of each step that was not skipped in nats, before its update; of those before a resume only the last
+    WINDOW."""
     seconds: list[float] = field(default_factory=list)
     """Of training, from the start of this process's first step to the end of each (on a GPU: of each group read
     together)."""
@@ -29,22 +27,20 @@ class Progress:
     """Of this process, on checkpoints and evaluations between steps."""
     seconds_before: float = 0.0
     """Spent before a resume."""
+    skipped: int = 0
+    """Steps passed over, as their loss or gradient was not finite."""
+    skipped_lately: list[int] = field(default_factory=list)
+    """Which of the last WINDOW steps."""
+    spikes: int = 0
+    """Steps whose loss was far above those before."""
 
-    def read(self, latest: list[tuple[Tensor, Tensor]], started: float) -> None:
-        """Take over (loss, norm of the gradient) of the latest steps; waits for the device to finish them.
-
-        Raises FloatingPointError where one of them is not finite.
-        """
-        losses, norms = torch.stack([torch.stack(pair) for pair in latest]).T.tolist()
-        self.losses.extend(losses)
-        self.seconds.extend([time.perf_counter() - started - self.seconds_aside] * len(losses))
-        for name, numbers in (("loss", losses), ("gradient", norms)):
-            if not all(map(math.isfinite, numbers)):
-                raise FloatingPointError(f"The {name} is no longer finite (by step {self.steps}); {CALMER}.")
+    def note_time(self, steps: int, started: float) -> None:
+        """Note when the latest steps were done, which the device has finished."""
+        self.seconds.extend([time.perf_counter() - started - self.seconds_aside] * steps)
 
     @property
     def train_loss(self) -> float | None:
-        """Mean of the last 20 steps."""
+        """Mean of the last 20 steps that were not skipped."""
         last = self.losses[-FINAL_STEPS:]
         return sum(last) / len(last) if last else None
 

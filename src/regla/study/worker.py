@@ -110,6 +110,7 @@ def curve(log: Path) -> list[tuple[int, float]]:
     if not log.is_file():
         return []
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    records = [record for record in records if record["loss"] is not None]  # None: the step was skipped
     stretch = -(-len(records) // CURVE_POINTS)
     parts = [records[start : start + stretch] for start in range(0, len(records), stretch or 1)]
     return [(part[-1]["step"], round(sum(record["loss"] for record in part) / len(part), 4)) for part in parts]

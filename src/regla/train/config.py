@@ -24,6 +24,7 @@ DEFAULT_PAIRS = (4, 8, 16)
 RESUME = ("latest", "previous")
 PARALLEL = ("ddp", "fsdp", "sequence")
 SHORTEST_SAVE = 50
+MOST_SKIPPED = 10
 _MOST_TOKENS = 2**53
 
 
@@ -56,12 +57,16 @@ class LoopConfig:
     """Steps between checkpoints; None: a tenth of the run, but at least SHORTEST_SAVE."""
     eval_every: int | None = without_effect(None)
     """Steps between validations in the log; None: only one, at the end."""
+    max_skipped_steps: int | None = without_effect(None)
+    """How many of the last 100 steps may be skipped because their loss or gradient is not finite; one more ends the
+    run. None: a tenth of the run, but at most MOST_SKIPPED."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size", "accumulate", "save_every", "eval_every"):
             check_count(name, getattr(self, name))
         check_count("tokens", self.tokens, most=_MOST_TOKENS)
-        check_count("warmup", self.warmup, least=0)
+        for name in ("warmup", "max_skipped_steps"):
+            check_count(name, getattr(self, name), least=0)
         check_number("lr", self.lr)
         check_number("weight_decay", self.weight_decay, zero=True)
         check_seed(self.seed)
@@ -82,6 +87,10 @@ class LoopConfig:
     @property
     def save_steps(self) -> int:
         return max(SHORTEST_SAVE, self.total_steps // 10) if self.save_every is None else self.save_every
+
+    @property
+    def most_skipped(self) -> int:
+        return min(MOST_SKIPPED, self.total_steps // 10) if self.max_skipped_steps is None else self.max_skipped_steps
 
     @property
     def warmup_steps(self) -> int:

@@ -20,10 +20,12 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from regla.layers.positions import ShortConvolution
+from regla.ops.checks import numbers_unchecked
 from regla.runtime.checkpoint import Checkpoints, check_finite
 from regla.runtime.device import TF32_IN_TRAINING, autocast, float32_products
-from regla.runtime.progress import CALMER, READ_EVERY, Progress
+from regla.runtime.progress import READ_EVERY, Progress
 from regla.train.config import LoopConfig
+from regla.train.guards import Guards, figures, first_not_finite, in_forward_order
 from regla.train.parallel import Parallel
 from regla.train.regions import compiled_blocks
 
@@ -146,16 +148,18 @@ def token_bar(total: int, done: int, *, shown: bool = True) -> tqdm:
     )
 
 
-def finite_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
-    """Whether to make the step of a gradient of norm `norm`; keeps one that is not finite from the weights.
+def finite_step(optimizer: torch.optim.Optimizer, numbers: Tensor) -> bool:
+    """Whether to make the step of a loss and a gradient's norm, `numbers`; keeps those that are not finite from the
+    weights.
 
     On a GPU the answer would wait for the device. There the fused kernel is told, as torch.amp.GradScaler tells it, and
-    changes nothing where the norm is not finite.
+    changes nothing where one of them is not finite.
     """
+    finite = torch.isfinite(numbers).all()
     if all(group["fused"] for group in optimizer.param_groups):
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         return True
-    return bool(torch.isfinite(norm))
+    return bool(finite)
 
 
 def optimise(
@@ -188,7 +192,8 @@ def optimise(
     ends it. `evaluate()` is called every `config.eval_every` steps and returns a validation loss. `log` receives
     `{"step", "tokens", "loss", "lr", "gradient_norm", "tokens_per_second", "seconds"}` and, where there is
     one, `"validation_loss"`, each time the losses are read: after every step on a CPU, every tenth elsewhere; `loss`
-    and `tokens_per_second` are the means since the record before.
+    and `tokens_per_second` are the means since the record before. `"skipped"` and `"spikes"` are there where a step
+    was one, see `regla.train.guards`; a loss or norm that is not finite is None.
 
     `bar` shows the progress of a longer whole, of which this run is a part; it moves by the tokens of each step. None:
     that of this run alone.
@@ -196,11 +201,12 @@ def optimise(
     `parallel` shares the work with other processes, each of which calls this with the same arguments; `log` is the
     first one's.
 
-    A gradient that is not finite never reaches the optimiser, and no weights that are not finite are saved.
+    A step whose loss or gradient is not finite is skipped: its batch is passed over, and weights and the optimiser's
+    state stay as they are. No weights that are not finite are saved.
 
     Raises:
-        FloatingPointError: the loss, the gradient's norm or a weight is no longer finite. It is raised at the latest
-            ten steps after it happened, and before anything of it is saved.
+        FloatingPointError: more than `config.most_skipped` of the last 100 steps were skipped, or a weight is no
+            longer finite. It is raised at the latest ten steps after it happened, and before anything of it is saved.
         OSError: a checkpoint cannot be written.
     """
     device = model.device
@@ -208,7 +214,10 @@ def optimise(
     called = parallel.prepare(model, config)
     batch_of = random_crops(tokens, config) if isinstance(tokens, Tensor) else tokens
     optimizer = make_optimizer(model, weight_decay=config.weight_decay, device=device, groups=groups)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names, trained = in_forward_order(
+        model, [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    )
+    guards = Guards(names, progress, config.most_skipped)
     if checkpoints is not None:
         checkpoints.restore(model, optimizer, progress)
     if config.activation_checkpointing:
@@ -217,71 +226,87 @@ def optimise(
         enable()
     model.train()
     steps = config.total_steps
-    unread: list[tuple[Tensor, Tensor]] = []  # loss and norm of the gradient
+    unread: list[Tensor] = []
     read_at = started = time.perf_counter()
     total = steps * config.tokens_per_step
     first = progress.steps
     done = first * config.tokens_per_step
     with (
         compiled_blocks(model) if config.compile else nullcontext(),
+        numbers_unchecked(),  # a step that is not finite is skipped
         nullcontext(bar) if bar is not None else token_bar(total, done, shown=parallel.processes.is_first) as bar,
     ):
         loss_of = torch.compile(loss, dynamic=False) if config.compile else loss
+
+        def batches_of(step: int) -> list[Tensor]:
+            return [batch_of(step * config.accumulate + micro) for micro in range(config.accumulate)]
+
+        def layer_of(step: int) -> str | None:
+            """The first layer whose output is not finite in the batches of a step, with the weights as they are."""
+
+            def forward() -> None:
+                for batch in batches_of(step):
+                    part = parallel.part(batch)
+                    with parallel.batch(last=False), autocast(device, config.dtype):
+                        loss(called, part)
+
+            return first_not_finite(model, forward, parallel.processes)
+
         for step in range(first, steps):
             rate = learning_rate(step, steps=steps, warmup=config.warmup_steps, peak=config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
             step_loss = torch.zeros((), device=device)
             with float32_products(tf32=config.dtype in TF32_IN_TRAINING):
-                batches = [batch_of(step * config.accumulate + micro) for micro in range(config.accumulate)]
+                batches = batches_of(step)
                 tokens_of_step = sum(count(batch) for batch in batches)
                 for micro, batch in enumerate(batches, start=1):
                     part = parallel.part(batch)
                     with parallel.batch(last=micro == config.accumulate):
-                        try:
-                            with autocast(device, config.dtype):
-                                part_loss = loss_of(called, part)
-                        except ValueError as error:
-                            if step == first:
-                                raise
-                            # Every step has the same shapes, so behind the first only the numbers can be at fault.
-                            raise FloatingPointError(f"Step {step + 1} failed: {error}; {CALMER}.") from error
+                        with autocast(device, config.dtype):
+                            part_loss = loss_of(called, part)
                         # Times the number of processes, as gradients and losses are their mean.
                         part_loss = part_loss * (count(part) * parallel.processes.count / tokens_of_step)
                         part_loss.backward()
                     step_loss += part_loss.detach()
             step_loss = parallel.processes.mean(step_loss)
             parallel.reduce(trained)
-            norm = parallel.clip(trained, _MAX_GRADIENT_NORM)
-            if finite_step(optimizer, norm):
+            norm, norms_P = parallel.clip(trained, _MAX_GRADIENT_NORM)
+            if finite_step(optimizer, torch.stack([step_loss, norm])):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.steps = step + 1
-            unread.append((step_loss, norm))
+            unread.append(figures(step_loss, norm, norms_P))
             complete = progress.steps == steps
             last = complete or stop()
             due = checkpoints is not None and (not complete or checkpoints.completed)
             save = due and (last or progress.steps % config.save_steps == 0)
             score = evaluate is not None and config.eval_every is not None and progress.steps % config.eval_every == 0
             if last or save or score or device.type == "cpu" or progress.steps % READ_EVERY == 0:
-                try:
-                    progress.read(unread, started)
-                    if save or last:
-                        check_finite(model, optimizer, progress.steps, parallel.processes)
-                except FloatingPointError as error:  # of a mean over the processes: all of them meet it
-                    raise parallel.processes.shared(error) from error
+                found = guards.read(unread)
+                progress.note_time(len(unread), started)
+                broken = [one for one in found.get("skipped", ()) if one["loss"] is None]
+                if broken:
+                    broken[0]["layer"] = layer_of(broken[0]["step"] - 1)
                 now = time.perf_counter()
                 record = {
                     "step": progress.steps,
                     "tokens": progress.steps * config.tokens_per_step,
-                    "loss": sum(progress.losses[-len(unread) :]) / len(unread),
                     "lr": rate,
-                    "gradient_norm": float(norm),
                     "tokens_per_second": len(unread) * config.tokens_per_step / (now - read_at),
                     "seconds": progress.total_seconds,
-                }
+                } | found
                 unread.clear()
-                bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
+                if progress.losses:
+                    bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}", refresh=False)
+                try:
+                    if save or last:
+                        check_finite(model, optimizer, progress.steps, parallel.processes)
+                    guards.check(record)
+                except FloatingPointError as error:  # of figures that all processes have: each of them meets it
+                    if log is not None:
+                        log(record)
+                    raise parallel.processes.shared(error) from error
                 if score and evaluate is not None:
                     with torch.compiler.set_stance("force_eager"):  # its shapes are others, each a compilation
                         record["validation_loss"] = evaluate()

@@ -54,9 +54,20 @@ class Parallel:
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
         """Make the gradients those of the whole step, where the backward pass has not done so."""
 
-    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-        """Scale the gradients to a norm of at most `most`; the norm of all of them before, a scalar."""
-        return whole(nn.utils.clip_grad_norm_(parameters, most))
+    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> tuple[Tensor, Tensor]:
+        """Scale the gradients to a norm of at most `most`.
+
+        Returns:
+            The norm of all of them before, a scalar, and of each, [P], 0 where there is no gradient.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms = whole(torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]))
+        norm = torch.linalg.vector_norm(norms)
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        if len(gradients) < len(parameters):  # such as experts that no token has chosen
+            rest, zero = iter(norms.unbind()), torch.zeros_like(norm)
+            norms = torch.stack([zero if parameter.grad is None else next(rest) for parameter in parameters])
+        return norm, norms
 
 
 class _Rows(Parallel):

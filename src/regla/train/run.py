@@ -147,6 +147,8 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
                 seconds=progress.total_seconds,
                 tokens_per_second=progress.tokens_per_second(config.tokens_per_step),
                 train_loss=progress.train_loss,
+                skipped_steps=progress.skipped,
+                loss_spikes=progress.spikes,
             )
             write_json(out / SUMMARY, summary)
         except (OSError, SafetensorError) as error:
@@ -197,6 +199,11 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
         )
         raise Interrupted(signals.received or signal.SIGTERM)
 
+    if progress.skipped or progress.spikes:
+        print(
+            f"Steps skipped because a loss or gradient was not finite: {progress.skipped}. Steps whose loss was a spike: "
+            f"{progress.spikes}. {out / LOG} says which."
+        )
     scores = source.scores(model, summary)
     mean = mean_score(scores)
     summary |= {
