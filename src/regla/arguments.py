@@ -142,6 +142,12 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add(keep, "--save-every", int, "steps between checkpoints (default: a tenth of the run, but at least 50)")
     _resume_argument(keep)
     add(keep, "--eval-every", int, "steps between validations in the log (default: at the end alone)")
+    add(
+        keep,
+        "--inspect-every",
+        int,
+        "steps between looks at gates and states of linear layers in the log (default: as --eval-every)",
+    )
     add(keep, "--eval-context", int, "at the end, score by position, too, in windows of N tokens (default: do not)")
     keep.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
 

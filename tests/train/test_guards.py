@@ -23,6 +23,7 @@ from regla.train.loop import crops, next_token_loss, optimise
 from tests.train.test_loop import TOKENS_N, tiny_model
 
 SPOILT = 3
+DELTA_OF_THE_TEST = {"update_rule": "delta", "feature_map": "unit_safe_exp", "gate": "refined_low_rank"}
 Spoil = Callable[[ReGLAForCausalLM, Tensor], Tensor]
 
 
@@ -293,3 +294,35 @@ def test_events_are_counts_for_tensorboard(tmp_path: Path) -> None:
         "skipped": (4, 2.0),
         "layers/0/state_norm": (4, 2.0),
     }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overrides": {"gate_bias": 30.0, "refine_bias": 0.0}},
+        {"overrides": {"gate_bias": 30.0, "refine_bias": 0.0}, "mixer": "hybrid", "inspect_every": 1},
+        {"task": "mqar", "pairs": (2,), "overrides": {"gate_bias": 30.0, "refine_bias": 0.0}},
+        {"overrides": DELTA_OF_THE_TEST | {"gate_bias": 30.0, "refine_bias": 0.0}},
+        {},
+    ],
+)
+def test_saturated_gates_show_in_the_log(options: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    """Gates that a large bias holds open from the start, and those of a plain model, which are not saturated."""
+    arguments = {"steps": 2, "eval_every": 2} | options | ({"data": ()} if "task" in options else {})
+    run.train(config(tmp_path / "run", corpus, **arguments))
+    records = read_log(tmp_path / "run")
+    linear = {"0"} if options.get("mixer") == "hybrid" else {"0", "1"}
+    assert [set(record.get("layers", ())) for record in records] == [
+        linear if "inspect_every" in options else set(),
+        linear,
+    ]
+    for layer in records[1]["layers"].values():
+        assert layer["state_norm"] > 0 and layer["saturated_low"]["key"] < 0.5
+        assert (layer["saturated_high"]["key"] > 0.99) == bool(options)
+
+
+def test_a_model_without_gates_has_none_to_look_at(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^inspect_every is given, but the model has no linear layers to look into: "):
+        run.train(config(tmp_path / "run", corpus, mixer="softmax", inspect_every=1))
+    run.train(config(tmp_path / "run", corpus, mixer="softmax", eval_every=2, steps=2))
+    assert all("layers" not in record for record in read_log(tmp_path / "run"))

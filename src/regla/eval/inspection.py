@@ -143,6 +143,20 @@ def look_inside(
     return [sums[number].report(number, norms[number]) for number in layers]
 
 
+def layer_figures(model: PreTrainedModel, ids_1T: Tensor, *, dtype: str = "float32") -> dict[str, dict[str, Any]]:
+    """For the log of a training, by number of linear layer: shares of saturated gates by axis of the state, and
+    the norm of the state (None: not finite) at the end of `ids_1T`."""
+    found = {}
+    for report in look_inside(model, ids_1T, dtype=dtype):
+        norm = report.state_norms[-1][1]
+        found[str(report.layer)] = {
+            "saturated_low": report.saturated_low,
+            "saturated_high": report.saturated_high,
+            "state_norm": norm if math.isfinite(norm) else None,
+        }
+    return found
+
+
 class _Sums:
     """Running sums of one layer."""
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from regla.ops.call import Call, QKNorm
 from regla.ops.features import KEY_MAX
 
-
 _numbers_checked = True
 
 

@@ -57,12 +57,14 @@ class LoopConfig:
     """Steps between checkpoints; None: a tenth of the run, but at least SHORTEST_SAVE."""
     eval_every: int | None = without_effect(None)
     """Steps between validations in the log; None: only one, at the end."""
+    inspect_every: int | None = without_effect(None)
+    """Steps between looks at the gates and states of linear layers, for the log; None: those of `eval_every`."""
     max_skipped_steps: int | None = without_effect(None)
     """How many of the last 100 steps may be skipped because their loss or gradient is not finite; one more ends the
     run. None: a tenth of the run, but at most MOST_SKIPPED."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "batch_size", "accumulate", "save_every", "eval_every"):
+        for name in ("steps", "seq_len", "batch_size", "accumulate", "save_every", "eval_every", "inspect_every"):
             check_count(name, getattr(self, name))
         check_count("tokens", self.tokens, most=_MOST_TOKENS)
         for name in ("warmup", "max_skipped_steps"):

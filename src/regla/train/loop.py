@@ -162,6 +162,10 @@ def finite_step(optimizer: torch.optim.Optimizer, numbers: Tensor) -> bool:
     return bool(finite)
 
 
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
 def optimise(
     model: PreTrainedModel,
     tokens: Tensor | Batches,
@@ -174,6 +178,7 @@ def optimise(
     groups: Sequence[Group] | None = None,
     checkpoints: Checkpoints | None = None,
     evaluate: Callable[[], float] | None = None,
+    inspect: Callable[[], dict[str, Any]] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     parallel: Parallel | None = None,
     bar: tqdm | None = None,
@@ -189,7 +194,9 @@ def optimise(
     `config.lr`; other parameters stay as they are. None: all of `model` at `config.lr`.
 
     `checkpoints` are what the run goes on from and what it saves every `config.save_steps` steps and where `stop()`
-    ends it. `evaluate()` is called every `config.eval_every` steps and returns a validation loss. `log` receives
+    ends it. `evaluate()` is called every `config.eval_every` steps and returns a validation loss;
+    `inspect()` every `config.inspect_every` steps, or with `evaluate`, and returns what the log has under `"layers"`.
+    `log` receives
     `{"step", "tokens", "loss", "lr", "gradient_norm", "tokens_per_second", "seconds"}` and, where there is
     one, `"validation_loss"`, each time the losses are read: after every step on a CPU, every tenth elsewhere; `loss`
     and `tokens_per_second` are the means since the record before. `"skipped"` and `"spikes"` are there where a step
@@ -281,8 +288,9 @@ def optimise(
             last = complete or stop()
             due = checkpoints is not None and (not complete or checkpoints.completed)
             save = due and (last or progress.steps % config.save_steps == 0)
-            score = evaluate is not None and config.eval_every is not None and progress.steps % config.eval_every == 0
-            if last or save or score or device.type == "cpu" or progress.steps % READ_EVERY == 0:
+            score = evaluate is not None and _is_due(config.eval_every, progress.steps)
+            look = inspect is not None and _is_due(config.inspect_every or config.eval_every, progress.steps)
+            if last or save or score or look or device.type == "cpu" or progress.steps % READ_EVERY == 0:
                 found = guards.read(unread)
                 progress.note_time(len(unread), started)
                 broken = [one for one in found.get("skipped", ()) if one["loss"] is None]
@@ -307,9 +315,12 @@ def optimise(
                     if log is not None:
                         log(record)
                     raise parallel.processes.shared(error) from error
-                if score and evaluate is not None:
+                if score or look:
                     with torch.compiler.set_stance("force_eager"):  # its shapes are others, each a compilation
-                        record["validation_loss"] = evaluate()
+                        if score and evaluate is not None:
+                            record["validation_loss"] = evaluate()
+                        if look and inspect is not None:
+                            record["layers"] = inspect()
                     model.train()
                 if log is not None:
                     log(record)

@@ -19,7 +19,7 @@ from regla.data.sources import Source, encode_source
 from regla.data.text import Text
 from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer, train_tokenizer, vocabulary_size
 from regla.eval.perplexity import Score, beyond_the_model, mean_score, position_table, score, table
-from regla.eval.probes.run import Record, figures, record, training_cells
+from regla.eval.probes.run import Cell, Record, figures, record, training_cells
 from regla.eval.probes.score import Answers, answer_tokens, join
 from regla.eval.probes.tokens import IGNORE, Asked, mqar
 from regla.models.folders import check_ids
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _CHARACTERS_PER_TOKEN = 8  # of a data set: more than English text has in any tokenizer, so that crops repeat little
 _SCORED = 256  # sequences of each cell of a task
 _VALIDATED = 32  # of each cell, while the run goes on
+_SAMPLED = 512  # tokens at most of a look inside
 
 
 class Material(Protocol):
@@ -62,6 +63,9 @@ class Material(Protocol):
 
     def validate(self, model: PreTrainedModel) -> float:
         """Validation loss while the run goes on."""
+
+    def sample(self) -> Tensor:
+        """Tokens [1, T] of one sequence to validate on, for a look inside the model."""
 
     def scores(self, model: PreTrainedModel, summary: dict[str, Any]) -> list[Score]:
         """Scores of the trained model, printed; what else there is goes into the summary."""
@@ -115,6 +119,10 @@ class TextMaterial:
 
     def validate(self, model: PreTrainedModel) -> float:
         return mean_score(self._score(model, self.config.seq_len)).loss
+
+    def sample(self) -> Tensor:
+        ids_N = self.valid[0].ids[: min(self.config.seq_len, _SAMPLED) - 1]
+        return torch.from_numpy(np.concatenate([[first_id(self.tokenizer)], ids_N]).astype(np.int64))[None]
 
     def scores(self, model: PreTrainedModel, summary: dict[str, Any]) -> list[Score]:
         scores = self._score(model, self.config.seq_len)
@@ -193,6 +201,9 @@ class TaskMaterial:
     def validate(self, model: PreTrainedModel) -> float:
         return figures(join([answers for _, answers in self._answers(model, _VALIDATED)]))["nats"]
 
+    def sample(self) -> Tensor:
+        return self._asked(self.cells[0], 1).ids_BT
+
     def scores(self, model: PreTrainedModel, summary: dict[str, Any]) -> list[Score]:
         records: list[Record] = []
         scores = []
@@ -224,17 +235,20 @@ class TaskMaterial:
         token of the parallel pass is what free generation says."""
         found = []
         for cell in self.cells:
-            assert cell.pairs is not None and cell.gap is not None
-            asked = mqar(
-                cell.seed(self.config.seed),
-                rows=rows,
-                length=cell.length,
-                vocab_size=self.vocab_size,
-                cells=[(cell.pairs, cell.gap)],
-            )
+            asked = self._asked(cell, rows)
             size = self.config.batch_size
             found.append((asked, answer_tokens(model, asked, batch_size=size, dtype=self.config.dtype, generate=False)))
         return found
+
+    def _asked(self, cell: Cell, rows: int) -> Asked:
+        assert cell.pairs is not None and cell.gap is not None
+        return mqar(
+            cell.seed(self.config.seed),
+            rows=rows,
+            length=cell.length,
+            vocab_size=self.vocab_size,
+            cells=[(cell.pairs, cell.gap)],
+        )
 
     def save(self, folder: Path) -> None:
         """No tokenizer: the model reads ids."""

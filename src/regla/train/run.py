@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regla.eval.inspection import layer_figures, linear_layers
 from regla.eval.perplexity import mean_score
 from regla.models.families import last_position
 from regla.models.folders import load_model
@@ -95,6 +96,10 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
         torch.manual_seed(config.seed)
         model, softmax_parameters = _model(config, source)
         source.check(model)
+        if config.inspect_every is not None and not linear_layers(model):
+            raise OptionError(
+                "{inspect_every} is given, but the model has no linear layers to look into: leave it out."
+            )
         parallel.check(model, config)
         model.to(device)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -128,6 +133,9 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
         **source.facts,
     }
     progress = Progress()
+
+    def inspect() -> dict[str, Any]:
+        return layer_figures(model, source.sample(), dtype=config.dtype)
 
     def save() -> None:
         weights = None if all_.is_alone else whole_weights(model, all_)
@@ -171,6 +179,7 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
                     loss=source.loss,
                     count=source.count,
                     evaluate=lambda: source.validate(model),
+                    inspect=inspect if linear_layers(model) else None,
                     log=log,
                     parallel=parallel,
                 )
@@ -201,8 +210,8 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
 
     if progress.skipped or progress.spikes:
         print(
-            f"Steps skipped because a loss or gradient was not finite: {progress.skipped}. Steps whose loss was a spike: "
-            f"{progress.spikes}. {out / LOG} says which."
+            f"Steps skipped because a loss or gradient was not finite: {progress.skipped}. Loss spikes: "
+            f"{progress.spikes}. {out / LOG} says which steps."
         )
     scores = source.scores(model, summary)
     mean = mean_score(scores)
