@@ -113,6 +113,11 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add(run, "--tokens", int, "or tokens to train on, rounded up to whole steps")
     add(run, "--seq-len", int, "tokens of a sequence")
     add(run, "--batch-size", int, "sequences per forward pass, of all processes")
+    run.add_argument(
+        "--carry-state",
+        action="store_true",
+        help="read the text in order and take the states of linear layers on from step to step, without gradients",
+    )
     add(run, "--accumulate", int, "forward passes per step")
     add(run, "--lr", float, "peak learning rate; decays to a tenth along a cosine")
     add(run, "--warmup", int, "steps of linear warm-up (default: a tenth of all)")

@@ -162,6 +162,28 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(
         torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_states_are_carried_in_any_number_of_processes(kind: str, corpus: Path, tmp_path: Path) -> None:
+    """Two processes end as one does, and one goes on from their checkpoint."""
+    options = ("--carry-state", "--accumulate", "2", "--parallel", kind)
+    assert main(command(tmp_path / "alone", corpus, *options, steps=8)) == 0
+    ended = run(2, tmp_path / "run", corpus, *options, steps=8)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    states = [load_file(tmp_path / name / "checkpoints/step-000005/carried.safetensors") for name in ("run", "alone")]
+    assert states[0].keys() == states[1].keys() and any(bool(state.any()) for state in states[0].values())
+    for name, state in states[1].items():
+        assert (states[0][name] - state).double().norm() <= 1e-3 * state.double().norm(), name
+    assert main(command(tmp_path / "run", corpus, *options, "--resume", steps=8)) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+def test_states_are_not_carried_along_the_sequence(corpus: Path, tmp_path: Path) -> None:
+    ended = run(2, tmp_path / "run", corpus, "--carry-state", "--parallel", "sequence", steps=2)
+    assert [one.code for one in ended] == [2, 1], ended  # the first one tells
+    assert "--carry-state is given with --parallel sequence, whose processes have other tokens of a se" in ended[0].err
+
+
 @pytest.mark.slow
 def test_losses_of_four_shards(alone: Path, corpus: Path, tmp_path: Path) -> None:
     ended = run(4, tmp_path / "run", corpus, "--parallel", "fsdp")

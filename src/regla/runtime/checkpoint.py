@@ -4,6 +4,7 @@
         model.safetensors       parameters and buffers
         optimizer.safetensors   PARAMETER/KEY: what AdamW keeps for each parameter
         random.safetensors      states of PyTorch's generators
+        carried.safetensors     states of linear layers, where a run takes them on from step to step
         state.json              format, step, last losses, seconds, skipped steps, and the settings of the run
         manifest.json           size and SHA-256 of each file above
 
@@ -35,6 +36,7 @@ FORMAT = 2
 """1 had the optimiser's state by number of parameter, in the order of groups that let norm gains decay."""
 _PREFIX = "step-"
 _MODEL, _OPTIMIZER, _RANDOM, _STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+_CARRIED = "carried.safetensors"
 _FILES = (_MODEL, _OPTIMIZER, _RANDOM, _STATE)
 _MANIFEST = "manifest.json"
 
@@ -68,6 +70,7 @@ class Checkpoints:
         self.settings = json.loads(json.dumps(settings))
         self._resumed: Path | None = None
         self._files: dict[str, bytes] = {}
+        self.carried: dict[str, Tensor] = {}
         if resume is not None:
             with processes.together():
                 if processes.is_first:
@@ -96,7 +99,8 @@ class Checkpoints:
         return f"--resume goes on from the last checkpoint, {found[-1]}." if found else "There is no checkpoint yet."
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Put the resumed checkpoint, if there is one, into `model`, `optimizer`, `progress` and the generators.
+        """Put the resumed checkpoint, if there is one, into `model`, `optimizer`, `progress` and the generators; what
+        `save` was given besides is in `carried` then.
 
         Checkpoints behind it and unfinished ones are removed: the run writes them anew.
         """
@@ -126,8 +130,9 @@ class Checkpoints:
         optimizer.load_state_dict(
             {"state": _unflatten(kept, numbers), "param_groups": optimizer.state_dict()["param_groups"]}
         )
-        generators, state = self._processes.value_of_first(
-            (generators, json.loads(self._files[_STATE]) if first else {})
+        carried = safetensors.torch.load(self._files[_CARRIED]) if _CARRIED in self._files else {}
+        generators, state, self.carried = self._processes.value_of_first(
+            (generators, json.loads(self._files[_STATE]) if first else {}, carried)
         )
         torch.set_rng_state(generators["cpu"])
         if "cuda" in generators and torch.cuda.is_available():
@@ -140,8 +145,14 @@ class Checkpoints:
         progress.spikes = state.get("spikes", 0)
         self._files = {}
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-        """Write the checkpoint of `progress.steps`, then remove all but the last two.
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        carried: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write the checkpoint of `progress.steps`, then remove all but the last two. carried: whole tensors, besides.
 
         It is written beside its place, synced to the disk and renamed into it. Raises OSError where it
         cannot be written; nothing of it stays then, and those before it are untouched. FloatingPointError where the
@@ -153,7 +164,7 @@ class Checkpoints:
         target = self.folder / f"{_PREFIX}{progress.steps:06d}"
         with self._processes.together():
             if self._processes.is_first:
-                self._write(target, weights, kept, progress)
+                self._write(target, weights, kept, progress, carried or {})
         return target
 
     def _read(self, resume: str, free: Collection[str]) -> None:
@@ -163,7 +174,14 @@ class Checkpoints:
             self._files = _verified(self._resumed)
             self._check_state(json.loads(self._files[_STATE]), free)
 
-    def _write(self, target: Path, weights: dict[str, Tensor], kept: dict[str, Tensor], progress: Progress) -> None:
+    def _write(
+        self,
+        target: Path,
+        weights: dict[str, Tensor],
+        kept: dict[str, Tensor],
+        progress: Progress,
+        carried: Mapping[str, Tensor],
+    ) -> None:
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators["cuda"] = torch.cuda.get_rng_state()
@@ -185,6 +203,7 @@ class Checkpoints:
                 (_MODEL, weights),
                 (_OPTIMIZER, kept),
                 (_RANDOM, generators),
+                *([(_CARRIED, dict(carried))] if carried else []),
             ):
                 manifest[name] = _write(temporary / name, safetensors.torch.save(tensors))
             manifest[_STATE] = _write(temporary / _STATE, _json(state))
@@ -213,7 +232,8 @@ class Checkpoints:
         saved = state["settings"]
         for key in {**saved, **self.settings}:
             ours, theirs = self.settings.get(key), saved.get(key)
-            if ours != theirs and key not in free:
+            is_new = key not in saved and not ours  # an option that there was not then, without effect
+            if ours != theirs and key not in free and not is_new:
                 raise ValueError(
                     f"{self._resumed} is of a run with {key} {theirs}, but this one has {key} {ours}; "
                     "repeat the options of that run, or give --out a new folder."
@@ -246,7 +266,9 @@ def _verified(checkpoint: Path) -> dict[str, bytes]:
     contents = {}
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_bytes())["files"]
-        sizes = {name: (operator.index(manifest[name]["size"]), manifest[name]["sha256"]) for name in _FILES}
+        sizes = {
+            name: (operator.index(manifest[name]["size"]), manifest[name]["sha256"]) for name in (*_FILES, *manifest)
+        }
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{checkpoint / _MANIFEST} is missing or damaged; {advice}.") from error
     for name, (size, digest) in sizes.items():

@@ -102,6 +102,16 @@ class Processes:
             x /= self.count
         return x
 
+    def rows_together(self, part: Tensor, rows: int) -> Tensor:
+        """[rows, ...], of which each process has the `part` that `tensor_split` gives it, in all of them."""
+        if self.is_alone:
+            return part
+        wide = torch.float32 if part.is_floating_point() else part.dtype
+        every = torch.zeros(rows, *part.shape[1:], dtype=wide, device=part.device)
+        every.tensor_split(self.count)[self.rank].copy_(part)
+        dist.all_reduce(every)
+        return every.to(part.dtype)
+
     def fill(self, target: Tensor, value: Tensor | None) -> None:
         """Copy `value`, which only the first process needs to have, into `target`, of which each process may have a
         shard (DTensor)."""

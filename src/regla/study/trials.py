@@ -111,6 +111,8 @@ def make_trials(study: Study, data: StudyData, *, out: str | Path, device: str) 
                 f"variant {variant.name}; give more text or a smaller seq_len."
             )
         settings = with_effect(config)
+        if not settings["carry_state"]:  # rows from before there was the option are of the same runs
+            del settings["carry_state"]
         del settings["vocab_size"]  # the tokenizer is there, and counts by its tokens and the size of the model
         row = {
             "benchmark": "study",

@@ -128,6 +128,10 @@ class TrainConfig(LoopConfig):
     vocab_size: int | None = _model(None)
     """Tokens of the tokenizer to train, or ids of the task; None: DEFAULT_VOCAB_SIZE."""
 
+    carry_state: bool = False
+    """Read the text in order, each sequence on from the one before in its row of the batch, with the states of linear
+    layers, gradients cut between them (truncated backpropagation); see `regla.train.carry`. False: random crops."""
+
     task: str | None = None
     """In place of text: mqar, multi-query associative recall (see `regla.eval.probes.tokens`), new sequences for every
     batch; loss and scores are of the answers alone."""
@@ -232,7 +236,7 @@ class TrainConfig(LoopConfig):
                 raise OptionError(f"{{{name}}} is given without {{task}}; it is of the task mqar: leave it out.")
             for value in values or ():
                 check_count(name, value, least=least)
-        for name in ("init", "data", "dataset", "valid", "tokenizer", "eval_context"):
+        for name in ("init", "data", "dataset", "valid", "tokenizer", "eval_context", "carry_state"):
             if self.task is not None and getattr(self, name):
                 raise OptionError(
                     f"Both {{task}} and {{{name}}} are given; a task makes its own sequences: leave one out."

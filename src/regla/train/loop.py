@@ -32,6 +32,8 @@ from regla.train.regions import compiled_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from regla.train.carry import CarriedStates
+
 _LAST_LR = 0.1  # of the peak
 _MAX_GRADIENT_NORM = 1.0
 
@@ -181,6 +183,7 @@ def optimise(
     inspect: Callable[[], dict[str, Any]] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     parallel: Parallel | None = None,
+    carry: CarriedStates | None = None,
     bar: tqdm | None = None,
 ) -> None:
     """Train `model` in place until the last step, or `stop()` after any step.
@@ -206,7 +209,7 @@ def optimise(
     that of this run alone.
 
     `parallel` shares the work with other processes, each of which calls this with the same arguments; `log` is the
-    first one's.
+    first one's. `carry` takes states on from batch to batch, whose order then is that of `tokens`, a function.
 
     A step whose loss or gradient is not finite is skipped: its batch is passed over, and weights and the optimiser's
     state stay as they are. No weights that are not finite are saved.
@@ -227,6 +230,8 @@ def optimise(
     guards = Guards(names, progress, config.most_skipped)
     if checkpoints is not None:
         checkpoints.restore(model, optimizer, progress)
+        if carry is not None:
+            carry.load(checkpoints.carried)
     if config.activation_checkpointing:
         # Newer transformers warn about the second name, older ones lack the first.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -267,9 +272,10 @@ def optimise(
             with float32_products(tf32=config.dtype in TF32_IN_TRAINING):
                 batches = batches_of(step)
                 tokens_of_step = sum(count(batch) for batch in batches)
-                for micro, batch in enumerate(batches, start=1):
+                for micro, batch in enumerate(batches):
                     part = parallel.part(batch)
-                    with parallel.batch(last=micro == config.accumulate):
+                    carried = nullcontext() if carry is None else carry.open(micro, part)
+                    with parallel.batch(last=micro + 1 == config.accumulate), carried:
                         with autocast(device, config.dtype):
                             part_loss = loss_of(called, part)
                         # Times the number of processes, as gradients and losses are their mean.
@@ -325,7 +331,7 @@ def optimise(
                 if log is not None:
                     log(record)
                 if save and checkpoints is not None:
-                    checkpoints.save(model, optimizer, progress)
+                    checkpoints.save(model, optimizer, progress, None if carry is None else carry.whole())
                 read_at = time.perf_counter()
                 progress.seconds_aside += read_at - now
             bar.update(config.tokens_per_step)

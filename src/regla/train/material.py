@@ -25,6 +25,7 @@ from regla.eval.probes.tokens import IGNORE, Asked, mqar
 from regla.models.folders import check_ids
 from regla.report.tables import markdown
 from regla.runtime.errors import OptionError
+from regla.train.carry import text_in_order
 from regla.train.config import DEFAULT_PAIRS, DEFAULT_VOCAB_SIZE, TrainConfig
 from regla.train.loop import next_token_loss, predicted_tokens
 
@@ -114,8 +115,9 @@ class TextMaterial:
         for name, ids_N in (("the training text", self.ids_N), *((text.name, text.ids) for text in self.valid)):
             check_ids(model, [int(ids_N.max())], f"The tokens of {name}")
 
-    def batches(self, device: torch.device) -> Tensor:
-        return torch.from_numpy(self.ids_N).to(device)
+    def batches(self, device: torch.device) -> Tensor | Callable[[int], Tensor]:
+        tokens_N = torch.from_numpy(self.ids_N).to(device)
+        return text_in_order(tokens_N, self.config) if self.config.carry_state else tokens_N
 
     def validate(self, model: PreTrainedModel) -> float:
         return mean_score(self._score(model, self.config.seq_len)).loss

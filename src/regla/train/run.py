@@ -35,6 +35,7 @@ from regla.runtime.options import by_flag, with_effect
 from regla.runtime.progress import CALMER, Progress
 from regla.runtime.signals import Interrupted, Signals
 from regla.runtime.versions import commit, device_name, versions
+from regla.train.carry import CarriedStates, check_carries
 from regla.train.config import TrainConfig
 from regla.train.loop import optimise
 from regla.train.material import Material, material
@@ -100,6 +101,13 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
             raise OptionError(
                 "{inspect_every} is given, but the model has no linear layers to look into: leave it out."
             )
+        if config.carry_state:
+            if config.parallel == "sequence" and not all_.is_alone:
+                raise OptionError(
+                    "{carry_state} is given with {parallel} sequence, whose processes have other tokens of a sequence; "
+                    "use {parallel} ddp or fsdp, or a longer {seq_len} without {carry_state}."
+                )
+            check_carries(model)
         parallel.check(model, config)
         model.to(device)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -133,6 +141,9 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
         **source.facts,
     }
     progress = Progress()
+    carry = None
+    if config.carry_state:
+        carry = CarriedStates(model, end=source.end_of_text, rows=config.batch_size, processes=all_)
 
     def inspect() -> dict[str, Any]:
         return layer_figures(model, source.sample(), dtype=config.dtype)
@@ -182,6 +193,7 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
                     inspect=inspect if linear_layers(model) else None,
                     log=log,
                     parallel=parallel,
+                    carry=carry,
                 )
         except (FloatingPointError, OSError) as error:
             if all_.is_first:

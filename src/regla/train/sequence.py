@@ -144,11 +144,16 @@ class Exchange:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (x.shape[0], x.dtype, autocast)
         if key not in self._empty:
-            with torch.no_grad():
-                _, state = mixer.forward(x[:, :1], return_state=True)
-            assert state is not None
-            self._empty[key] = state
+            self._empty[key] = state_like(mixer, x)
         return self._empty[key]
+
+
+@torch.no_grad()
+def state_like(mixer: ReGLAAttention, x: Tensor) -> ReGLAState:
+    """Some state of the shapes and dtypes that `mixer` returns for inputs like x [B, T, D]."""
+    _, state = mixer.forward(x[:, :1], return_state=True)
+    assert state is not None
+    return state
 
 
 class _Received(torch.autograd.Function):
