@@ -33,13 +33,18 @@ examples:
     --hidden-size 512 --layers 8 --heads 8 --seq-len 1024 --batch-size 64 --steps 400 --lr 2e-3 --warmup 60 \\
     --device cuda --dtype bfloat16 --compile
 
-DIR/log.jsonl has a line per step. DIR/checkpoints keeps the last two checkpoints, one every --save-every steps.
+DIR/log.jsonl has a line per step, with loss spikes and, at each --eval-every or --inspect-every, the saturated gates
+and the norm of the state of each linear layer. A step whose loss or gradient is not finite is skipped and named there;
+too many of them (--max-skipped-steps) end the run. DIR/checkpoints keeps the last two checkpoints, one every
+--save-every steps.
 Ctrl-C or SIGTERM ends the run after the current step and saves a checkpoint and the model as it is then (exit code 130
 or 143). After that, or after a crash, the same command with --resume goes on from the newest checkpoint as if nothing
 had happened (on a CPU to the same weights, bit for bit); where none was saved yet, it starts from the first step.
   regla train --out runs/mine --data book.txt notes.txt --steps 1000 --resume
 A finished run goes on with more --steps: from its last checkpoint, with the learning rates of a run of that length.
   regla train --out runs/mine --data book.txt notes.txt --steps 2000 --resume
+--carry-state reads the text in order, with the states of linear layers taken on from step to step.
+  regla train --out runs/books --data books.txt --carry-state --batch-size 16
 --init starts a new run from the weights, config and tokenizer of a trained or converted model.
   regla train --out runs/tuned --init runs/mine --data notes.txt --steps 200 --lr 3e-4
 
