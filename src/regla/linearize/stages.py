@@ -199,7 +199,16 @@ def _announcement(number: int, stage: Stage, text: int) -> str:
 
 def _log_of(log: TrainingLog, stage: str, before: int) -> Callable[[dict[str, Any]], None]:
     """Records with the number of the step in the whole conversion."""
-    return lambda record: log(record | {"step": before + record["step"], "stage": stage})
+
+    def write(record: dict[str, Any]) -> None:
+        steps = {
+            name: [event | {"step": before + event["step"]} for event in record[name]]
+            for name in ("skipped", "spikes")
+            if name in record
+        }
+        log(record | steps | {"step": before + record["step"], "stage": stage})
+
+    return write
 
 
 def _figures(stage: Stage, progress: Progress, out: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ file. Tokenizer, loop and scores are those of `regla train`; the model is transf
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -185,7 +186,8 @@ def _scores(model: GPTNeoXForCausalLM, valid: Sequence[Encoded], config: Teacher
 def _show(record: dict[str, Any]) -> None:
     if "validation_loss" in record:
         print(
-            f"step {record['step']:,}: loss {record['loss']:.4f}, validation loss {record['validation_loss']:.4f}, "
+            f"step {record['step']:,}: loss {record['loss'] or math.nan:.4f}, "
+            f"validation loss {record['validation_loss']:.4f}, "
             f"{record['seconds']:.0f} s",
             flush=True,
         )
