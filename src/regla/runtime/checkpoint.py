@@ -15,6 +15,7 @@ first reads and writes, whole tensors also where each has a shard: a run goes on
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import operator
 import shutil
@@ -315,7 +316,9 @@ def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, 
     """Raise FloatingPointError unless all parameters and all that the optimiser keeps are finite, in all processes."""
     kept = (tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor))
     if not processes.all(is_finite(model) and all(bool(torch.isfinite(local(tensor)).all()) for tensor in kept)):
-        raise FloatingPointError(f"The weights are no longer finite (by step {step}); {CALMER}.")
+        broken = (name for name, weight in model.named_parameters() if not torch.isfinite(local(weight)).all())
+        named = "".join(f", first {name}" for name in itertools.islice(broken, 1))
+        raise FloatingPointError(f"The weights are no longer finite (by step {step}){named}; {CALMER}.")
 
 
 def is_finite(model: nn.Module) -> bool:
