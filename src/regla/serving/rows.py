@@ -58,16 +58,17 @@ def mix_rows(
     outputs: list[Tensor] = []
     states: list[Any] = []
     for first, last, length in groups:
-        tokens = slice(starts[first], starts[last])
+        rows, tokens = slice(first, last), slice(starts[first], starts[last])
         turned = None if rotary is None else tuple(part[0, tokens].unflatten(0, (-1, length)) for part in rotary)
         y, after = mixer(
             x_NC[tokens].unflatten(0, (-1, length)),
             rotary=turned,
-            state=ReGLAState(*(None if part is None else part[first:last] for part in before)),
+            state=ReGLAState(before.S[rows], before.m[rows], None if before.conv is None else before.conv[rows]),
             return_state=True,
             overwrite_state=True,
         )
         outputs.append(y.flatten(0, 1))
         states.append(after)
-    parts = (None if part[0] is None else torch.cat(part) for part in zip(*states, strict=True))
-    return torch.cat(outputs), ReGLAState(*parts)
+    conv = None if before.conv is None else torch.cat([state.conv for state in states])
+    S, m = (torch.cat([state[part] for state in states]) for part in (0, 1))
+    return torch.cat(outputs), ReGLAState(S, m, conv)

@@ -25,8 +25,8 @@ from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from regla.layers.attention import ReGLAAttention, ReGLAState
-from regla.models.configuration import ReGLAConfig
 from regla.models.families import FAMILIES, Family, heads_of
+from regla.serving.config import config_of, linear_config_of
 from regla.serving.rows import mix_rows, state_layout
 
 Layout = list[tuple[tuple[int, ...], torch.dtype]]  # of `state_layout`
@@ -59,7 +59,7 @@ class ServedMixer(ReGLAAttention, MambaBase):
         known = range(texts + 1) if single == texts else starts.tolist()  # a step of single tokens waits for no numbers
         parts = None if rotary is None else (rotary[0][:, :tokens], rotary[1][:, :tokens])
         y_NC, after = mix_rows(super().forward, x[0, :tokens], parts, known, single, before)
-        for page, part in zip(self.kv_cache, after, strict=False):
+        for page, part in zip(self.kv_cache, (part for part in after if part is not None), strict=True):
             page[slots] = part.to(page.dtype)
         return nn.functional.pad(y_NC, (0, 0, 0, x.shape[1] - tokens))[None], None
 
@@ -96,16 +96,11 @@ def attend(
     returns [1, N, H, D]."""
     q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
     o_NC: Tensor = cast(Any, module).served(q, k, v)
-    return o_NC.view(1, -1, *query.shape[1::2]), None
+    heads, size = query.shape[1], query.shape[3]
+    return o_NC.view(1, -1, heads, size), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
-
-
-def linear_config_of(vllm_config: VllmConfig) -> ReGLAConfig:
-    """The layers of the model: its config, or that of a converted model's linear layers."""
-    config = vllm_config.model_config.hf_config
-    return cast(ReGLAConfig, getattr(config, "linear_config", config))
 
 
 def layout_of(vllm_config: VllmConfig) -> Layout:
@@ -117,8 +112,7 @@ class ServedModel(nn.Module, HasInnerState, IsHybrid):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        check(vllm_config)
-        config: Any = vllm_config.model_config.hf_config
+        config = config_of(vllm_config)
         with no_init_weights():
             self.causal: Any = AutoModelForCausalLM.from_config(
                 config, dtype=vllm_config.model_config.dtype, attn_implementation=ATTENTION
@@ -171,19 +165,19 @@ class ServedModel(nn.Module, HasInnerState, IsHybrid):
         **_: Any,
     ) -> Tensor:
         """Hidden states [N, C] of the tokens of a step."""
-        given = (
-            {"input_ids": None if input_ids is None else input_ids[None]}
-            if inputs_embeds is None
-            else {"inputs_embeds": inputs_embeds[None]}
-        )
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
         # With a mask, positions that restart are not taken for the boundaries of packed documents.
         real = torch.ones_like(positions[None])
-        out = self.causal.base_model(**given, position_ids=positions[None], attention_mask=real, use_cache=False)
+        out = self.causal.base_model(
+            inputs_embeds=inputs_embeds[None], position_ids=positions[None], attention_mask=real, use_cache=False
+        )
         return cast(Tensor, out.last_hidden_state[0])
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [N, vocab_size], with what families do behind their heads."""
-        config, logits = self.causal.config, self.causal.lm_head(hidden_states)
+        config, logits = self.causal.config, self.causal.get_output_embeddings()(hidden_states)
         logits = logits / getattr(config, "logits_scaling", 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
@@ -199,27 +193,3 @@ class ServedModel(nn.Module, HasInnerState, IsHybrid):
             own[name].data.copy_(weight)
             loaded.add(f"causal.{name}")
         return loaded
-
-
-def check(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for what the plug-in does not do."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    linear = linear_config_of(vllm_config)
-    if parallel.world_size != 1:
-        raise ValueError(
-            f"regla's plug-in serves a model on one device, and {parallel.world_size} are asked for; leave out "
-            "--tensor-parallel-size and --pipeline-parallel-size"
-        )
-    if not model.enforce_eager:
-        raise ValueError("regla's plug-in calls PyTorch step by step; add --enforce-eager")
-    if model.quantization is not None:
-        raise ValueError(f"quantization is {model.quantization!r}, which regla's plug-in has not; leave it out")
-    if vllm_config.speculative_config is not None:
-        raise ValueError("a linear layer's state cannot take tokens back; leave out --speculative-config")
-    if linear.softmax_conv_kernel_dim and set(linear.layer_types or ()) != {"linear_attention"}:
-        raise ValueError(
-            f"softmax_conv_kernel_dim is {linear.softmax_conv_kernel_dim}: vLLM keeps keys and values of softmax "
-            "layers, and no state of a convolution; serve the model with `transformers serve`"
-        )
-    if getattr(model.hf_config, "windowed", None):
-        raise ValueError("the model has windowed softmax layers (--mixer window), which are for comparisons alone")
