@@ -73,7 +73,7 @@ class Folder:
 @pytest.fixture
 def serve(tmp_path):
     """`serve(model, *options, template=TEMPLATE)`: a folder, a client of its server, and the server's log."""
-    for package in ("fastapi", "uvicorn", "openai"):
+    for package in ("accelerate", "fastapi", "openai", "uvicorn"):
         pytest.importorskip(package, reason=f"{package} of the extra `serve` is not installed")
     from openai import OpenAI
 
