@@ -14,6 +14,7 @@ def test_a_mixer_names_every_option():
     assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(Mixer))
     layer = inspect.signature(ReGLAAttention.__init__).parameters
     sizes = {"self", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_head_dim", "out_bias"}
+    sizes |= {"feature_dim", "horizon"}
     options = DEFAULTS.of_layer()
     assert layer.keys() - sizes == options.keys()
     for name, value in options.items():

@@ -139,7 +139,7 @@ def look_inside(
         for logits_1CV, cache in stream(model, ids_1T, chunk=chunk, dtype=dtype):
             read += logits_1CV.shape[1]
             for number in layers:
-                norms[number].append((read, _state_norm(cache.layers[number])))
+                norms[number].append((read, _state_norm(cache.layers[number], layers[number])))
     return [sums[number].report(number, norms[number]) for number in layers]
 
 
@@ -228,9 +228,10 @@ def _observed(mixer: ReGLAAttention, sums: _Sums) -> Iterator[None]:
             handle.remove()
 
 
-def _state_norm(layer: Any) -> float:
+def _state_norm(layer: Any, mixer: ReGLAAttention) -> float:
     assert isinstance(layer, ReGLACacheLayer)
     state = layer.read()
     assert state is not None
-    log_norm_BH = state.S.double().flatten(2).norm(dim=-1).log() + state.m.double()
+    log_unit_BH = 0.0 if mixer.feature_map.key_max is None else state.m.double()
+    log_norm_BH = state.S.double().flatten(2).norm(dim=-1).log() + log_unit_BH
     return math.exp(min(0.5 * float((2 * log_norm_BH).logsumexp((0, 1))), 700.0))  # beyond lies no float64

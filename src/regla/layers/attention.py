@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from regla.layers.calibration import QKCalibration
 from regla.layers.defaults import DEFAULTS
-from regla.layers.feature_maps import FEATURE_MAPS
+from regla.layers.feature_maps import FEATURE_MAPS, num_features
 from regla.layers.gates import GATE_AXES, GATES, default_rank
+from regla.layers.map_base import MapOptions
 from regla.layers.norms import NORMS, normalised, prepared
 from regla.layers.plain import is_plain
 from regla.layers.positions import ShortConvolution, apply_rotary
@@ -25,8 +26,8 @@ from regla.ops.output_norm import ACTIVATIONS
 class ReGLAState(NamedTuple):
     """What a layer remembers of the past. Zeros throughout mean: nothing yet."""
 
-    S: Tensor  # [B, H, K, V'] float32; V' counts the normaliser's channels where there is one
-    m: Tensor  # [B, H] float32, the unit of S: exp(m)
+    S: Tensor  # [B, H, F, V'] float32; F features of a key, V' counts the normaliser's channels where there is one
+    m: Tensor  # [B, H] float32, the unit of S: exp(m); of maps that need positions the number of tokens; else 0
     conv: Tensor | None = None  # [B, conv_size - 1, channels], the last inputs of the short convolution
 
 
@@ -42,9 +43,13 @@ class ReGLAAttention(nn.Module):
         head_dim: K, channels of a query or key. None: hidden_size / num_heads.
         value_head_dim: V, channels of a value. None: head_dim.
         update_rule: "additive" or "delta".
-        feature_map: a name in `regla.layers.feature_maps.FEATURE_MAPS`: "safe_exp", "identity", "relu" or
-            "one_plus_elu", and of unit length, as the delta rule needs them, "unit_safe_exp", "unit_identity" or
-            "unit_silu".
+        feature_map: a name in `regla.layers.feature_maps.FEATURE_MAPS`: "safe_exp", "identity", "relu",
+            "one_plus_elu", "t2r", "hedgehog", "dpfp", "favor_plus", "rfa", "cosformer", "focused" or "polaformer", and
+            of a length of at most 1, as the delta rule needs them, "unit_safe_exp", "unit_identity", "unit_silu",
+            "sum_dpfp" or "rfa".
+        feature_dim: F, features of a head, for the maps that leave a choice: "t2r", "dpfp" and "sum_dpfp" (2 K nu),
+            "favor_plus" and "rfa". None: the map's own.
+        horizon: of "cosformer": the longest text.
         beta_max: of the delta rule, the largest beta, up to 2; above 1 eigenvalues of the transition may be negative.
         gate: "refined", "refined_low_rank", "sigmoid", "fast_decay", "gla", "mamba2", "scalar" or "none".
         gate_axis: "value", "key" or "both": the axis of the state that a refined or sigmoid gate decays; "head": one
@@ -82,6 +87,8 @@ class ReGLAAttention(nn.Module):
         update_rule: str = DEFAULTS.update_rule,
         beta_max: float = DEFAULTS.beta_max,
         feature_map: str = DEFAULTS.feature_map,
+        feature_dim: int | None = None,
+        horizon: int = 2048,
         gate: str = DEFAULTS.gate,
         gate_axis: str = DEFAULTS.gate_axis,
         key_max: str = DEFAULTS.key_max,
@@ -107,6 +114,8 @@ class ReGLAAttention(nn.Module):
         _one_of("output_gate", output_gate, [None, *ACTIVATIONS])
         _one_of("conv_activation", conv_activation, [None, *ACTIVATIONS])
         check_rule(update_rule, feature_map=feature_map, gate=GATES[gate], gate_axis=gate_axis, beta_max=beta_max)
+        if horizon < 1:
+            raise ValueError(f"horizon is {horizon}; expected the tokens of the longest text, at least 1")
         num_kv_heads = num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of num_kv_heads = {num_kv_heads}")
@@ -129,9 +138,10 @@ class ReGLAAttention(nn.Module):
         self.k_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.qk_calibration = QKCalibration(num_heads, num_kv_heads, K) if qk_calibration else None
         rank = gate_low_rank_dim or default_rank(hidden_size)
-        self.gate = GATES[gate](hidden_size, num_kv_heads, K, V, gate_axis, rank)
-        self.feature_map = FEATURE_MAPS[feature_map](key_max)
-        self.rule = UPDATE_RULES[update_rule](hidden_size, num_kv_heads, K, self.feature_map, beta_max, backend)
+        F = num_features(feature_map, K, V, feature_dim)
+        self.gate = GATES[gate](hidden_size, num_kv_heads, F, V, gate_axis, rank)
+        self.feature_map = FEATURE_MAPS[feature_map](MapOptions(num_heads, num_kv_heads, K, F, key_max, horizon))
+        self.rule = UPDATE_RULES[update_rule](hidden_size, num_kv_heads, F, self.feature_map, beta_max, backend)
         self.norm = NORMS[norm](num_heads, V, norm_eps)
         self.output_gate = nn.Linear(hidden_size, num_heads * V, bias=False) if output_gate else None
         self.output_activation = output_gate

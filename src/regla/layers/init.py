@@ -27,6 +27,7 @@ def init_linear_attention(
         short convolution                           normal(0, std) around its identity path
         gains of the norms                          1
         calibration of q and k                      the identity: means 0, scales 1
+        feature maps                                as their class says, projections that do not train included
         biases of q, k, v, o and of layer norms     0
         bias of the forget gates                    gate_bias   (0: g = 1/2, a memory of about one token)
         bias of the refining gate                   refine_bias (0: r = 1/2, the refined gate equals the plain one)
@@ -55,6 +56,8 @@ def init_linear_attention(
             (init.ones_ if kind == "weight" else init.zeros_)(parameter)
         elif owner == "qk_calibration":
             (init.ones_ if kind.endswith("scale") else init.zeros_)(parameter)
+        elif owner == "feature_map":
+            _copy(parameter, module.feature_map.start(kind))
         elif owner == "gate.refine_proj" and kind == "bias":
             init.constant_(parameter, refine_bias)
         elif owner.startswith("gate.") and kind == "bias":
@@ -73,6 +76,8 @@ def init_linear_attention(
             init.normal_(parameter, 0.0, std)
         else:
             raise ValueError(f"parameter {name} of a linear attention layer has no initial distribution: add it here")
+    for name, buffer in module.feature_map.named_buffers():
+        _copy(buffer, module.feature_map.start(name))
 
 
 _GATE_WEIGHTS = ("gate.proj", "gate.down")

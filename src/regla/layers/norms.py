@@ -20,6 +20,8 @@ from regla.ops.output_norm import ACTIVATIONS, output_norm, prescale
 class OutputNorm(nn.Module):
     """h [B, T, H, V] -> [B, T, H, V]. `prepare` may add value channels (and their decays) that `forward` consumes."""
 
+    of_each_read = False  # of a feature map that reads twice: normalise each output, then put them together
+
     def __init__(self, num_heads: int, head_dim: int, eps: float):
         super().__init__()
         self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
@@ -67,6 +69,8 @@ class SumNorm(OutputNorm):
     of v where the channels decay at different rates. Needs a non-negative feature map: near a zero denominator the
     result is arbitrary, which is the paper's reason for replacing it.
     """
+
+    of_each_read = True
 
     def prepare(self, v: Tensor, gates: Gates) -> tuple[Tensor, Gates]:
         if gates.gv is None or gates.gv.shape[-1] == 1:

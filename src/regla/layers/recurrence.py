@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from regla.layers.feature_maps import FEATURE_MAPS, FeatureMap, SafeExp, UnitSafeExp
+from regla.layers.feature_maps import FEATURE_MAPS, SafeExp, UnitSafeExp
 from regla.layers.gates import FastDecayGate, Gate, ScalarGate
+from regla.layers.map_base import FeatureMap
 from regla.layers.norms import head_norm, norm_and_gate, output_gated
 from regla.layers.plain import is_plain
 from regla.ops.additive import attend
@@ -50,13 +52,16 @@ class Output(NamedTuple):
 
 
 class AdditiveRule(nn.Module):
-    """S_t = Diag(a_t) S_{t-1} Diag(b_t) + phi(k_t) v_t^T, h_t = scale S_t^T phi(q_t) (paper equations 3-13)."""
+    """S_t = Diag(a_t) S_{t-1} Diag(b_t) + phi(k_t) v_t^T, h_t = scale S_t^T phi(q_t) (paper equations 3-13).
+
+    features: of a key; scale is their number^-1/2, or the variance reduction factor for exponential features.
+    """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, feature_map: FeatureMap, beta_max: float, backend: str
+        self, hidden_size: int, num_heads: int, features: int, feature_map: FeatureMap, beta_max: float, backend: str
     ):
         super().__init__()
-        self.scale = head_dim**-0.5 if feature_map.key_max is None else variance_reduction(head_dim)
+        self.scale = features**-0.5 if feature_map.key_max is None else variance_reduction(features)
         self.backend = backend
 
     def gates(self, gates: Gates, x: Tensor) -> Gates:
@@ -65,19 +70,45 @@ class AdditiveRule(nn.Module):
 
     def forms_features(self, feature_map: FeatureMap) -> bool:
         """Whether the recurrence takes logits, and forms the features of this map itself."""
-        return feature_map.key_max is not None
+        return isinstance(feature_map, SafeExp)
 
     def forward(self, feature_map: FeatureMap, x: Tokens, past: Past, output: Output) -> tuple[Tensor, Memory | None]:
         """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""
-        q, k = feature_map(x.q, x.k)
         S, m = (None, None) if past.state is None else past.state
+        if feature_map.needs_positions:
+            positions, counted = _positions(x, m)
+            q, k = feature_map(x.q, x.k, positions)
+        else:
+            q, k = feature_map(x.q, x.k)
         key_max, options = feature_map.key_max, (x.qk_norm, x.qkv, past.keep)
         call = Call(q, k, x.v, x.gates, self.scale, key_max, x.mask, x.cu_seqlens, S, m, *options)
-        norm = head_norm(output.norm, q.device) if past.overwrite and q.shape[1] == 1 else None
+        reads_once = feature_map.reads == 1
+        norm = head_norm(output.norm, q.device) if past.overwrite and q.shape[1] == 1 and reads_once else None
         h, state, is_normalised = attend(call, self.backend, norm=norm, overwrite=past.overwrite)
+        if feature_map.needs_positions and state is not None:
+            state = state[0], state[1] + counted[:, None]
         if is_normalised:
             return output_gated(h, output.gate, output.activation), state
+        if not reads_once and getattr(output.norm, "of_each_read", False):
+            return output_gated(feature_map.merge(output.norm(h)), output.gate, output.activation), state
+        h = feature_map.merge(h)
         return norm_and_gate(output.norm, h, output.gate, output.activation, self.backend), state
+
+
+def _positions(x: Tokens, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The places of the tokens in their texts [B, T], padding not counted, and how many there are after the last [B].
+
+    before: [B, H], how many came before, the same number for every head.
+    """
+    B, T = x.k.shape[:2]
+    if x.cu_seqlens is not None:
+        token = torch.arange(T, device=x.k.device)
+        owner = torch.searchsorted(x.cu_seqlens[1:].contiguous(), token, right=True)
+        return (token - x.cu_seqlens[owner])[None], x.cu_seqlens[-1:]
+    real = torch.ones(B, T, dtype=torch.long, device=x.k.device) if x.mask is None else x.mask.long()
+    start = real.new_zeros(B) if before is None else before[:, 0].long()
+    places = start[:, None] + real.cumsum(1)
+    return (places - 1).clamp_min(0), places[:, -1]
 
 
 class DeltaRule(nn.Module):
@@ -89,10 +120,10 @@ class DeltaRule(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, feature_map: FeatureMap, beta_max: float, backend: str
+        self, hidden_size: int, num_heads: int, features: int, feature_map: FeatureMap, beta_max: float, backend: str
     ):
         super().__init__()
-        self.scale = head_dim**-0.5
+        self.scale = features**-0.5
         self.beta_max = beta_max
         self.backend = backend
         self.beta_proj = nn.Linear(hidden_size, num_heads)
@@ -144,7 +175,7 @@ def check_rule(update_rule: str, *, feature_map: str, gate: type[Gate], gate_axi
                 "or leave beta_max out"
             )
         return
-    if issubclass(FEATURE_MAPS[feature_map], SafeExp):
+    if not FEATURE_MAPS[feature_map].delta:
         raise ValueError(
             f"update_rule is 'delta' and feature_map {feature_map!r}, whose keys have no fixed length; expected "
             "features of unit length: use feature_map='unit_safe_exp', or update_rule='additive'"

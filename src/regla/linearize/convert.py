@@ -263,6 +263,7 @@ def own_parameters(student: PreTrainedModel) -> Iterator[str]:
     theirs = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     for path, module in student.named_modules():
         if isinstance(module, StudentAttention):
-            for name, _ in module.mixer.named_parameters():
+            mixer = module.mixer
+            for name, _ in (*mixer.named_parameters(), *mixer.feature_map.named_buffers("feature_map")):
                 if name.partition(".")[0] not in theirs:
                     yield f"{path}.mixer.{name}"

@@ -259,10 +259,10 @@ def cache_bytes(cache: Cache) -> int:
 
 def expected_cache_bytes(config: ReGLAConfig, tokens: int, element_bytes: int = 2) -> int:
     """Bytes that one sequence of `tokens` leaves behind: keys and values of softmax layers (`element_bytes` each, 2 for
-    bfloat16), and the float32 states (S [H, K, V], m [H]) of linear ones, whatever their length. Convolutions are left
+    bfloat16), and the float32 states (S [H, F, V], m [H]) of linear ones, whatever their length. Convolutions are left
     out."""
     assert config.layer_types is not None and config.num_key_value_heads and config.head_dim and config.value_head_dim
-    state = 4 * config.num_key_value_heads * (config.head_dim * config.value_head_dim + 1)
+    state = 4 * config.num_key_value_heads * (config.num_features * config.value_head_dim + 1)
     keys_and_values = 2 * config.num_key_value_heads * config.head_dim * element_bytes
     kept = {"linear_attention": 0, "full_attention": tokens}
     if config.sliding_window is not None:

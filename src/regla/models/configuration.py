@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from regla.layers.defaults import DEFAULTS, Mixer
-from regla.layers.feature_maps import FEATURE_MAPS
+from regla.layers.feature_maps import FEATURE_MAPS, num_features
 from regla.layers.gates import GATE_AXES, GATES, SPACINGS, check_gate_start, default_rank
 from regla.layers.norms import NORMS
 from regla.layers.recurrence import UPDATE_RULES, check_rule
@@ -73,6 +73,8 @@ class ReGLAConfig(PreTrainedConfig):
             parameters, "sigmoid" a plain one, "mamba2" Mamba-2's, with its start.
         gate_axis: the axis of the state that the gate decays, "value", "key" or "both" (docs/results/defaults.md: why),
             or "head": one number a head, for the whole of its state. The delta rule takes "key" and "head".
+        feature_dim: features of a head, for the maps that leave a choice (`regla.layers.ReGLAAttention`); None: the
+            map's own. "cosformer" reaches as far as max_position_embeddings.
         key_max: the stabiliser of the safe exponential, "decay", "running" or "sequence" (the paper's letter, not
             causal: it cannot be decoded token by token).
         attention_norm: the normalisation of the linear layers' output, per head (section 3.2).
@@ -134,6 +136,7 @@ class ReGLAConfig(PreTrainedConfig):
     update_rule: str = DEFAULTS.update_rule
     beta_max: int | float = DEFAULTS.beta_max
     feature_map: str = DEFAULTS.feature_map
+    feature_dim: int | None = None
     gate: str = DEFAULTS.gate
     gate_axis: str = DEFAULTS.gate_axis
     key_max: str = DEFAULTS.key_max
@@ -178,6 +181,12 @@ class ReGLAConfig(PreTrainedConfig):
         kwargs["auto_map"] = AUTO_MAP
         self.check()
         super().__post_init__(**kwargs)
+
+    @property
+    def num_features(self) -> int:
+        """Features of a head of linear layers: the rows of its state."""
+        assert self.head_dim is not None and self.value_head_dim is not None
+        return num_features(self.feature_map, self.head_dim, self.value_head_dim, self.feature_dim)
 
     @property
     def uses_rope(self) -> bool:
@@ -244,6 +253,7 @@ class ReGLAConfig(PreTrainedConfig):
                 f"qk_initializer_range is {self.qk_initializer_range}; expected a number above 0, or None for "
                 "initializer_range"
             )
+        num_features(self.feature_map, self.head_dim, self.value_head_dim or self.head_dim, self.feature_dim)
         check_rule(
             self.update_rule,
             feature_map=self.feature_map,

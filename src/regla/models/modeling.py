@@ -370,6 +370,8 @@ def linear_mixer(
         update_rule=config.update_rule,
         beta_max=config.beta_max,
         feature_map=config.feature_map,
+        feature_dim=config.feature_dim,
+        horizon=config.max_position_embeddings,
         gate=config.gate,
         gate_axis=config.gate_axis,
         key_max=config.key_max,

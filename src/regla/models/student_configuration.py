@@ -33,6 +33,7 @@ MODULE = "regla.models.student"  # where classes of students are looked up by na
 MIXER: dict[str, Any] = {
     **mixer_arguments(replace(ADDITIVE, qk_norm=False, output_gate=None, qk_calibration=True)),
     "linear_rope": True,
+    "feature_dim": None,
     "gate_bias": 0.0,
     "refine_bias": 0.0,
 }
@@ -117,6 +118,7 @@ class StudentConfig:
             head_dim=heads.size,
             rms_norm_eps=getattr(config, "rms_norm_eps", DEFAULTS.norm_eps),
             initializer_range=getattr(config, "initializer_range", 0.02),
+            max_position_embeddings=getattr(config, "max_position_embeddings", 2048),
             sliding_window=window(config),
             layer_types=kinds,
             qk_norm=False,
