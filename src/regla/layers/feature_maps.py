@@ -26,6 +26,12 @@ class SafeExp(FeatureMap):
         return q, k
 
 
+class UnscaledSafeExp(SafeExp):
+    """The same without the variance reduction factor on the outputs, which no norm but "none" lets through."""
+
+    variance_reduced = False
+
+
 class ElementwiseMap(FeatureMap):
     """The same function `phi` of every token's q and k, that keeps the number of channels."""
 
@@ -156,6 +162,7 @@ class CosFormer(FeatureMap):
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "safe_exp": SafeExp,
+    "safe_exp_unscaled": UnscaledSafeExp,
     "identity": Identity,
     "relu": ReLU,
     "one_plus_elu": OnePlusELU,

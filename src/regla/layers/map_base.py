@@ -33,6 +33,7 @@ class FeatureMap(nn.Module):
     key_max: str | None = None
     needs_positions = False  # `forward(q, k, positions)`, positions [B or 1, T] of the tokens in their text
     reads = 1  # queries that each query head becomes, [B, T, HQ * reads, F]; `merge` puts their outputs together
+    variance_reduced = True  # of exponentials: scale outputs by `regla.ops.features.variance_reduction`
     delta = True  # whether it goes with the delta rule, that is whether keys may have a length of at most 1
 
     @classmethod

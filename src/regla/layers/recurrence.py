@@ -61,7 +61,8 @@ class AdditiveRule(nn.Module):
         self, hidden_size: int, num_heads: int, features: int, feature_map: FeatureMap, beta_max: float, backend: str
     ):
         super().__init__()
-        self.scale = features**-0.5 if feature_map.key_max is None else variance_reduction(features)
+        exponential = variance_reduction(features) if feature_map.variance_reduced else 1.0
+        self.scale = features**-0.5 if feature_map.key_max is None else exponential
         self.backend = backend
 
     def gates(self, gates: Gates, x: Tensor) -> Gates:

@@ -79,6 +79,8 @@ def check_variants(
             tokens=config.total_steps * config.tokens_per_step,
         )
         models[variant.name] = {name: getattr(model, name) for name in ReGLAConfig.__annotations__}
+        if model.feature_dim is None:  # so that runs of before the option stay the same runs
+            del models[variant.name]["feature_dim"]
         if not _gates_an_axis(model):  # so that another default does not make it another run
             models[variant.name]["gate_axis"] = None
     return sizes, models
