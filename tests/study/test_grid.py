@@ -1,10 +1,11 @@
 """What a YAML file makes of a grid, and what it must not hold."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from regla.study.grid import choose, in_order, read_study, shipped
+from regla.study.grid import choose, in_order, read_study, shipped, sweep_of
 from regla.study.trials import check_variants
 
 GRID = """\
@@ -171,12 +172,49 @@ def test_unknown_studies(tmp_path: Path) -> None:
         read_study(str(tmp_path / "none.yaml"))
 
 
+def test_a_sweep_and_more_seeds(tmp_path: Path) -> None:
+    more = "sweep: {steps: 2, overrides: {qk_norm: false}}\nmore_seeds: {softmax: [5], refined/4: [1, 7]}\n"
+    study = read_study(written(tmp_path, GRID + more), ["sweep.steps=1", "layers=1"])
+    sweep = sweep_of(study)
+    assert (sweep.name, sweep.title, sweep.seeds) == ("mine-sweep", "A grid: learning rates", (0,))
+    assert {variant.settings["steps"] for variant in sweep.variants} == {1}
+    assert not any(variant.settings["overrides"]["qk_norm"] for variant in sweep.variants)
+    assert study.variants[0].settings["steps"] == 4 and study.variants[0].settings["layers"] == 1
+    assert len(in_order(sweep)) == 5 * 3 * 1
+    rates = {variant.name: 1e-3 for variant in study.variants} | {"softmax": 4e-3}
+    trials = [(variant.name, lr, seed) for variant, lr, seed in in_order(replace(study, rates=rates))]
+    assert [seed for _, _, seed in trials] == [0] * 5 + [1] * 5 + [7, 5]
+    assert trials[-2:] == [("refined/4", 1e-3, 7), ("softmax", 4e-3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sweep: {stepps: 2}", "Unknown key 'stepps' in sweep of the study mine; the nearest known one is 'steps'"),
+        ("more_seeds: {softmaxx: [1]}", "`more_seeds` of the study mine names 'softmaxx', .* the nearest is 'softmax'"),
+        (
+            "more_seeds: {softmax: 1}",
+            "`seeds` of `more_seeds` of the study mine is 1, expected a list of different seeds",
+        ),
+        ("generate: [8, 4]", r"`generate` of the study mine is \[8, 4\], expected ascending numbers of tokens such as"),
+        ("generate: []", r"`generate` of the study mine is \[\], expected ascending numbers"),
+        ("inspect: 1", "`inspect` of the study mine is 1, expected a number of tokens of at least 2"),
+    ],
+)
+def test_bad_measurements(line: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_study(written(tmp_path, GRID + line + "\n"))
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_studies_fit_at_equal_parameters(name: str) -> None:
     study = read_study(name)
     sizes, _ = check_variants(study, study.variants, vocab_size=None if name == "demo" else 16384)
-    parameters = [size.parameters for size in sizes.values()]
-    assert max(parameters) < 1.01 * min(parameters)
-    if study.variants[0].settings.get("task") is None and name != "demo":
+    by_size: dict[str, list[int]] = {}
+    for variant in study.variants:
+        by_size.setdefault(variant.choices.get("size", ""), []).append(sizes[variant.name].parameters)
+    for parameters in by_size.values():
+        assert max(parameters) < 1.01 * min(parameters)
+    if study.variants[0].settings.get("task") is None and name not in ("demo", "speed-and-memory"):
         assert min(size.tokens for size in sizes.values()) in (26_214_400, 100_007_936)
         assert 4e-3 in study.lrs and len(study.lrs) > 1

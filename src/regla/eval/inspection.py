@@ -6,6 +6,7 @@ projection (before RoPE, and in the last case before the convolution). Shape leg
 features of a head.
 
     saturated          share of F below 0.01 or above 0.99
+    slope              mean of dF/da, a = W x + b the logit of a sigmoid gate: what its gradients pass through
     half-life          log 2 / -mean_t log F_t of a channel; of a head, the median over its channels
     effective features exp(entropy of the mean over t of softmax_K(k_t)): of K features, how many are in use
     state norm         Frobenius norm of S exp(m) after every chunk of the text
@@ -34,6 +35,7 @@ from regla.layers.attention import ReGLAAttention
 from regla.layers.feature_maps import SafeExp, UnitSafeExp
 from regla.models.cache import ReGLACacheLayer
 from regla.models.folders import check_ids, load_model
+from regla.ops.call import Gates
 from regla.report.inspection import inspection_page, plot_inspection
 from regla.runtime.device import pick_device
 from regla.runtime.errors import check_count
@@ -59,6 +61,8 @@ class LayerReport:
     """Share of F in each of BINS bins, by axis."""
     saturated_low: dict[str, float]
     saturated_high: dict[str, float]
+    slopes: dict[str, float]
+    """Of gates that are a sigmoid, refined or not; none of others."""
     half_lives: dict[str, list[float]]
     """Of every head, tokens."""
     effective_features: list[float]
@@ -170,7 +174,24 @@ class _Sums:
         self.high: dict[str, float] = {}
         self.log_F: dict[str, Tensor] = {}
         self.F: dict[str, int] = {}
+        self.slopes: dict[str, float] = {}
         self.features = torch.zeros((), dtype=torch.float64)
+
+    def slope(self, gates: Gates) -> None:
+        """Of what the gate module gives: log-decays, or logits of a refined gate."""
+        gate = self.mixer.gate
+        if gate.starts_itself:
+            return
+        for axis, a, c in (("key", gates.gk, gates.rk), ("value", gates.gv, gates.rv)):
+            if a is None:
+                continue
+            a = a.double()
+            if c is None:  # F = g^(1/root)
+                dF_da = a.exp() * -torch.expm1(gate.root * a) / gate.root
+            else:
+                g, r = a.sigmoid(), c.double().sigmoid()
+                dF_da = g * (1 - g) * (2 * (1 - r) * g + 2 * r * (1 - g))
+            self.slopes[axis] = self.slopes.get(axis, 0.0) + float(dF_da.sum())
 
     def gates(self, log_F_by_axis: dict[str, Tensor]) -> None:
         """log F [1, C, H, channels] of an axis."""
@@ -197,6 +218,7 @@ class _Sums:
             histogram={axis: (counts / counts.sum()).tolist() for axis, counts in self.histogram.items()},
             saturated_low={axis: self.low[axis] / self.F[axis] for axis in self.F},
             saturated_high={axis: self.high[axis] / self.F[axis] for axis in self.F},
+            slopes={axis: total / self.F[axis] for axis, total in self.slopes.items()},
             half_lives={axis: _half_lives(total / self.T) for axis, total in self.log_F.items()},
             effective_features=entropy_H.exp().tolist() if self.is_exponential else [],
             state_norms=norms,
@@ -212,7 +234,8 @@ def _half_lives(log_F_HC: Tensor) -> list[float]:
 def _observed(mixer: ReGLAAttention, sums: _Sums) -> Iterator[None]:
     """Hooks that fill `sums` while the layer runs."""
 
-    def gate(module: Any, args: Any, output: Any) -> None:
+    def gate(module: Any, args: Any, output: Gates) -> None:
+        sums.slope(output)
         sums.gates({axis: g for axis, g in zip(("key", "value"), output.logarithms(), strict=True) if g is not None})
 
     def keys(module: Any, args: Any, output: Any) -> None:

@@ -43,10 +43,10 @@ class ReGLAAttention(nn.Module):
         head_dim: K, channels of a query or key. None: hidden_size / num_heads.
         value_head_dim: V, channels of a value. None: head_dim.
         update_rule: "additive" or "delta".
-        feature_map: a name in `regla.layers.feature_maps.FEATURE_MAPS`: "safe_exp", "safe_exp_unscaled",
-            "identity", "relu", "one_plus_elu", "t2r", "hedgehog", "dpfp", "favor_plus", "rfa", "cosformer", "focused" or "polaformer", and
-            of a length of at most 1, as the delta rule needs them, "unit_safe_exp", "unit_identity", "unit_silu",
-            "sum_dpfp" or "rfa".
+        feature_map: a name in `regla.layers.feature_maps.FEATURE_MAPS`: "safe_exp", "safe_exp_unscaled", "identity",
+            "relu", "one_plus_elu", "t2r", "hedgehog", "dpfp", "favor_plus", "rfa", "cosformer", "focused" or
+            "polaformer", and of a length of at most 1, as the delta rule needs them, "unit_safe_exp", "unit_identity",
+            "unit_silu", "sum_dpfp" or "rfa".
         feature_dim: F, features of a head, for the maps that leave a choice: "t2r", "dpfp" and "sum_dpfp" (2 K nu),
             "favor_plus" and "rfa". None: the map's own.
         horizon: of "cosformer": the longest text.

@@ -15,6 +15,7 @@ from typing import Any
 
 from regla.report.benches import benches_table, kernels_table, plot_bench, speed_table
 from regla.report.distributed import DISTRIBUTED_TABLES
+from regla.report.measured import gates_table, generation_table, plot_gates, plot_generation
 from regla.report.recall import RECALL_TABLES, plot_recall
 from regla.report.studies import (
     plot_positions,
@@ -56,6 +57,8 @@ STUDY_TABLES: dict[str, _Table] = {
     "trials": trials_table,
     "positions": positions_table,
     "quality": quality_table,
+    "gates": gates_table,
+    "generation": generation_table,
     **RECALL_TABLES,
 }
 """By what the name of a table begins with: `study/NAME` and so on show rows of the study NAME."""
@@ -121,8 +124,8 @@ def update(root: Path) -> list[Path]:
 def draw(root: Path) -> list[Path]:
     """Draw the plots that the pages under docs show, from the rows of studies and benchmarks; their files.
 
-    Under docs/results, of studies NAME.png, NAME-positions.png and NAME-recall.png, of benchmarks NAME-ops.png,
-    NAME-decode.png and NAME-train.png.
+    Under docs/results, of studies NAME.png, NAME-positions.png, NAME-recall.png, NAME-gates.png and
+    NAME-generation.png, of benchmarks NAME-ops.png, NAME-decode.png and NAME-train.png.
     """
     pages = "".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("**/*.md"))
     plots: list[tuple[Path, Callable[[Sequence[dict[str, Any]], Path], None], Path, str]] = []
@@ -130,6 +133,8 @@ def draw(root: Path) -> list[Path]:
         plots.append((root / "docs/results" / f"{file.stem}.png", plot_study, file, "study"))
         plots.append((root / "docs/results" / f"{file.stem}-positions.png", plot_positions, file, "study"))
         plots.append((root / "docs/results" / f"{file.stem}-recall.png", plot_recall, file, "study"))
+        plots.append((root / "docs/results" / f"{file.stem}-gates.png", plot_gates, file, "study"))
+        plots.append((root / "docs/results" / f"{file.stem}-generation.png", plot_generation, file, "study"))
     for file in sorted((root / BENCHES).glob("*.jsonl")):
         for kind in BENCH_TABLES:
             plots.append((root / "docs/results" / f"{file.stem}-{kind}.png", plot_bench, file, f"bench {kind}"))

@@ -81,6 +81,28 @@ def plot_lengths(
     figure.savefig(file)
 
 
+def plot_histograms(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], file: str | Path, *, title: str, along: str, unit: str
+) -> None:
+    """Panels in rows of three, by title: histograms over 0 to 1, a curve by its name; shares are logarithmic."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(1 + 3.8 * columns, 0.6 + 3 * lines), dpi=_DPI, layout="constrained")
+    figure.suptitle(title)
+    grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        for (label, shares), colour in zip(curves.items(), _COLOURS, strict=False):
+            edges = [bin_ / len(shares) for bin_ in range(len(shares) + 1)]
+            axes.stairs(shares, edges, color=colour, linewidth=1.6, label=label)
+        axes.set(title=name, xlabel=along, ylabel=unit, yscale="log")
+        _finish(axes)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.savefig(file)
+
+
 def plot_shares(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]],
     file: str | Path,

@@ -196,10 +196,16 @@ def _score(name: str, rows: Sequence[Row]) -> VariantScore:
         parameters=next((row["parameters"] for row in rows if not row["diverged"]), None),
         best_lr=best,
         losses=() if best is None else finite[best],
-        at_edge=best is not None and best in (rates[0], rates[-1]),
+        at_edge=best is not None and best in _ends(rows),
         trials=len(rows),
         diverged=sum(lost.values()),
     )
+
+
+def _ends(rows: Sequence[Row]) -> tuple[float, float]:
+    """The lowest and the highest rate that were tried, in a sweep before these rows if there was one."""
+    rates = [rate for row in rows for rate in row.get("rates", [row["lr"]])]
+    return min(rates), max(rates)
 
 
 def _good(rows: Iterable[Row], lr: float) -> list[Row]:

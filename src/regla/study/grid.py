@@ -8,8 +8,14 @@
       softmax: {mixer: softmax}
     lr: [1e-3, 2e-3, 4e-3]
     seeds: [0]
+    more_seeds: {softmax: [1, 2]}                      # of some variants, by name
+    sweep: {steps: 100}                                # choose each variant's rate by runs with these fields
+    generate: [512, 8192]                              # behind the training, time the generation of so many tokens
+    inspect: 8192                                      # behind it, look at the gates on so many tokens of text
 
-Fields of a choice replace those of the base; `overrides` are merged key by key.
+Fields of a choice replace those of the base; `overrides` are merged key by key. With a sweep every variant is first
+trained at every rate with the first seed and the fields of `sweep`, as a study NAME-sweep, and then at its best rate
+alone.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import itertools
 import re
 import types
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -30,7 +36,7 @@ import yaml
 from regla.runtime.reading import check_text, read_utf8
 from regla.train.config import TrainConfig
 
-_KEYS = ("title", "base", "vary", "also", "lr", "seeds")
+_KEYS = ("title", "base", "vary", "also", "lr", "seeds", "more_seeds", "sweep", "generate", "inspect")
 _ELSEWHERE = {  # fields of TrainConfig that a study's settings do not hold, and what gives them instead
     "lr": "the study's own `lr`",
     "seed": "the study's own `seeds`",
@@ -82,6 +88,21 @@ class Study:
     """Of the tokenizer to train where none is given."""
     sets: tuple[str, ...]
     """What --set changed."""
+    more_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By the variant's name, seeds beside those that all have."""
+    sweep: Settings | None = None
+    """Over a variant's settings, to choose its learning rate; None: all runs get every rate."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """By the variant's name, the rate that a sweep chose; then it gets no other."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What is measured behind the training, see `regla.study.measure`: by `generate` the numbers of tokens, by
+    `inspect` that of the text."""
+
+    def trials_of(self, variant: Variant) -> list[tuple[float, int]]:
+        """(learning rate, seed) of all its runs."""
+        rates = (self.rates[variant.name],) if variant.name in self.rates else self.lrs
+        seeds = dict.fromkeys((*self.seeds, *self.more_seeds.get(variant.name, ())))
+        return [(lr, seed) for lr in rates for seed in seeds]
 
 
 def variant_name(choices: Mapping[str, str]) -> str:
@@ -134,7 +155,25 @@ def in_order(study: Study) -> list[tuple[Variant, float, int]]:
     """
     rates = sorted(study.lrs)
     middle_first = sorted(rates, key=lambda lr: abs(rates.index(lr) - (len(rates) - 1) / 2))
-    return [(variant, lr, seed) for seed in study.seeds for lr in middle_first for variant in study.variants]
+    found = [(variant, lr, seed) for variant in study.variants for lr, seed in study.trials_of(variant)]
+    seeds = list(dict.fromkeys((*study.seeds, *(seed for _, _, seed in found))))
+    return sorted(found, key=lambda trial: (seeds.index(trial[2]), middle_first.index(trial[1])))
+
+
+def sweep_of(study: Study) -> Study:
+    """The study that chooses the rates of one with a sweep."""
+    assert study.sweep is not None
+    variants = tuple(replace(variant, settings=_merge(variant.settings, study.sweep)) for variant in study.variants)
+    return replace(
+        study,
+        name=f"{study.name}-sweep",
+        title=f"{study.title}: learning rates",
+        variants=variants,
+        seeds=study.seeds[:1],
+        more_seeds={},
+        sweep=None,
+        measured={},
+    )
 
 
 def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
@@ -142,6 +181,9 @@ def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
     base = content.get("base") or {}
     _check_settings(base, f"base of {where}")
     rates, seeds, base, own = content.get("lr"), content.get("seeds", [0]), dict(base), set[str]()
+    sweep, more = content.get("sweep"), content.get("more_seeds") or {}
+    if sweep is not None:
+        _check_settings(sweep, f"sweep of {where}")
     for text in sets:
         key, value = _assignment(text)
         if key == "lr":
@@ -149,9 +191,15 @@ def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
         elif key == "seeds":
             seeds = value
         else:
-            field, _, of_model = key.partition(".")
-            one = {field: {of_model: value}} if field == "overrides" and of_model else {key: value}
+            of_sweep = sweep is not None and key.startswith("sweep.")
+            field, _, of_model = key.removeprefix("sweep.").partition(".") if of_sweep else key.partition(".")
+            one = (
+                {field: {of_model: value}} if field == "overrides" and of_model else {field if of_sweep else key: value}
+            )
             _check_settings(one, f"--set {text}")
+            if sweep is not None and of_sweep:
+                sweep = _merge(sweep, one)
+                continue
             base = _merge(base, one)
             own.add(key)
     variants = _variants(content, base, where)
@@ -164,6 +212,14 @@ def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
                     "change it in the YAML file, or choose variants with --only."
                 )
     vocab_size = base.get("vocab_size")
+    _check_mapping(more, f"`more_seeds` of {where}")
+    names = [variant.name for variant, _ in variants]
+    for name_of_variant in more:
+        if name_of_variant not in names:
+            near = difflib.get_close_matches(str(name_of_variant), names, n=1, cutoff=0)
+            raise ValueError(
+                f"`more_seeds` of {where} names {name_of_variant!r}, which is no variant; the nearest is {near[0]!r}."
+            )
     for variant, settings in variants:
         if "vocab_size" in settings:
             raise ValueError(f"The variant {variant.name} sets vocab_size; set it in base, all share one tokenizer.")
@@ -176,6 +232,9 @@ def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
         seeds=_numbers(seeds, "seeds", where, int),
         vocab_size=vocab_size,
         sets=tuple(sets),
+        more_seeds={name: _numbers(values, "seeds", f"`more_seeds` of {where}", int) for name, values in more.items()},
+        sweep=sweep,
+        measured=_measured(content, where),
     )
 
 
@@ -263,6 +322,25 @@ def _numbers(values: Any, key: str, where: str, kind: type) -> tuple[Any, ...]:
         expected = "learning rates above 0, such as [1e-3, 2e-3]" if key == "lr" else "seeds from 0 on, such as [0, 1]"
         raise ValueError(f"`{key}` of {where} is {values!r}, expected a list of different {expected}.")
     return tuple(kind(value) for value in values)
+
+
+def _measured(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "generate" in content:
+        values = content["generate"]
+        good = isinstance(values, list) and all(type(value) is int and value > 0 for value in values)
+        if not good or not values or values != sorted(set(values)):
+            raise ValueError(
+                f"`generate` of {where} is {values!r}, expected ascending numbers of tokens such as [512, 8192]."
+            )
+        found["generate"] = values
+    if "inspect" in content:
+        if type(content["inspect"]) is not int or content["inspect"] < 2:
+            raise ValueError(
+                f"`inspect` of {where} is {content['inspect']!r}, expected a number of tokens of at least 2."
+            )
+        found["inspect"] = content["inspect"]
+    return found
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -7,6 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from regla.report.measured import (
+    gates_table,
+    generation_table,
+    plot_gates,
+    plot_generation,
+    with_gates,
+    with_generation,
+)
 from regla.report.recall import distances_table, gaps_table, pairs_table, plot_recall, recall
 from regla.report.studies import (
     check_comparable,
@@ -27,7 +35,7 @@ _SWEPT = ("lr", "seed")
 
 
 def write_page(study: Study, rows: Sequence[Row], out: Path) -> None:
-    """Write OUT/NAME.md, OUT/NAME.png and, of rows scored by position, OUT/NAME-positions.png.
+    """Write OUT/NAME.md, OUT/NAME.png and, of what else was measured, OUT/NAME-positions.png and the like.
 
     Raises ValueError for rows that are none or cannot be compared.
     """
@@ -41,6 +49,10 @@ def write_page(study: Study, rows: Sequence[Row], out: Path) -> None:
         plot_recall(rows, out / f"{study.name}-recall.png")
     if positions(rows):
         plot_positions(rows, out / f"{study.name}-positions.png")
+    if with_gates(rows):
+        plot_gates(rows, out / f"{study.name}-gates.png")
+    if with_generation(rows):
+        plot_generation(rows, out / f"{study.name}-generation.png")
     write_text(out / f"{study.name}.md", page(study, rows, plot.name))
 
 
@@ -73,7 +85,7 @@ def page(study: Study, rows: Sequence[Row], plot: str) -> str:
 {trials_table(rows)}
 
 <!-- end of table -->
-{_positions(study, rows)}{_recall(study, rows)}
+{_positions(study, rows)}{_recall(study, rows)}{_gates(study, rows)}{_generation(study, rows)}
 ## Setup
 
 {_setup(rows)}
@@ -128,6 +140,46 @@ over seeds and its standard error over sequences. State: the numbers that a sequ
 ![Recall by pairs, gap and distance]({study.name}-recall.png)
 
 {tables}
+"""
+
+
+def _gates(study: Study, rows: Sequence[Row]) -> str:
+    """The section on the forget gates, where they were looked at."""
+    if not with_gates(rows):
+        return ""
+    return f"""
+## Gates
+
+On {with_gates(rows)[0]["inspect"]:,} tokens of validation text, before and after training, each variant at its best
+learning rate with the first seed: shares of the forget gates F that are nearly closed and nearly open, and the mean of
+dF/da, a the logit of the gate, which is what the gradient of a passes through.
+
+<!-- table: gates/{study.name} -->
+
+{gates_table(rows)}
+
+<!-- end of table -->
+
+![Forget gates before and after training]({study.name}-gates.png)
+"""
+
+
+def _generation(study: Study, rows: Sequence[Row]) -> str:
+    """The section on the cost of generation, where it was measured."""
+    if not with_generation(rows):
+        return ""
+    return f"""
+## Generation
+
+One text from a prompt of 5 tokens, greedily, with a cache that grows as it has to.
+
+<!-- table: generation/{study.name} -->
+
+{generation_table(rows)}
+
+<!-- end of table -->
+
+![Time and memory of generation]({study.name}-generation.png)
 """
 
 

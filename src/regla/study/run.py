@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,13 +15,13 @@ from typing import Any
 
 from regla.data.records import TEXT_FIELD
 from regla.data.tokenizer import load_tokenizer, vocabulary_size
-from regla.report.studies import row_name
+from regla.report.studies import row_name, variant_scores
 from regla.report.tables import plain
 from regla.runtime.errors import OptionError, check_count, check_number
 from regla.runtime.files import alone_in
 from regla.runtime.processes import check_one_process
 from regla.study.data import of_task, prepare
-from regla.study.grid import Study, choose, in_order, read_study
+from regla.study.grid import Study, choose, in_order, read_study, sweep_of
 from regla.study.page import write_page
 from regla.study.queue import Estimate, Place, work
 from regla.study.rows import append_line, drop_unfinished_line, read_study_rows
@@ -71,14 +72,18 @@ def study(
         _print_grid(plan, tokenizer)
         return []
     if report:
-        rows = read_study_rows(out / ROWS if rows_file is None else rows_file, plan.name)
-        write_page(plan, [row for row in rows if only is None or fnmatchcase(row_name(row), only)], out)
+        for one in (plan, *([] if plan.sweep is None else [sweep_of(plan)])):
+            rows = read_study_rows(out / ROWS if rows_file is None else rows_file, one.name)
+            rows = [row for row in rows if only is None or fnmatchcase(row_name(row), only)]
+            if rows or one is plan:
+                write_page(one, rows, out)
         return []
-    known = [] if rows_file is None else read_study_rows(rows_file, plan.name)
-    check_variants(
-        plan, plan.variants, vocab_size=None if tokenizer is None else vocabulary_size(load_tokenizer(tokenizer))
-    )
+    vocab_size = None if tokenizer is None else vocabulary_size(load_tokenizer(tokenizer))
+    for one in (plan, *([] if plan.sweep is None else [sweep_of(plan)])):
+        check_variants(one, one.variants, vocab_size=vocab_size)
     task = _task(plan)
+    if task is not None and "inspect" in plan.measured:
+        raise ValueError(f"`inspect` of {plan.name} is for models of text, but it trains on the task {task}.")
     for option, given in (("--data", data), ("--valid", valid), ("--tokenizer", tokenizer)):
         if task is not None and given:
             raise ValueError(f"{option} is given, but {plan.name} trains on the task {task}, which has no text.")
@@ -92,29 +97,39 @@ def study(
             reason=error.strerror,
         ) from error
     with alone_in(out, "study"):
-        return _train(
-            plan,
-            make_trials(
-                plan,
-                prepare(
-                    out / "data",
-                    data=data,
-                    valid=valid,
-                    text_field=text_field,
-                    tokenizer=tokenizer,
-                    vocab_size=plan.vocab_size,
-                )
-                if task is None
-                else of_task(task, plan.vocab_size),
+        if task is None:
+            folder = out / "data"
+            tokens = prepare(
+                folder,
+                data=data,
+                valid=valid,
+                text_field=text_field,
+                tokenizer=tokenizer,
+                vocab_size=plan.vocab_size,
+            )
+        else:
+            tokens = of_task(task, plan.vocab_size)
+        began = time.perf_counter()
+
+        def train(one: Study) -> tuple[list[str], list[dict[str, Any]]]:
+            return _train(
+                one,
+                make_trials(one, tokens, out=out, device=device),
                 out=out,
-                device=device,
-            ),
-            out=out,
-            places=places,
-            minutes=minutes,
-            known=known,
-            keep_models=keep_models,
-        )
+                places=places,
+                minutes=None if minutes is None else minutes - (time.perf_counter() - began) / 60,
+                known=[] if rows_file is None else read_study_rows(rows_file, one.name),
+                keep_models=keep_models,
+            )
+
+        if plan.sweep is None:
+            return train(plan)[0]
+        sweep = sweep_of(plan)
+        failures, rows = train(sweep)
+        if len(rows) < len(in_order(sweep)):
+            print(f"{plan.name} itself waits for the runs that are left of its sweep.")
+            return failures
+        return train(replace(plan, rates=best_rates(rows)))[0]
 
 
 def _train(
@@ -126,7 +141,8 @@ def _train(
     minutes: float | None,
     known: Sequence[dict[str, Any]],
     keep_models: bool,
-) -> list[str]:
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """What failed, and the rows of all trials that are done."""
     drop_unfinished_line(out / ROWS)
     (out / ROWS).touch()
     rows = {row["id"]: row for row in (*known, *read_study_rows(out / ROWS, plan.name))}
@@ -174,7 +190,13 @@ def _train(
         print(f"regla: {failure}", file=sys.stderr)
     if failures:
         print(f"regla: {len(failures)} runs failed; their output is in {out / 'runs'}/*/log.txt", file=sys.stderr)
-    return failures
+    return failures, [rows[trial.id] for trial in trials if trial.id in rows]
+
+
+def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By variant, the learning rate with the lowest loss, the lowest rate where all diverged."""
+    lowest = min(row["lr"] for row in rows)
+    return {score.name: score.best_lr or lowest for score in variant_scores(rows)}
 
 
 def _task(plan: Study) -> str | None:
@@ -210,18 +232,27 @@ def _places(device: str, number: int) -> list[Place]:
 def _print_grid(plan: Study, tokenizer: str | None) -> None:
     vocab_size = vocabulary_size(load_tokenizer(tokenizer)) if tokenizer is not None else None
     sizes, _ = check_variants(plan, plan.variants, vocab_size=vocab_size)
-    trials = in_order(plan)
     body = [
         [name, *(f"{number:,}" for number in (size.parameters, size.steps, size.tokens))]
         for name, size in sizes.items()
     ]
     print(f"{plan.title}\n")
     print(plain(["variant", "parameters", "steps", "tokens of a run"], body))
-    tokens = sum(sizes[variant.name].tokens for variant, _, _ in trials)
+    print()
     rates = ", ".join(f"{lr:g}" for lr in plan.lrs)
-    print(
-        f"\n{len(plan.variants)} variants at lr {rates} with seeds {', '.join(map(str, plan.seeds))}: "
-        f"{len(trials)} runs, {tokens:,} tokens"
-    )
+    if plan.sweep is not None:
+        sweep = sweep_of(plan)
+        print(f"{len(plan.variants)} variants at lr {rates} in the sweep: {_amount(sweep, vocab_size)}")
+        plan = replace(plan, rates={variant.name: plan.lrs[0] for variant in plan.variants})  # one, whichever it is
+        rates = "as the sweep says"
+    seeds = sorted({seed for _, _, seed in in_order(plan)})
+    named = ", ".join(map(str, seeds)) + (" (the latter of some variants)" if plan.more_seeds else "")
+    print(f"{len(plan.variants)} variants at lr {rates} with seeds {named}: {_amount(plan, vocab_size)}")
     if tokenizer is None:
         print(f"Parameters are those with a vocabulary of {plan.vocab_size or DEFAULT_VOCAB_SIZE:,}.")
+
+
+def _amount(plan: Study, vocab_size: int | None) -> str:
+    sizes, _ = check_variants(plan, plan.variants, vocab_size=vocab_size)
+    trials = in_order(plan)
+    return f"{len(trials)} runs, {sum(sizes[variant.name].tokens for variant, _, _ in trials):,} tokens"

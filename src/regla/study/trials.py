@@ -131,7 +131,11 @@ def make_trials(study: Study, data: StudyData, *, out: str | Path, device: str) 
             "files": list(data.options),
             "set": list(study.sets),
         }
-        result_of = json.dumps([settings, models[variant.name], data.digest], sort_keys=True)
+        if study.rates:
+            row["rates"] = sorted(study.lrs)  # of which the sweep chose this one
+        row |= study.measured
+        what = [settings, models[variant.name], data.digest, *study.measured.values()]
+        result_of = json.dumps(what, sort_keys=True)
         digest = hashlib.sha256(result_of.encode()).hexdigest()[:8]
         name = re.sub(r"[^\w.+-]+", "-", variant.name).strip("-")
         trial = f"{name}-lr{lr:g}-seed{seed}-{digest}"

@@ -28,6 +28,7 @@ from regla.runtime.checkpoint import found_in
 from regla.runtime.errors import told_in_flags
 from regla.runtime.files import alone_in, write_json, write_text
 from regla.runtime.log import FILE as LOG
+from regla.study.measure import measure
 from regla.train.config import TrainConfig
 from regla.train.run import train
 
@@ -76,6 +77,8 @@ def run(folder: Path) -> None:
         result = {"diverged": True, "reason": str(error).partition(";")[0], "curve": curve(Path(config.out) / LOG)}
     else:
         result = result_of(summary, curve(Path(config.out) / LOG))
+        if not result["diverged"]:
+            result |= measure(config, plan["row"])
     result["process_seconds"] = time.perf_counter() - started
     write_text(folder / ROW, json.dumps(plan["row"] | result | surroundings()) + "\n")
 
