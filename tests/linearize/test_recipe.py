@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from regla.cli import main
-from regla.linearize.config import LinearizeConfig
+from regla.linearize.config import BASELINES, LinearizeConfig
 from regla.models.student import linear_attention
 from regla.runtime.log import TrainingLog, read_log
 from tests.linearize.models import command
@@ -163,6 +163,36 @@ def test_adapters_without_peft(folder, tmp_path, capsys, monkeypatch):
     assert main(command(folder, tmp_path / "out", "--preset", "lora", "--tokens", "1024")) == 2
     assert "preset lora needs the package peft, which is not installed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_the_baselines_of_the_paper_go_through_the_same_recipe(mixer, folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = command(folder, out, "--mixer", mixer, "--keep", "none", "--tokens", "1024", "--transfer-tokens", "512")
+    place = arguments.index("--calibration-tokens")
+    assert main(arguments[:place] + arguments[place + 2 :]) == 0  # none by default
+    model = AutoModelForCausalLM.from_pretrained(out)
+    options = model.config.mixer
+    assert (options["attention_norm"], options["qk_calibration"]) == ("layernorm", False)
+    assert (options["feature_map"], options["gate"], options["gate_axis"], options["gate_half_life"]) == {
+        "relu": ("relu", "none", "key", None),
+        "hedgehog": ("hedgehog", "none", "key", None),
+        "scalar": ("relu", "scalar", "key", 14.0),
+        "fast_decay": ("identity", "fast_decay", "key", 14.0),
+        "paper": ("safe_exp", "refined", "value", 14.0),
+    }[mixer]
+    summary = json.loads((out / "linearize.json").read_text())
+    assert list(summary["stages"]) == ["attention transfer", "distillation"] and summary["calibration"] == []
+    if mixer == "hedgehog":
+        weight = next(iter(linear_attention(model).values())).mixer.feature_map.q_weight
+        assert not torch.equal(weight, torch.eye(weight.shape[-1]).expand_as(weight))  # it trains
+
+
+def test_baselines_without_gates_have_no_start_and_no_calibration(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "out", "--mixer", "relu", "--gate-start", "14")) == 2
+    assert "--gate-start is given, but --mixer relu has no gate; leave it out" in capsys.readouterr().err
+    assert main(command(folder, tmp_path / "out", "--mixer", "hedgehog")) == 2  # with --calibration-tokens 1024
+    assert "calibration is for 'safe_exp' or 'unit_safe_exp'; go without it" in capsys.readouterr().err
 
 
 def test_options_of_the_mixer_in_a_file(folder, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The studies that repeat the paper's tables and figures: each variant trains, very small, and the page shows it all."""
+"""The studies that repeat the paper's tables and figures: each variant trains, very small, and its page shows it."""
 
 import json
 from collections.abc import Callable

@@ -14,7 +14,9 @@ from regla.train.config import DEVICES, DTYPES, RESUME
 CALIBRATION_LENGTH = 512  # tokens of a sequence that layers are calibrated on
 CALIBRATION_TOKENS = 8192
 KEEP = "every-2"
-MIXERS = ("additive", "delta", "window")
+BASELINES = ("relu", "hedgehog", "scalar", "fast_decay", "paper")  # of the paper's table 5, and its own
+UNGATED = ("relu", "hedgehog")
+MIXERS = ("additive", "delta", *BASELINES, "window")
 PRESETS = ("distill", "paper", "lora")
 ORIGINAL_LR = 0.1  # of the weights outside the mixers, in relation to theirs
 LONG_LR = 0.1  # of the long-context stage, in relation to the others
@@ -62,8 +64,10 @@ class LinearizeConfig:
     """Layers that keep softmax attention, see `regla.linearize.layer_types`; "auto:N" or "auto:P%" to choose that many
     after attention transfer. None: KEEP, or those of `init`."""
     mixer: str | None = None
-    """What takes the place of softmax attention: the "additive" or the "delta" rule; "window": softmax attention over
-    the last `window` tokens and the first four, without training. None: "additive", or that of `init`."""
+    """What takes the place of softmax attention: the "additive" or the "delta" rule; "relu", "hedgehog", "scalar",
+    "fast_decay" or "paper": linear attention with these parts and the paper's layer norm, ReGLA's own as "paper", without
+    calibration; "window": softmax attention over the last `window` tokens and the first four, without training. None:
+    "additive", or that of `init`."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Options of the mixer over those of its name (`regla.models.student_configuration.MIXER`)."""
     window: int | None = None
@@ -92,7 +96,7 @@ class LinearizeConfig:
     valid_tokens: int = without_effect(100_000)
     """Tokens of each validation source that are scored, at most."""
     calibration_tokens: int | None = None
-    """0: do not calibrate. None: CALIBRATION_TOKENS, or 0 with the preset "paper"."""
+    """0: do not calibrate. None: CALIBRATION_TOKENS, or 0 with the preset "paper" and with BASELINES."""
     seq_len: int = 512
     batch_size: int = 16
     lr: float = 1e-3
@@ -140,7 +144,9 @@ class LinearizeConfig:
 
     def _settle_start(self) -> None:
         """Fill in and check what depends on the preset: calibration and the start of the gates."""
-        plain = self.preset == "paper" or self.mixer == "window"
+        plain = self.preset == "paper" or self.mixer in ("window", *BASELINES)
+        if self.gate_start is not None and self.mixer in UNGATED:
+            raise OptionError("{gate_start} is given, but {mixer} {value} has no gate; leave it out.", value=self.mixer)
         if self.calibration_tokens is None:
             object.__setattr__(self, "calibration_tokens", 0 if plain else CALIBRATION_TOKENS)
         assert self.calibration_tokens is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from regla.linearize.config import WINDOW, LinearizeConfig
+from regla.linearize.config import UNGATED, WINDOW, LinearizeConfig
 from regla.linearize.convert import (
     chosen_count,
     converted_config,
@@ -24,10 +24,17 @@ from regla.runtime.errors import OptionError
 _SHARED = ("num_hidden_layers", "hidden_size", "vocab_size")  # what attention transfer and distillation compare
 
 
+_AS_IN_THE_PAPER = {"attention_norm": "layernorm", "qk_calibration": False}
+
 #: Options of the mixers that have a name, over those that all conversions share.
 MIXER_OPTIONS: dict[str, dict[str, Any]] = {
     "additive": {},
     "delta": {"update_rule": "delta", "feature_map": "unit_safe_exp"},
+    "relu": {**_AS_IN_THE_PAPER, "feature_map": "relu", "gate": "none"},
+    "hedgehog": {**_AS_IN_THE_PAPER, "feature_map": "hedgehog", "gate": "none"},
+    "scalar": {**_AS_IN_THE_PAPER, "feature_map": "relu", "gate": "scalar"},
+    "fast_decay": {**_AS_IN_THE_PAPER, "feature_map": "identity", "gate": "fast_decay"},
+    "paper": {**_AS_IN_THE_PAPER, "gate_axis": "value"},
 }
 
 
@@ -80,7 +87,7 @@ def _keep_at_first(config: LinearizeConfig, original: PreTrainedConfig) -> str:
 def _mixer(config: LinearizeConfig) -> dict[str, Any]:
     """Options of the mixers; gates that are told by the teacher start at the constant until then."""
     start = {} if isinstance(config.gate_start, str) else {"gate_half_life": config.gate_start}
-    gate = {"gate", "gate_bias", "gate_half_life"} & config.overrides.keys()
+    gate = {"gate", "gate_bias", "gate_half_life"} & config.overrides.keys() or config.mixer in UNGATED
     return (start if not gate else {}) | MIXER_OPTIONS[config.mixer or "additive"] | dict(config.overrides)
 
 
