@@ -247,8 +247,8 @@ def linearize_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="NAME",
         help="what the others become: additive or delta, linear attention by that rule; relu, hedgehog, scalar, "
-        "fast_decay or paper, baselines and ReGLA as in the paper; window, softmax over the last --window tokens and the "
-        "first four, without training (default: additive)",
+        "fast_decay or paper, baselines and ReGLA as in the paper; window, softmax over the last --window tokens and "
+        "the first four, without training (default: additive)",
     )
     model.add_argument(
         "--config",

@@ -65,9 +65,9 @@ class LinearizeConfig:
     after attention transfer. None: KEEP, or those of `init`."""
     mixer: str | None = None
     """What takes the place of softmax attention: the "additive" or the "delta" rule; "relu", "hedgehog", "scalar",
-    "fast_decay" or "paper": linear attention with these parts and the paper's layer norm, ReGLA's own as "paper", without
-    calibration; "window": softmax attention over the last `window` tokens and the first four, without training. None:
-    "additive", or that of `init`."""
+    "fast_decay" or "paper": linear attention with these parts and the paper's layer norm, ReGLA's own as "paper",
+    without calibration; "window": softmax attention over the last `window` tokens and the first four, without training.
+    None: "additive", or that of `init`."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Options of the mixer over those of its name (`regla.models.student_configuration.MIXER`)."""
     window: int | None = None

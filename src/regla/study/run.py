@@ -117,7 +117,8 @@ def study(
                 make_trials(one, tokens, out=out, device=device),
                 out=out,
                 places=places,
-                minutes=None if minutes is None else minutes - (time.perf_counter() - began) / 60,
+                minutes=minutes,
+                spent=time.perf_counter() - began,
                 known=[] if rows_file is None else read_study_rows(rows_file, one.name),
                 keep_models=keep_models,
             )
@@ -139,10 +140,11 @@ def _train(
     out: Path,
     places: Sequence[Place],
     minutes: float | None,
+    spent: float,
     known: Sequence[dict[str, Any]],
     keep_models: bool,
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """What failed, and the rows of all trials that are done."""
+    """What failed, and the rows of all trials that are done. spent: seconds of `minutes` that are over."""
     drop_unfinished_line(out / ROWS)
     (out / ROWS).touch()
     rows = {row["id"]: row for row in (*known, *read_study_rows(out / ROWS, plan.name))}
@@ -175,7 +177,7 @@ def _train(
             [trial for trial in waiting if trial.id not in rows],
             out=out,
             places=places,
-            seconds=None if minutes is None else 60 * minutes,
+            seconds=None if minutes is None else 60 * minutes - spent,
             estimate=estimate,
             finished=finished,
             failed=failed,
