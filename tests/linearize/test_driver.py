@@ -494,7 +494,7 @@ def test_stages():
             {"gate_start": "soon"},
             "gate_start is 'soon', expected teacher, distance or a half-life in tokens such as 14",
         ),
-        ({"mixer": "gru"}, "mixer is 'gru', expected one of additive, delta, window"),
+        ({"mixer": "gru"}, "mixer is 'gru', expected one of additive, delta, relu, hedgehog"),
         ({"preset": "fast"}, "preset is 'fast', expected one of distill, paper, lora"),
         ({"mixer": "window", "tokens": 600}, "mixer window is not trained, but tokens is given"),
         ({"window": 32}, "window is given without mixer window"),
