@@ -294,7 +294,7 @@ def sent_bytes(config: ReGLAConfig, *, batch_size: int, dtype: str) -> int:
     V = config.value_head_dim or K
     channels = config.num_attention_heads * K + H * (K + V)
     halo = max(0, config.linear_conv_kernel_dim - 1) * channels * (2 if dtype == "bfloat16" else 4)
-    return batch_size * (2 * (4 * H * K * V + halo) + 4 * H)
+    return batch_size * (2 * (4 * H * config.num_features * V + halo) + 4 * H)
 
 
 def wire_bytes(kind: str, model: ReGLAConfig, config: LoopConfig, *, processes: int, gloo: bool) -> int:

@@ -7,6 +7,7 @@ a compiled step with a static cache instead.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -65,6 +66,7 @@ def generation(model: ReGLAForCausalLM, lengths: Sequence[int], *, batch: int = 
     call = {"input_ids": prompt_BP, "attention_mask": torch.ones_like(prompt_BP), "do_sample": False}
     model.generate(**call, max_new_tokens=_WARM_UP, min_new_tokens=_WARM_UP)
     if device.type == "cuda":
+        gc.collect()  # of what was trained before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     cache = DynamicCache(config=model.config)

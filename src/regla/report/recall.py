@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from regla.layers.feature_maps import num_features
 from regla.report.plots import plot_shares
 from regla.report.studies import row_name, variant_scores
 from regla.report.tables import markdown, ran_on
@@ -51,11 +52,12 @@ def state_size(row: Row) -> int:
     """Numbers that a sequence's memory holds at its end, all layers together: states, or keys and values."""
     model, size = row["model"], 0
     kv_heads, K, V = model["num_key_value_heads"], model["head_dim"], model["value_head_dim"]
+    F = num_features(model.get("feature_map", "identity"), K, V, model.get("feature_dim"))
     for kind in model["layer_types"]:
         kept = row["config"]["seq_len"]
         if kind == "sliding_attention":
             kept = min(kept, model["sliding_window"])
-        size += kv_heads * (K * V if kind == "linear_attention" else 2 * K * kept)
+        size += kv_heads * (F * V if kind == "linear_attention" else 2 * K * kept)
     return size
 
 
