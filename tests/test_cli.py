@@ -125,7 +125,10 @@ BAD = {
         "the nearest known one is 'qk_norm'",
     ),
     "no field": ("train --out o --data r.jsonl", "Line 1 of r.jsonl has no field 'text' (it has body)"),
-    "broken record": ("train --out o --data r.jsonl --text-field body", "Line 2 of r.jsonl is not JSON"),
+    "broken record": (
+        "train --out o --data r.jsonl --text-field body --max-bad-records 0",
+        "Line 2 of r.jsonl is not JSON",
+    ),
     "resume what": ("train --out o --resume newest", "invalid choice: 'newest'"),
     "resume nothing": ("train --out full --data corpus.txt --resume", "full holds no checkpoint to resume from"),
     "save never": ("train --out o --save-every 0", "--save-every is 0, expected a number above 0."),
@@ -155,8 +158,14 @@ BAD = {
     "large seed": (f"generate broken --prompt a --seed {2**70}", "--seed is 1180591620717411303424, expected at most"),
     "negative seed": ("generate broken --prompt a --seed -1", "--seed is -1, expected 0 or more"),
     "no temperature": ("generate broken --prompt a --temperature nan", "--temperature is nan, expected 0 or more"),
-    "half a character": ("train --out o --data h.jsonl", "Field 'text' in line 2 of h.jsonl is no valid Unicode text"),
-    "half a character to tokenize": ("tokenize --out o --vocab-size 300 h.jsonl", "in line 2 of h.jsonl is no valid"),
+    "half a character": (
+        "train --out o --data h.jsonl --max-bad-records 0",
+        "Field 'text' in line 2 of h.jsonl is no valid Unicode text",
+    ),
+    "half a character to tokenize": (
+        "tokenize --out o --vocab-size 300 h.jsonl --max-bad-records 0",
+        "in line 2 of h.jsonl is no valid",
+    ),
     "half a character to score": ("eval full --data h.jsonl", "in line 2 of h.jsonl is no valid Unicode text"),
     "half a character in a study": ("study h.yaml --dry-run", "Line 1 is no valid Unicode text"),
     "no such field in a study": ("study demo --out so --data r.jsonl --text-field none", "has no field 'none'"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from regla import help_texts
+from regla.data.bad import MAX_BAD_RECORDS
 from regla.train.config import (
     DEFAULT_PAIRS,
     DEFAULT_SOFTMAX_EVERY,
@@ -20,6 +21,7 @@ from regla.train.config import (
     MOST_SKIPPED,
     PARALLEL,
     RESUME,
+    SAMPLING,
     TASKS,
     TrainConfig,
 )
@@ -66,13 +68,44 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text")
     text.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
     text.add_argument(
-        "--data", nargs="+", default=[], metavar="PATH", help=".txt, .jsonl, .parquet or .bin (default: embedded text)"
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=".txt, .jsonl, .parquet or .bin, or folders of such files (default: embedded text)",
+    )
+    text.add_argument(
+        "--data-weights",
+        type=_list_of(float),
+        metavar="X,...",
+        help="shares of the training tokens, one for each PATH of --data and then --dataset (default: by their tokens)",
     )
     text.add_argument("--dataset", metavar="NAME[:CONFIG]", help="Hugging Face data set, streamed; or a folder of one")
     text_field_argument(text)
     text.add_argument(
         "--valid", nargs="+", default=[], metavar="PATH", help="default: the last tenth of each data file"
     )
+    text.add_argument(
+        "--sampling",
+        choices=SAMPLING,
+        default=_DEFAULTS["sampling"],
+        help="sequences from random places, or, epochs, each once before any comes again (default: %(default)s)",
+    )
+    text.add_argument(
+        "--reset-at-documents",
+        action="store_true",
+        help="tokens see nothing of the documents before theirs (default: all of their sequence)",
+    )
+    text.add_argument(
+        "--token-cache", metavar="DIR", help="keep the tokens of text files there and stream them (default: in memory)"
+    )
+    text.add_argument(
+        "--verify-data",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS["verify_data"],
+        help="compare all of each token file with its checksum before the first step (default: do)",
+    )
+    max_bad_records_argument(text)
     text.add_argument("--tokenizer", metavar="DIR", help="default: train a byte-level BPE on the data")
     add(text, "--vocab-size", int, f"tokens of the BPE to train, or ids of the task (default: {DEFAULT_VOCAB_SIZE})")
     text.add_argument("--task", choices=TASKS, help="mqar: train on associative recall instead of text")
@@ -205,12 +238,19 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         ("distributed", help_texts.BENCH_DISTRIBUTED),
         ("eval", help_texts.BENCH_EVAL),
         ("cpu", help_texts.BENCH_CPU),
+        ("data", help_texts.BENCH_DATA),
     ):
         kind = kinds.add_parser(name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         kind.add_argument("--out", metavar="FILE.jsonl", help="append rows there (default: print only)")
         kind.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="cases whose name matches any")
         if name == "cpu":
             kind.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: %(default)s)")
+            continue
+        if name == "data":
+            kind.add_argument(
+                "--gigabytes", type=float, default=1.0, metavar="X", help="of text or tokens (default: %(default)s)"
+            )
+            kind.add_argument("--dir", dest="folder", metavar="DIR", help="where they are written (default: /tmp)")
             continue
         kind.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU if there is one (default)")
         kind.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -308,6 +348,29 @@ def linearize_arguments(parser: argparse.ArgumentParser) -> None:
     where_arguments(run)
 
 
+def tokenize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="PATH", help=".txt, .jsonl or .parquet files, or folders of such")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the tokens and the tokenizer")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer to use")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="or the size of one to train, at most 65536")
+    text_field_argument(parser)
+    parser.add_argument(
+        "--shard-tokens", type=int, metavar="N", help="write NAME/00000.bin, ... of N tokens and the rest of a document"
+    )
+    max_bad_records_argument(parser)
+    parser.add_argument("--resume", action="store_true", help="go on behind the last whole token file in --out")
+
+
+def max_bad_records_argument(group: Any) -> None:
+    group.add_argument(
+        "--max-bad-records",
+        type=int,
+        default=MAX_BAD_RECORDS,
+        metavar="N",
+        help="records that may be left out, counted and named, because they cannot be used (default: %(default)s)",
+    )
+
+
 def text_field_argument(group: Any) -> None:
     group.add_argument(
         "--text-field",
@@ -363,6 +426,9 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--effective-context",
         action="store_true",
         help="how far back the text helps: loss by position with its noise, and with the context cut",
+    )
+    perplexity.add_argument(
+        "--reset-at-documents", action="store_true", help="tokens see nothing of the documents before theirs"
     )
     perplexity.add_argument("--json", dest="json_file", metavar="FILE", help="write the figures there, too")
     parser.add_argument(

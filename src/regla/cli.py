@@ -18,6 +18,7 @@ from regla.arguments import (
     linearize_arguments,
     study_arguments,
     text_field_argument,
+    tokenize_arguments,
     train_arguments,
     where_arguments,
 )
@@ -165,11 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     bench_arguments(command("bench", "measure speed and memory", help_texts.BENCH, _bench))
 
     tokenize = command("tokenize", "turn text files into token files", help_texts.TOKENIZE, _tokenize)
-    tokenize.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet files")
-    tokenize.add_argument("--out", required=True, metavar="DIR", help="new folder for the tokens and the tokenizer")
-    tokenize.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer to use")
-    tokenize.add_argument("--vocab-size", type=int, metavar="N", help="or the size of one to train, at most 65536")
-    text_field_argument(tokenize)
+    tokenize_arguments(tokenize)
     return parser
 
 

@@ -33,6 +33,10 @@ examples:
     --hidden-size 512 --layers 8 --heads 8 --seq-len 1024 --batch-size 64 --steps 400 --lr 2e-3 --warmup 60 \\
     --device cuda --dtype bfloat16 --compile
 
+Sources with weights, which are shares of the tokens, from shards that are read as they are needed:
+  regla train --out runs/mix --tokenizer tokens --data tokens/web tokens/books --data-weights 0.7,0.3 \\
+    --valid tokens/valid.bin --reset-at-documents
+
 DIR/log.jsonl has a line per step, with loss spikes and, at each --eval-every or --inspect-every, the saturated gates
 and the norm of the state of each linear layer. A step whose loss or gradient is not finite is skipped and named there;
 too many of them (--max-skipped-steps) end the run. DIR/checkpoints keeps the last two checkpoints, one every
@@ -293,13 +297,24 @@ examples:
   regla bench cpu --only memory
 """
 
-TOKENIZE = """\
-Write text files as token files (NAME.bin: little-endian uint16 ids, every document ended by the end-of-text token)
-and the tokenizer beside them, for `regla train --tokenizer DIR --data DIR/NAME.bin`.
+BENCH_DATA = """\
+Measure peak memory of training on tokens, of drawing batches from them alone, and of tokenizing, all from files that
+are generated: train, draw, tokenize. Each is compared with the same on 8 MB.
 
-Text is UTF-8; a line <|endoftext|> separates documents. Without --tokenizer, a byte-level BPE is trained on the files.
+examples:
+  regla bench data --gigabytes 8 --only train draw --out benchmarks/data.jsonl
+"""
+
+TOKENIZE = """\
+Write text files, or folders of them, as token files (NAME.bin: little-endian uint16 ids, every document ended by the
+end-of-text token; NAME.bin.json: its length, documents and SHA-256) and the tokenizer beside them, for
+`regla train --tokenizer DIR --data DIR/NAME.bin`.
+
+Text is UTF-8; a line <|endoftext|> separates documents. It streams and need not fit into memory. Without --tokenizer, a
+byte-level BPE is trained on the files. Records that cannot be used are left out and named in DIR/bad-records.json.
 
 examples:
   regla tokenize --vocab-size 16384 --out tokens train.txt valid.txt
   regla tokenize --tokenizer tokens --out more-tokens other.txt
+  regla tokenize --tokenizer tokens --out shards --shard-tokens 100000000 web/ books/
 """

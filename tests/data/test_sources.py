@@ -12,7 +12,7 @@ from regla.data.records import read_dataset
 from regla.data.sources import encode_source, read_source
 from regla.data.text import Text, encode
 from regla.data.tokenizer import train_tokenizer
-from regla.data.tokens import Tokens
+from regla.data.tokens import Ids, Tokens
 
 DOCUMENTS = ("One line.\n\nAnother line of the first.", "Grüße, 世界 🙂", "An <|endoftext|> inside a line stays text.")
 
@@ -56,13 +56,13 @@ def test_hold_out_cuts_the_text_once_at_a_line_break() -> None:
 
 
 def test_hold_out_of_tokens() -> None:
-    first, last = Tokens("a", np.arange(100, dtype=np.uint16)).hold_out(0.1)
-    np.testing.assert_array_equal(first.ids, np.arange(90))
-    np.testing.assert_array_equal(last.ids, np.arange(90, 100))
+    first, last = Tokens("a", Ids.of(np.arange(100, dtype=np.uint16))).hold_out(0.1)
+    np.testing.assert_array_equal(first.ids.read(), np.arange(90))
+    np.testing.assert_array_equal(last.ids.read(), np.arange(90, 100))
 
 
 def test_a_source_too_short_to_split_is_refused(tokenizer) -> None:
-    _, last = Tokens("short.bin", np.arange(3, dtype=np.uint16)).hold_out(0.1)
+    _, last = Tokens("short.bin", Ids.of(np.arange(3, dtype=np.uint16))).hold_out(0.1)
     with pytest.raises(ValueError, match=r"short.bin is too short to hold out"):
         encode_source(last, tokenizer)
 
@@ -118,7 +118,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_tokens_of_another_tokenizer_are_refused(tokenizer) -> None:
-    source = Tokens("a.bin", np.array([1, 5000], dtype=np.uint16))
+    source = Tokens("a.bin", Ids.of(np.array([1, 5000], dtype=np.uint16)))
     with pytest.raises(
         ValueError, match=r"a.bin holds token id 5000, but the largest id of the tokenizer is \d+; give"
     ):
@@ -204,11 +204,11 @@ def test_documents_that_no_file_can_hold_are_refused(tokenizer) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "a.txt").write_text("text")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ValueError, match=r"a.txt cannot be read \(Permission denied\); give"):
         read_source(tmp_path / "a.txt")
     with pytest.raises(ValueError, match=r"cannot be read \(File name too long\)"):

@@ -229,6 +229,24 @@ def test_other_models_and_options(kind: str, model: dict, corpus: Path, tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
+@pytest.mark.parametrize(
+    ("kind", "mixer", "rows"),
+    [("ddp", "regla", 5), pytest.param("ddp", "hybrid", 4, marks=pytest.mark.slow), ("fsdp", "hybrid", 4)],
+)
+def test_documents_that_reset_states(kind: str, mixer: str, rows: int, corpus: Path, tmp_path: Path) -> None:
+    """All sequences as one row, or with softmax layers one by one, as many in each process."""
+    text = tmp_path / "text.txt"
+    text.write_text(corpus.read_text().replace(". ", ".\n<|endoftext|>\n"), encoding="utf-8")
+    more = ("--reset-at-documents", "--mixer", mixer, "--accumulate", "2")
+    assert main(command(tmp_path / "alone", text, *more, "--batch-size", str(rows), steps=4)) == 0
+    ended = run(2, tmp_path / "run", text, "--parallel", kind, *more, "--batch-size", str(rows), steps=4)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    if mixer == "hybrid":
+        ended = run(2, tmp_path / "no", text, "--parallel", kind, *more, steps=4)
+        assert ended[0].code == 2 and "--batch-size is 5, but --reset-at-documents with softmax" in ended[0].err
+
+
 @pytest.mark.parametrize("kind", ["fsdp", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_students(kind: str, corpus: Path, tmp_path: Path) -> None:
     """Converted models in their original's class, GPT-2's with its table of positions; a softmax layer is refused."""

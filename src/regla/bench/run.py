@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from regla.bench import cpu, decode, distributed, evaluation, ops, train
+from regla.bench import cpu, data, decode, distributed, evaluation, ops, train
 from regla.bench.measure import Case, Row, give_memory_back
 from regla.bench.rows import write_rows
 from regla.report.benches import lines
 from regla.runtime.device import DTYPES, TF32_IN_TRAINING, float32_products, pick_device
 from regla.runtime.distributed import processes
+from regla.runtime.errors import check_number
 from regla.train.model import read_overrides
 
 
@@ -114,6 +115,16 @@ def bench_cpu(*, out: str | None = None, only: Sequence[str] = (), threads: int 
         raise ValueError(f"--threads is {threads}, expected a number above 0.")
     torch.set_num_threads(threads)
     return run(cpu.cases(), torch.device("cpu"), out=out, only=only)
+
+
+def bench_data(
+    *, out: str | None = None, only: Sequence[str] = (), gigabytes: float = 1.0, folder: str | None = None
+) -> list[Row]:
+    """Measure what text at scale takes of memory; see `regla.bench.data`. The rows."""
+    check_number("gigabytes", gigabytes)
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"There is no folder {folder}; give --dir one that exists.")
+    return run(data.cases(round(gigabytes * 1e9), folder), torch.device("cpu"), out=out, only=only)
 
 
 def run(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from regla.data.text import Text, trimmed
+from regla.data.bad import BadRecords
+from regla.data.text import Piece, Text, trimmed, trimmed_pieces
 from regla.runtime.errors import OptionError
 from regla.runtime.install import require
 from regla.runtime.reading import check_text, parse_json
@@ -19,53 +20,67 @@ class UnusableRecordError(OptionError):
     """A record without the text that was asked for."""
 
 
-def read_jsonl(path: Path, text_field: str) -> Text:
+def jsonl_pieces(path: Path, text_field: str, bad: BadRecords) -> Iterator[Piece]:
     """A JSON object on each line, whose `text_field` is one document."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = parse_json(line, f"Line {number} of {path}")
+                    document = _document(record, f"line {number} of {path}", text_field)
+                except ValueError as error:
+                    bad.add(error)
+                else:
+                    yield from trimmed_pieces([document])
 
-    def records() -> Iterator[tuple[str, Any]]:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number} of {path}", parse_json(line, f"Line {number} of {path}")
 
-    return _text_of_records(str(path), records(), text_field)
-
-
-def read_parquet(path: Path, text_field: str) -> Text:
+def parquet_pieces(path: Path, text_field: str, bad: BadRecords) -> Iterator[Piece]:
     """A table with a column `text_field` of documents; read a few rows at a time, that column alone."""
     require("pyarrow", f"{path} needs")
     import pyarrow
     import pyarrow.parquet
 
-    def records(table: pyarrow.parquet.ParquetFile) -> Iterator[tuple[str, Any]]:
-        number = 0
-        for batch in table.iter_batches(columns=[text_field]):
-            for value in batch.column(0):
-                number += 1
-                where = f"row {number} of {path}"
-                try:
-                    yield where, {text_field: value.as_py()}
-                except UnicodeDecodeError as error:
-                    raise UnusableRecordError(
-                        "Field {field!r} in {where} is not UTF-8 text (byte {byte}); convert it to UTF-8.",
-                        field=text_field,
-                        where=where,
-                        byte=error.start,
-                    ) from error
+    def values() -> Iterator[Any]:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as table:
+                names = table.schema_arrow.names
+                if text_field not in names:
+                    raise _no_field(str(path), names, text_field)
+                for batch in table.iter_batches(batch_size=_ROWS, columns=[text_field]):
+                    yield from batch.column(0)
+        except UnusableRecordError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:  # among them names not in UTF-8
+            raise ValueError(f"{path} is no readable Parquet file ({error}); give another.") from error
 
+    for number, value in enumerate(values(), 1):
+        where = f"row {number} of {path}"
+        try:
+            document = _document({text_field: _of_arrow(value, where, text_field)}, where, text_field)
+        except UnusableRecordError as error:
+            bad.add(error)
+        else:
+            yield from trimmed_pieces([document])
+
+
+_ROWS = 1024  # of a table at a time
+
+
+def _of_arrow(value: Any, where: str, text_field: str) -> Any:
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if text_field not in names:
-                raise _no_field(str(path), names, text_field)
-            return _text_of_records(str(path), records(table), text_field)
-    except UnusableRecordError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:  # among them names that are not UTF-8
-        raise ValueError(f"{path} is no readable Parquet file ({error}); give another.") from error
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise UnusableRecordError(
+            "Field {field!r} in {where} is not UTF-8 text (byte {byte}); convert it to UTF-8.",
+            field=text_field,
+            where=where,
+            byte=error.start,
+        ) from error
 
 
-def read_dataset(name: str, text_field: str = TEXT_FIELD, *, characters: int | None = None) -> Text:
+def read_dataset(
+    name: str, text_field: str = TEXT_FIELD, *, characters: int | None = None, bad: BadRecords | None = None
+) -> Text:
     """The split `train` of a Hugging Face data set, streamed until its documents have `characters`.
 
     name: NAME or NAME:CONFIG on the hub, or a folder of data files. Only as much as asked for is downloaded and kept.
@@ -74,52 +89,53 @@ def read_dataset(name: str, text_field: str = TEXT_FIELD, *, characters: int | N
     import datasets
 
     path, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+    bad = bad or BadRecords()
 
-    def records() -> Iterator[tuple[str, Any]]:
+    def documents() -> Iterator[str]:
         size = 0
         stream = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
         for number, record in enumerate(stream, 1):
-            yield f"record {number} of {name}", record
-            size += len(record[text_field])
+            try:
+                document = _document(record, f"record {number} of {name}", text_field)
+            except UnusableRecordError as error:
+                bad.add(error)
+                continue
+            yield document
+            size += len(document)
             if characters is not None and size >= characters:
                 break
 
     try:
-        return _text_of_records(name, records(), text_field)
-    except UnusableRecordError:
+        found = trimmed(documents())
+    except OptionError:
         raise
     except Exception as error:  # whatever the hub, the network and the readers of many formats raise
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
             f"The data set {name} cannot be read ({type(error).__name__}: {reason}); check its name and the network."
         ) from error
-
-
-def _text_of_records(name: str, records: Iterable[tuple[str, Any]], text_field: str) -> Text:
-    """records: where each stands, and its fields."""
-
-    def texts() -> Iterator[str]:
-        for where, record in records:
-            if not isinstance(record, dict) or text_field not in record:
-                names = list(record) if isinstance(record, dict) else []
-                raise _no_field(where[0].upper() + where[1:], names, text_field)
-            text = record[text_field]
-            if not isinstance(text, str):
-                raise UnusableRecordError(
-                    "Field {field!r} in {where} is of type {kind}, expected text; name another with {text_field}.",
-                    field=text_field,
-                    where=where,
-                    kind=type(text).__name__,
-                )
-            try:
-                yield check_text(text, f"Field {text_field!r} in {where}")
-            except ValueError as error:
-                raise UnusableRecordError("{found}", found=error) from error
-
-    documents = trimmed(texts())
-    if not documents:
+    if not found:
         raise UnusableRecordError("{name} holds no text; give one with text in it.", name=name)
-    return Text(name, documents)
+    return Text(name, found)
+
+
+def _document(record: Any, where: str, text_field: str) -> str:
+    """The text of a record. Raises UnusableRecordError where it has none."""
+    if not isinstance(record, dict) or text_field not in record:
+        names = list(record) if isinstance(record, dict) else []
+        raise _no_field(where[0].upper() + where[1:], names, text_field)
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UnusableRecordError(
+            "Field {field!r} in {where} is of type {kind}, expected text; name another with {text_field}.",
+            field=text_field,
+            where=where,
+            kind=type(text).__name__,
+        )
+    try:
+        return check_text(text, f"Field {text_field!r} in {where}")
+    except ValueError as error:
+        raise UnusableRecordError("{found}", found=error) from error
 
 
 def _no_field(where: str, names: Sequence[str], text_field: str) -> UnusableRecordError:

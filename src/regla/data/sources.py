@@ -6,17 +6,20 @@ Shape legend: N tokens of one source.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from regla.data.records import TEXT_FIELD, read_jsonl, read_parquet
-from regla.data.text import read_text
+from regla.data.bad import BadRecords, counted
+from regla.data.records import TEXT_FIELD, jsonl_pieces, parquet_pieces
+from regla.data.text import Piece, Text, text_pieces, whole
+from regla.data.token_files import SUFFIX, TokenFile
 from regla.data.tokenizer import end_of_text_id
-from regla.data.tokens import SUFFIX, read_tokens
+from regla.data.tokens import Ids, Tokens
 from regla.runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -86,26 +89,93 @@ def text_size(ids_N: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> tuple[in
     return size, words
 
 
-READERS: dict[str, Callable[[Path, str], Source]] = {
-    ".txt": lambda path, _: read_text(path),
-    SUFFIX: lambda path, _: read_tokens(path),
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
+READERS: dict[str, Callable[[Path, str, BadRecords], Iterator[Piece]]] = {
+    ".txt": text_pieces,
+    ".jsonl": jsonl_pieces,
+    ".parquet": parquet_pieces,
 }
+"""By the suffix of a file: from its path, the name of the text field and what counts bad records, to its documents."""
 
 
-def read_source(path: str | Path, text_field: str = TEXT_FIELD) -> Source:
-    """The source in one file, by its suffix; `text_field` is that of the text in .jsonl and .parquet files."""
+def read_source(path: str | Path, text_field: str = TEXT_FIELD, bad: BadRecords | None = None) -> Source:
+    """The source in a file, by its suffix, or in a folder: its files of one kind, in the order of their names.
+
+    Text is read into memory; tokens stay in their files.
+
+    Args:
+        path: the file or folder.
+        text_field: where .jsonl and .parquet files have the text.
+        bad: counts records that are left out; None: the first is an error.
+    """
+    if holds_tokens(path):
+        with _readable(path):
+            return Tokens(str(path), Ids.of(*(TokenFile(file) for file in files_of(path))))
+    return read_text(path, text_field, bad)
+
+
+def read_text(path: str | Path, text_field: str = TEXT_FIELD, bad: BadRecords | None = None) -> Text:
+    """`read_source` of text."""
+    return Text(str(path), whole(document_pieces(path, text_field, bad)))
+
+
+def document_pieces(path: str | Path, text_field: str = TEXT_FIELD, bad: BadRecords | None = None) -> Iterator[Piece]:
+    """The documents of a text file, or of all in a folder, one after the other.
+
+    Raises:
+        ValueError: they cannot be read, or hold no text.
+    """
+    bad = bad or BadRecords()
+    for file in files_of(path):
+        known, empty = len(bad), True
+        with _readable(file):
+            for piece in READERS[file.suffix.lower()](file, text_field, bad):
+                empty = False
+                yield piece
+        if empty:
+            found = bad.told[known:]
+            if not found:
+                raise ValueError(f"{file} holds no text; give one with text in it.")
+            raise OptionError(
+                "{file} holds no text that can be used; {bad}, the first: {first}",
+                file=file,
+                bad=counted(len(found)),
+                first=found[0],
+            )
+
+
+def holds_tokens(path: str | Path) -> bool:
+    """Whether a file, or those in a folder, are token files."""
+    return files_of(path)[0].suffix.lower() == SUFFIX
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The file itself; of a folder its text or its token files, by name."""
     path = Path(path)
-    try:
+    with _readable(path):
+        if path.is_dir():
+            return _files_in(path)
         if not path.is_file():
             raise ValueError(f"There is no file {path}; give the path of a text or token file.")
-        reader = READERS.get(path.suffix.lower())
-        if reader is None:
+        if path.suffix.lower() not in (*READERS, SUFFIX):
             raise ValueError(
                 f"{path} is of an unknown kind {path.suffix!r}; "
                 "give .txt (UTF-8 text), .jsonl, .parquet or .bin (tokens from `regla tokenize`)."
             )
-        return reader(path, text_field)
+        return [path]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in (*READERS, SUFFIX) and file.is_file())
+    kinds = sorted({file.suffix.lower() for file in found})
+    if len(kinds) == 1:
+        return found
+    what = f"files of several kinds ({', '.join(kinds)})" if found else "no .txt, .jsonl, .parquet or .bin file"
+    raise ValueError(f"The folder {folder} holds {what}; give one with files of one kind, or name the files.")
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give a file that you may read.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +37,13 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id and one: rows that an embedding needs. `len(tokenizer)` is less where ids have gaps."""
     return 1 + max(max(tokenizer.get_vocab().values()), max(tokenizer.added_tokens_decoder, default=0))
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase, largest: int) -> str:
+    """SHA-256 of the tokens with ids up to `largest`: the same where tokens were added behind them."""
+    known = tokenizer.get_vocab() | {str(token): id_ for id_, token in tokenizer.added_tokens_decoder.items()}
+    tokens = sorted((id_, token) for token, id_ in known.items() if id_ <= largest)
+    return hashlib.sha256(repr(tokens).encode(errors="surrogatepass")).hexdigest()
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:

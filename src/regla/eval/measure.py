@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from regla.data.records import TEXT_FIELD
 from regla.data.selection import read_sources, split_validation
 from regla.data.sources import encode_source
-from regla.data.tokenizer import first_id, load_tokenizer
+from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer
 from regla.eval.context import context_table
 from regla.eval.context import effective_context as find
 from regla.eval.perplexity import Score, beyond_the_model, mean_score, position_table, score, score_stream, table
 from regla.models.folders import check_ids, load_model
 from regla.runtime.device import pick_device
-from regla.runtime.errors import check_count
+from regla.runtime.errors import OptionError, check_count
 from regla.runtime.files import check_writable, write_json
 from regla.runtime.memory import memory_used
 
@@ -39,6 +39,7 @@ def evaluate(
     by_position: bool = False,
     stream: int | None = None,
     effective_context: bool = False,
+    reset_at_documents: bool = False,
     json_file: str | Path | None = None,
 ) -> list[Score]:
     """`measure`, and its figures in `json_file`, too; one score for each source."""
@@ -55,6 +56,7 @@ def evaluate(
         by_position=by_position,
         stream=stream,
         effective_context=effective_context,
+        reset_at_documents=reset_at_documents,
     )
     if json_file is not None:
         write_json(json_file, figures)
@@ -73,6 +75,7 @@ def measure(
     by_position: bool = False,
     stream: int | None = None,
     effective_context: bool = False,
+    reset_at_documents: bool = False,
 ) -> tuple[list[Score], dict[str, Any]]:
     """Score a model on each file of `data`, by default on the held-out tenth of the embedded text, and print a table.
 
@@ -89,6 +92,7 @@ def measure(
             `score_stream`.
         effective_context: say how much context the model uses, too, in windows of `seq_len`, see
             `regla.eval.context`.
+        reset_at_documents: tokens of a window see nothing of the documents before theirs.
 
     Returns:
         One score for each source; and all figures, for JSON.
@@ -98,6 +102,11 @@ def measure(
     """
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("stream", stream)):
         check_count(name, value)
+    if reset_at_documents and (stream is not None or effective_context):
+        raise OptionError(
+            "{reset_at_documents} is of windows, and goes neither with {stream} nor with {effective_context}; leave "
+            "one out."
+        )
     where = pick_device(device)
     sources = read_sources(data, text_field) if data else split_validation(read_sources([]))[1]
     loaded, tokenizer = load_model(model, where), load_tokenizer(model)
@@ -116,6 +125,7 @@ def measure(
     for text in texts:
         if stream is None:
             options: dict[str, Any] = {"seq_len": length, "batch_size": batch_size}
+            options["reset_at"] = end_of_text_id(tokenizer) if reset_at_documents else None
             scored = score(loaded, text, first=first, dtype=dtype, by_position=by_position, **options)
         else:
             part = text.start(stream, tokenizer)
@@ -144,6 +154,7 @@ def measure(
         "model": str(model),
         "seq_len": length,
         "stream": stream,
+        "reset_at_documents": reset_at_documents,
         "max_position_embeddings": getattr(loaded.config, "max_position_embeddings", None),
         "device": where.type,
         "dtype": dtype,

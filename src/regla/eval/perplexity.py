@@ -25,6 +25,7 @@ from torch import Tensor
 
 from regla.data.sources import Encoded
 from regla.eval.streaming import stream as stream_chunks
+from regla.models.packing import all_linear, document_logits
 from regla.report.tables import plain
 from regla.runtime.device import precision
 
@@ -79,9 +80,12 @@ def score(
     batch_size: int,
     dtype: str,
     by_position: bool = False,
+    reset_at: int | None = None,
 ) -> Score:
     """Score one source in windows of `seq_len` tokens; `first` is the id that stands before its first token."""
-    nats_N = token_nats(model, text.ids, first=first, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
+    nats_N = token_nats(
+        model, text.ids, first=first, seq_len=seq_len, batch_size=batch_size, dtype=dtype, reset_at=reset_at
+    )
     positions = position_scores(nats_N, seq_len) if by_position else ()
     return _score(text, nats_N, positions)
 
@@ -175,15 +179,29 @@ def _mean_positions(sources: Sequence[tuple[PositionScore, ...]]) -> tuple[Posit
 
 @torch.no_grad()
 def token_nats(
-    model: PreTrainedModel, ids_N: np.ndarray, *, first: int, seq_len: int, batch_size: int, dtype: str
+    model: PreTrainedModel,
+    ids_N: np.ndarray,
+    *,
+    first: int,
+    seq_len: int,
+    batch_size: int,
+    dtype: str,
+    reset_at: int | None = None,
 ) -> Tensor:
     """-ln p(x_i) of every token, float32 [N] on the CPU. The model is put into evaluation mode.
 
-    `batch_size` windows run at a time, or fewer where their logits would take too much memory.
+    `batch_size` windows run at a time, or fewer where their logits would take too much memory. `reset_at` is the
+    end-of-text id, where documents are to see nothing of those before them.
     """
     model.eval()
     batch_size = max(1, min(batch_size, _LOGITS // (seq_len * model.config.get_text_config().vocab_size)))
     device = model.device
+
+    def logits_of(inputs_BT: Tensor) -> Tensor:
+        if reset_at is None:
+            return model(input_ids=inputs_BT, use_cache=False).logits
+        return document_logits(model, inputs_BT, reset_at, together=all_linear(model))
+
     inputs_N, targets_N = _inputs_and_targets(ids_N, first)
     whole = len(ids_N) // seq_len * seq_len
     windows = [
@@ -195,7 +213,7 @@ def token_nats(
     nats = []
     for inputs_BT, targets_BT in batches:
         with precision(device, dtype):
-            logits_BTV = model(input_ids=inputs_BT.to(device), use_cache=False).logits
+            logits_BTV = logits_of(inputs_BT.to(device))
         nats.append(_nats(logits_BTV, targets_BT.to(device)))
     return torch.cat(nats).cpu()
 

@@ -28,6 +28,7 @@ def evaluate_models(
     by_position: bool = False,
     stream: int | None = None,
     effective_context: bool = False,
+    reset_at_documents: bool = False,
     batch_size: int = 16,
     device: str = "auto",
     dtype: str = "float32",
@@ -42,7 +43,7 @@ def evaluate_models(
         probes, plan: see `regla.eval.probes.run.Plan`.
         limit, out: of tasks and probes.
         data, text_field: texts to score, and to hide the probes' facts in.
-        seq_len, by_position, stream, effective_context: see `regla.eval.measure.measure`.
+        seq_len, by_position, stream, effective_context, reset_at_documents: see `regla.eval.measure.measure`.
         json_file: for the figures of perplexity; a list of them for several models.
         batch_size, device, dtype: of all.
     """
@@ -89,7 +90,7 @@ def evaluate_models(
             if len(models) > 1:
                 print(f"{model}:")
             windows: dict[str, Any] = {"seq_len": seq_len, "by_position": by_position, "stream": stream}
-            windows["effective_context"] = effective_context
+            windows |= {"effective_context": effective_context, "reset_at_documents": reset_at_documents}
             figures.append(measure(model, data=data, text_field=text_field, **windows, **where)[1])
         if json_file is not None:
             write_json(json_file, figures[0] if len(figures) == 1 else figures)

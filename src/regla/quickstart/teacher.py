@@ -21,8 +21,8 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerBase
 
 from regla.data.embedded import embedded_text
-from regla.data.sources import HELD_OUT, Encoded, encode_source
-from regla.data.text import Text, read_text
+from regla.data.sources import HELD_OUT, Encoded, encode_source, read_text
+from regla.data.text import Text
 from regla.data.tokenizer import end_of_text_id, train_tokenizer, vocabulary_size
 from regla.eval.perplexity import Score, mean_score, score, table
 from regla.quickstart.teacher_card import teacher_card
@@ -100,7 +100,7 @@ def train_teacher(config: TeacherConfig) -> dict[str, Any]:
     """
     check_new(config.out)
     device = pick_device(config.device)
-    books = [read_text(Path(name)).hold_out(_HELD_OUT_OF_A_BOOK_FILE) for name in config.data]
+    books = [read_text(name).hold_out(_HELD_OUT_OF_A_BOOK_FILE) for name in config.data]
     embedded = embedded_text()
     seen, _ = embedded.hold_out(_HELD_OUT_OF_THE_EMBEDDED)
     _, unseen = embedded.hold_out(HELD_OUT)

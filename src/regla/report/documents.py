@@ -27,6 +27,7 @@ from regla.report.studies import (
 )
 from regla.report.tables import (
     calibration_table,
+    data_table,
     decode_table,
     forms_table,
     latest,
@@ -43,6 +44,7 @@ TABLES: dict[str, tuple[str, _Table]] = {
     "delta": ("benchmarks/cpu.jsonl", latest(forms_table)),
     "decode": ("benchmarks/cpu.jsonl", latest(decode_table)),
     "memory": ("benchmarks/cpu.jsonl", latest(memory_table)),
+    "data": ("benchmarks/data.jsonl", data_table),
     "linearize": ("benchmarks/linearize.jsonl", scores_table),
     "calibration": ("benchmarks/linearize.jsonl", calibration_table),
     **{name: ("benchmarks/distributed.jsonl", show) for name, show in DISTRIBUTED_TABLES.items()},

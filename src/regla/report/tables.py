@@ -66,6 +66,22 @@ def memory_table(rows: Sequence[Row]) -> str:
     return markdown(header, body) + "\n\n" + ran_on(rows)
 
 
+def data_table(rows: Sequence[Row]) -> str:
+    """Peak memory over the size of text or tokens."""
+    header = ["", "size", "tokens", "peak memory", "beyond"]
+    body = [
+        [
+            row["subject"],
+            f"{row['bytes'] / 1e9:g} GB",
+            f"{row['tokens'] / 1e6:,.0f}M",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['beyond_bytes'] / 2**20:,.0f} MiB",
+        ]
+        for row in rows
+    ]
+    return markdown(header, body, numbers_from=1) + "\n\n" + ran_on(rows)
+
+
 def scores_table(rows: Sequence[Row]) -> str:
     """Conversions: perplexity per source of the original, right after conversion, and after training."""
     sources = [source["name"] for source in rows[0]["scores"]["original"]]

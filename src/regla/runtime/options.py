@@ -8,6 +8,7 @@ from typing import Any
 from regla.runtime.errors import flag
 
 _EFFECT = "effect"
+_ADDED = "added later"
 
 
 def without_effect(default: Any = MISSING, **metadata: Any) -> Any:
@@ -18,9 +19,20 @@ def without_effect(default: Any = MISSING, **metadata: Any) -> Any:
     return field(default=default, metadata={_EFFECT: False, **metadata})
 
 
+def added_later(default: Any) -> Any:
+    """A field that counts only where it differs from its default, so that checkpoints and rows from before there was
+    such an option are still of the same run."""
+    return field(default=default, metadata={_ADDED: True})
+
+
 def with_effect(options: Any) -> dict[str, Any]:
     """The fields of a dataclass, or of its type, that the weights depend on: by name."""
-    names = [entry.name for entry in fields(options) if entry.metadata.get(_EFFECT, True)]
+    names = [
+        entry.name
+        for entry in fields(options)
+        if entry.metadata.get(_EFFECT, True)
+        and not (entry.metadata.get(_ADDED) and getattr(options, entry.name, None) == entry.default)
+    ]
     return {name: getattr(options, name, None) for name in names}
 
 

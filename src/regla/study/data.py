@@ -16,8 +16,9 @@ from regla.data.records import TEXT_FIELD
 from regla.data.selection import read_sources, split_validation
 from regla.data.sources import READERS, Source, read_source
 from regla.data.text import Text
+from regla.data.token_files import SUFFIX
 from regla.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
-from regla.data.tokens import SUFFIX, Tokens, check_fits, write_tokens
+from regla.data.tokens import Tokens, check_fits, write_tokens
 from regla.runtime.errors import OptionError
 from regla.runtime.files import unfinished_name
 from regla.train.config import DEFAULT_VOCAB_SIZE
@@ -118,7 +119,8 @@ def _digest_of_sources(
     if tokenizer is not None:
         load_tokenizer(tokenizer)  # whether there is one
         for file in sorted(Path(tokenizer).glob("*.json")):
-            digest.update(file.read_bytes())
+            if not file.name.endswith(f"{SUFFIX}.json"):  # the record of a token file beside the tokenizer
+                digest.update(file.read_bytes())
     for part, sources in (("train", train), ("valid", valid)):
         for source in sources:
             digest.update(f"\0{part} {source.name}\0".encode())
@@ -130,7 +132,7 @@ def _digest_of_sources(
 def _contents(source: Source) -> list[bytes]:
     if isinstance(source, Text):
         return [document.encode() for document in source.documents]
-    return [np.ascontiguousarray(source.ids).tobytes()] if isinstance(source, Tokens) else []
+    return [source.ids.read().tobytes()] if isinstance(source, Tokens) else []
 
 
 def _write(
@@ -160,7 +162,7 @@ def _write(
                 )
             folder = unfinished / part / f"{number:03d}"  # keeps the order, and apart what has one name
             folder.mkdir()
-            write_tokens(folder / f"{_plain_name(source.name)}{SUFFIX}", ids_N)
+            write_tokens(folder / f"{_plain_name(source.name)}{SUFFIX}", ids_N, codec)
     codec.save_pretrained(str(unfinished / "tokenizer"))
     os.replace(unfinished, target)
 

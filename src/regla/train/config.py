@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from regla.data.bad import MAX_BAD_RECORDS
 from regla.runtime.errors import OptionError, check_choice, check_count, check_number, check_seed
-from regla.runtime.options import without_effect
+from regla.runtime.options import added_later, without_effect
 
 MIXERS = ("regla", "hybrid", "softmax", "window", "paper")
 DEVICES = ("auto", "cpu", "cuda")
@@ -22,6 +23,7 @@ DEFAULT_SOFTMAX_EVERY = 2
 TASKS = ("mqar",)
 DEFAULT_PAIRS = (4, 8, 16)
 RESUME = ("latest", "previous")
+SAMPLING = ("random", "epochs")
 PARALLEL = ("ddp", "fsdp", "sequence")
 SHORTEST_SAVE = 50
 MOST_SKIPPED = 10
@@ -116,11 +118,24 @@ class TrainConfig(LoopConfig):
     init: str | None = without_effect(None)
     """Folder of a model to start from (trained or converted): its weights, config and tokenizer; None: a new model."""
     data: tuple[str, ...] = without_effect(())
-    """Text (.txt), records (.jsonl, .parquet) or tokens (.bin); where `dataset` is None, too: the embedded text."""
+    """Text (.txt), records (.jsonl, .parquet) or tokens (.bin), or folders of such files; where `dataset` is None, too:
+    the embedded text."""
+    data_weights: tuple[float, ...] | None = added_later(None)
+    """Shares of the tokens to train on, for each of `data` and then `dataset`; None: in proportion to their tokens."""
     dataset: str | None = without_effect(None)
     """NAME or NAME:CONFIG of a Hugging Face data set, or a folder of one: as much of it as the run needs."""
     text_field: str = without_effect("text")
     """Where a record has its text."""
+    max_bad_records: int = without_effect(MAX_BAD_RECORDS)
+    """How many records that cannot be used may be left out."""
+    token_cache: str | None = without_effect(None)
+    """Folder for the tokens of text files, which are then read from there; None: text and tokens are in memory."""
+    verify_data: bool = without_effect(True)
+    """Compare every token file with its checksum before the first step."""
+    sampling: str = added_later("random")
+    """random: sequences from random places; epochs: each sequence of a source once before any comes again."""
+    reset_at_documents: bool = added_later(False)
+    """No token sees a document before its own: states start empty, softmax attention is masked, positions restart."""
     valid: tuple[str, ...] = without_effect(())
     """Files to validate on; none: the last tenth of every data file, which is then not trained on."""
     tokenizer: str | None = without_effect(None, model=True)
@@ -193,6 +208,7 @@ class TrainConfig(LoopConfig):
             )
         if self.init is not None:
             self._check_init()
+        self._check_data()
         self._check_task()
         if self.tokenizer is not None and self.vocab_size is not None:
             raise OptionError("Both {tokenizer} and {vocab_size} are given; the size is that of a tokenizer to train.")
@@ -228,6 +244,38 @@ class TrainConfig(LoopConfig):
                 groups=self.kv_heads,
             )
 
+    def _check_data(self) -> None:
+        check_count("max_bad_records", self.max_bad_records, least=0)
+        check_choice("sampling", self.sampling, SAMPLING)
+        if self.data_weights is not None:
+            sources = len(self.data) + (self.dataset is not None)
+            if len(self.data_weights) != sources:
+                raise OptionError(
+                    "{data_weights} has {count} numbers, but {data} and {dataset} name {sources} sources; give one for "
+                    "each.",
+                    count=len(self.data_weights),
+                    sources=sources,
+                )
+            for weight in self.data_weights:
+                check_number("data_weights", weight)
+        for name in ("data_weights", "reset_at_documents"):
+            if self.carry_state and getattr(self, name):
+                raise OptionError(
+                    f"Both {{carry_state}} and {{{name}}} are given; carried states read all text in its order and are "
+                    "empty behind a document: leave one out."
+                )
+        if self.carry_state and self.sampling != "random":
+            raise OptionError("{carry_state} reads all text in its order; leave it or {sampling} out.")
+        if self.token_cache is not None and self.tokenizer is None and self.init is None:
+            raise OptionError(
+                "{token_cache} is given without {tokenizer}; name the tokenizer of the tokens there, or leave it out."
+            )
+        if self.reset_at_documents and self.parallel == "sequence":
+            raise OptionError(
+                "Both {reset_at_documents} and {parallel} sequence are given, which passes states on from part to part "
+                "of a sequence; leave one out."
+            )
+
     def _check_task(self) -> None:
         check_choice("task", self.task, (None, *TASKS))
         for name, least in (("pairs", 1), ("gaps", 0)):
@@ -236,7 +284,8 @@ class TrainConfig(LoopConfig):
                 raise OptionError(f"{{{name}}} is given without {{task}}; it is of the task mqar: leave it out.")
             for value in values or ():
                 check_count(name, value, least=least)
-        for name in ("init", "data", "dataset", "valid", "tokenizer", "eval_context", "carry_state"):
+        text = ("init", "data", "data_weights", "dataset", "valid", "reset_at_documents", "token_cache", "tokenizer")
+        for name in (*text, "eval_context", "carry_state"):
             if self.task is not None and getattr(self, name):
                 raise OptionError(
                     f"Both {{task}} and {{{name}}} are given; a task makes its own sequences: leave one out."

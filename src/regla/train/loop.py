@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from regla.layers.positions import ShortConvolution
+from regla.models.packing import document_logits
 from regla.ops.checks import numbers_unchecked
 from regla.runtime.checkpoint import Checkpoints, check_finite
 from regla.runtime.device import TF32_IN_TRAINING, autocast, float32_products
@@ -68,11 +69,16 @@ def crops(tokens_N: Tensor, *, seed: int, batch: int, batch_size: int, length: i
     They depend on the seed and the number of the batch alone: a run repeats exactly, and can go on from any step
     without replaying those before.
     """
-    starts_B = np.random.default_rng([seed, batch]).integers(0, len(tokens_N) - length + 1, size=batch_size)
+    starts_B = crop_starts(len(tokens_N), seed=seed, batch=batch, batch_size=batch_size, length=length)
     index_BL = torch.from_numpy(starts_B).to(tokens_N.device, non_blocking=True)[:, None] + torch.arange(
         length, device=tokens_N.device
     )
     return tokens_N[index_BL].long()
+
+
+def crop_starts(tokens: int, *, seed: int, batch: int, batch_size: int, length: int) -> np.ndarray:
+    """Where the crops of a batch begin in `tokens` tokens, int64 [B]."""
+    return np.random.default_rng([seed, batch]).integers(0, tokens - length + 1, size=batch_size)
 
 
 def random_crops(tokens_N: Tensor, config: LoopConfig) -> Batches:
@@ -86,6 +92,16 @@ def next_token_loss(model: nn.Module, crop_BL: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token given those before it in its crop."""
     logits_BTV = model(input_ids=crop_BL[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), crop_BL[:, 1:].flatten())
+
+
+def document_loss(end_of_text: int, *, together: bool) -> Loss:
+    """`next_token_loss`, but of each token given those of its document in the crop; see `regla.models.packing`."""
+
+    def loss(model: nn.Module, crop_BL: Tensor) -> Tensor:
+        logits_BTV = document_logits(model, crop_BL[:, :-1], end_of_text, together=together)
+        return F.cross_entropy(logits_BTV.float().flatten(0, 1), crop_BL[:, 1:].flatten())
+
+    return loss
 
 
 def predicted_tokens(crop_BL: Tensor) -> int:

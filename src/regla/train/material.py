@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,26 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regla.data.bad import BadRecords
+from regla.data.cache import cached_tokens
 from regla.data.records import read_dataset
-from regla.data.selection import read_sources, split_validation
-from regla.data.sources import Source, encode_source
+from regla.data.selection import check_apart, read_sources, split_validation
+from regla.data.sources import Source, encode_source, files_of, holds_tokens, read_source
 from regla.data.text import Text
 from regla.data.tokenizer import end_of_text_id, first_id, load_tokenizer, train_tokenizer, vocabulary_size
+from regla.data.tokens import Ids, Tokens
 from regla.eval.perplexity import Score, beyond_the_model, mean_score, position_table, score, table
 from regla.eval.probes.run import Cell, Record, figures, record, training_cells
 from regla.eval.probes.score import Answers, answer_tokens, join
 from regla.eval.probes.tokens import IGNORE, Asked, mqar
 from regla.models.folders import check_ids
+from regla.models.packing import all_linear
 from regla.report.tables import markdown
 from regla.runtime.errors import OptionError
 from regla.train.carry import text_in_order
 from regla.train.config import DEFAULT_PAIRS, DEFAULT_VOCAB_SIZE, TrainConfig
-from regla.train.loop import next_token_loss, predicted_tokens
+from regla.train.loop import Loss, document_loss, next_token_loss, predicted_tokens
+from regla.train.mixture import Mixture, Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CHARACTERS_PER_TOKEN = 8  # of a data set: more than English text has in any tokenizer, so that crops repeat little
+_LARGE = 2**29  # bytes of text
 _SCORED = 256  # sequences of each cell of a task
 _VALIDATED = 32  # of each cell, while the run goes on
 _SAMPLED = 512  # tokens at most of a look inside
@@ -62,6 +67,9 @@ class Material(Protocol):
     def batches(self, device: torch.device) -> Tensor | Callable[[int], Tensor]:
         """For `optimise`."""
 
+    def drawn(self, steps: int) -> dict[str, Any]:
+        """For the summary: what the first `steps` trained on."""
+
     def validate(self, model: PreTrainedModel) -> float:
         """Validation loss while the run goes on."""
 
@@ -80,17 +88,14 @@ class TextMaterial:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        train_sources, valid_sources = _sources(config)
-        self.tokenizer = _tokenizer(config, train_sources, valid_sources)
+        bad = BadRecords(config.max_bad_records)
+        folder = config.init or config.tokenizer
+        known = None if folder is None else load_tokenizer(folder)
+        train_sources, valid_sources = _sources(config, known, bad)
+        self.tokenizer = known or _new_tokenizer(config, train_sources, valid_sources)
         self.vocab_size, self.end_of_text = vocabulary_size(self.tokenizer), end_of_text_id(self.tokenizer)
-        self.ids_N = np.concatenate([source.tokens(self.tokenizer) for source in train_sources])
-        if len(self.ids_N) <= config.seq_len:
-            raise OptionError(
-                "The training text has {tokens} tokens, expected more than {seq_len} {length}; "
-                "give more text or a smaller {seq_len}.",
-                tokens=len(self.ids_N),
-                length=config.seq_len,
-            )
+        streams = [self._stream(source) for source in train_sources]
+        self.mixture = Mixture(streams, config.data_weights, config, once=config.sampling == "epochs")
         self.valid = [encode_source(source, self.tokenizer) for source in valid_sources]
         for text in self.valid:
             if config.eval_context is not None and len(text.ids) < config.eval_context:
@@ -101,23 +106,57 @@ class TextMaterial:
                     tokens=len(text.ids),
                     context=config.eval_context,
                 )
-        self.described = f"{len(self.ids_N):,} tokens of text"
-        self.facts = {"text_tokens": len(self.ids_N)}
-        self.settings = {"--data (SHA-256 of its tokens)": hashlib.sha256(self.ids_N.data).hexdigest()}
+        tokens = len(self.mixture.ids)
+        self.described = f"{tokens:,} tokens of text ({self._plan()})"
+        if bad.told:
+            print(bad.report())
+        self.facts = {"text_tokens": tokens, "bad_records": bad.told}
+        digest = self.mixture.ids.digest(verify=config.verify_data)
+        self.settings = {"--data (SHA-256 of its tokens)": digest}
+        self._loss: Loss | None = None
+
+    def _stream(self, source: Source) -> Stream:
+        if isinstance(source, Tokens):
+            source.check(self.tokenizer, verify=self.config.verify_data)
+            return Stream(source.name, source.ids)
+        return Stream(source.name, Ids.of(source.tokens(self.tokenizer)))
+
+    def _plan(self) -> str:
+        """Which share each source is to have, and how often it is read for that."""
+        total = self.config.total_steps * self.config.tokens_per_step
+        if len(self.mixture.streams) == 1:
+            return f"{total / len(self.mixture.ids):.2f} epochs"
+        return ", ".join(
+            f"{stream.name} {share:.1%}, {share * total / length:.2f} epochs"
+            for stream, share, length in zip(
+                self.mixture.streams, self.mixture.shares, self.mixture.lengths, strict=True
+            )
+        )
 
     def loss(self, model: nn.Module, crop_BL: Tensor) -> Tensor:
-        return next_token_loss(model, crop_BL)
+        return next_token_loss(model, crop_BL) if self._loss is None else self._loss(model, crop_BL)
 
     def count(self, crop_BL: Tensor) -> int:
         return predicted_tokens(crop_BL)
 
     def check(self, model: PreTrainedModel) -> None:
-        for name, ids_N in (("the training text", self.ids_N), *((text.name, text.ids) for text in self.valid)):
-            check_ids(model, [int(ids_N.max())], f"The tokens of {name}")
+        if self.config.reset_at_documents:
+            self._loss = document_loss(self.end_of_text, together=all_linear(model))
+        largest = [("the training text", self.mixture.ids.largest(verify=self.config.verify_data))]
+        for name, id_ in (*largest, *((text.name, int(text.ids.max())) for text in self.valid)):
+            check_ids(model, [id_], f"The tokens of {name}")
 
     def batches(self, device: torch.device) -> Tensor | Callable[[int], Tensor]:
-        tokens_N = torch.from_numpy(self.ids_N).to(device)
-        return text_in_order(tokens_N, self.config) if self.config.carry_state else tokens_N
+        if self.config.carry_state:
+            return text_in_order(torch.from_numpy(self.mixture.ids.read()).to(device), self.config)
+        if self.mixture.in_memory is not None:
+            return torch.from_numpy(self.mixture.in_memory).to(device)
+        return lambda batch: self.mixture(batch).to(device, non_blocking=True)
+
+    def drawn(self, steps: int) -> dict[str, Any]:
+        if self.config.carry_state:  # all of the text in its order
+            return {}
+        return {"data": [asdict(source) for source in self.mixture.drawn(steps)]}
 
     def validate(self, model: PreTrainedModel) -> float:
         return mean_score(self._score(model, self.config.seq_len)).loss
@@ -147,6 +186,7 @@ class TextMaterial:
                 batch_size=self.config.batch_size,
                 dtype=self.config.dtype,
                 by_position=by_position,
+                reset_at=self.end_of_text if self.config.reset_at_documents else None,
             )
             for text in self.valid
         ]
@@ -199,6 +239,9 @@ class TaskMaterial:
             return torch.stack([asked.ids_BT, asked.targets_BT]).to(device, non_blocking=True)
 
         return batch
+
+    def drawn(self, steps: int) -> dict[str, Any]:
+        return {}
 
     def validate(self, model: PreTrainedModel) -> float:
         return figures(join([answers for _, answers in self._answers(model, _VALIDATED)]))["nats"]
@@ -260,18 +303,29 @@ def material(config: TrainConfig) -> Material:
     return TextMaterial(config) if config.task is None else TaskMaterial(config)
 
 
-def _sources(config: TrainConfig) -> tuple[list[Source], list[Source]]:
+def _sources(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, bad: BadRecords
+) -> tuple[list[Source], list[Source]]:
     """What to train and to validate on."""
-    data = read_sources(config.data, config.text_field) if config.data or config.dataset is None else []
+    check_apart(config.data, config.valid)
+    data: list[Source] = []
+    for path in config.data:
+        if config.token_cache is None or tokenizer is None or holds_tokens(path):
+            size = 0 if holds_tokens(path) else sum(file.stat().st_size for file in files_of(path))
+            if size > _LARGE:
+                print(
+                    f"{path} has {size / 1e9:.1f} GB of text, which all goes into memory; --token-cache DIR streams it."
+                )
+            data.append(read_source(path, config.text_field, bad))
+        else:
+            data.append(cached_tokens(path, config.token_cache, tokenizer, config.text_field, bad))
     if config.dataset is not None:
         needed = config.total_steps * config.tokens_per_step * _CHARACTERS_PER_TOKEN
-        data.append(read_dataset(config.dataset, config.text_field, characters=needed))
-    return split_validation(data, config.valid, config.text_field)
+        data.append(read_dataset(config.dataset, config.text_field, characters=needed, bad=bad))
+    return split_validation(data or read_sources(()), config.valid, config.text_field, bad)
 
 
-def _tokenizer(config: TrainConfig, data: list[Source], valid: list[Source]) -> PreTrainedTokenizerBase:
-    if (folder := config.init or config.tokenizer) is not None:
-        return load_tokenizer(folder)
+def _new_tokenizer(config: TrainConfig, data: list[Source], valid: list[Source]) -> PreTrainedTokenizerBase:
     for source in (*data, *valid):
         if not isinstance(source, Text):
             raise OptionError(

@@ -22,6 +22,7 @@ from regla.eval.perplexity import mean_score
 from regla.models.families import last_position
 from regla.models.folders import load_model
 from regla.models.modeling import ReGLAForCausalLM
+from regla.models.packing import all_linear
 from regla.models.student import Student
 from regla.runtime.checkpoint import FOLDER as CHECKPOINTS
 from regla.runtime.checkpoint import Checkpoints, found_in, is_finite, whole_weights
@@ -109,6 +110,13 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
                 )
             check_carries(model)
         parallel.check(model, config)
+        if config.reset_at_documents and not all_linear(model) and config.batch_size % all_.count:
+            raise OptionError(  # each process runs its sequences one by one, and all have to run as many
+                "{batch_size} is {value}, but {reset_at_documents} with softmax layers needs a multiple of the {count} "
+                "processes; change it.",
+                value=config.batch_size,
+                count=all_.count,
+            )
         model.to(device)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         settings = _settings(config, model) | source.settings
@@ -168,6 +176,7 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
                 train_loss=progress.train_loss,
                 skipped_steps=progress.skipped,
                 loss_spikes=progress.spikes,
+                **source.drawn(progress.steps),
             )
             write_json(out / SUMMARY, summary)
         except (OSError, SafetensorError) as error:
@@ -225,6 +234,9 @@ def _train(config: TrainConfig, all_: Processes, device: torch.device, held: Exi
             f"Steps skipped because a loss or gradient was not finite: {progress.skipped}. Loss spikes: "
             f"{progress.spikes}. {out / LOG} says which steps."
         )
+    if len(summary.get("data", ())) > 1:
+        drawn = (f"{one['name']} {one['share']:.1%}, {one['epochs']:.2f} epochs" for one in summary["data"])
+        print(f"Trained on {'; '.join(drawn)}.")
     scores = source.scores(model, summary)
     mean = mean_score(scores)
     summary |= {
