@@ -146,22 +146,29 @@ CASES = [
 DELTA_CASES = [("bfloat16", 1, 128), ("bfloat16", 2, 72), ("float32", 1, 128)]
 
 
-def in_a_process_of_its_own(tmp_path, *arguments):
+@pytest.fixture
+def kernels(tmp_path_factory):
+    """A folder for compiled kernels, which the workers of this run of the tests share."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
+
+
+def in_a_process_of_its_own(folder, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, __file__, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        env={**environment, "TRITON_CACHE_DIR": str(folder)},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
 
 @pytest.mark.parametrize(("axis", "dtype", "layout", "T", "head"), CASES)
-def test_kernels_compile(axis, dtype, layout, T, head, tmp_path):
+def test_kernels_compile(axis, dtype, layout, T, head, kernels):
     expected = EVERY if T == LONG else ["forward_kernel", "backward_kernel"]
-    found = in_a_process_of_its_own(tmp_path, axis, dtype, layout, T, *head)
+    found = in_a_process_of_its_own(kernels, axis, dtype, layout, T, *head)
     assert found == expected + NORM + ["decode_kernel"] * (layout == "whole")
 
 
@@ -169,15 +176,15 @@ def test_kernels_compile(axis, dtype, layout, T, head, tmp_path):
     ("dtype", "HQ", "K"),
     [("bfloat16", 1, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in DELTA_CASES)],
 )
-def test_kernels_of_the_delta_rule_compile(dtype, HQ, K, tmp_path):
+def test_kernels_of_the_delta_rule_compile(dtype, HQ, K, kernels):
     prepare, gradient = ["delta_prepare_kernel"] * 2, ["delta_gradient_kernel"] * 2
     forward = [*prepare, "delta_state_kernel", "delta_output_kernel"]
     backward = [*prepare, "delta_state_gradient_kernel", *gradient, "norm_gradient_kernel"]
-    assert in_a_process_of_its_own(tmp_path, "delta", dtype, HQ, K) == [*forward, *backward, "delta_decode_kernel"]
+    assert in_a_process_of_its_own(kernels, "delta", dtype, HQ, K) == [*forward, *backward, "delta_decode_kernel"]
 
 
-def test_direct_launches_are_those_of_triton(tmp_path):
-    assert in_a_process_of_its_own(tmp_path, "launch") == []
+def test_direct_launches_are_those_of_triton(kernels):
+    assert in_a_process_of_its_own(kernels, "launch") == []
 
 
 if __name__ == "__main__":
