@@ -132,8 +132,7 @@ class ReGLAAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * V, bias=bias)
         self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=out_bias)
         qkv_channels = num_heads * K + num_kv_heads * (K + V)
-        self.conv = ShortConvolution(qkv_channels, conv_size) if conv_size else None
-        self.conv_activation = ACTIVATIONS[conv_activation] if conv_activation else nn.Identity()
+        self.conv = ShortConvolution(qkv_channels, conv_size, conv_activation) if conv_size else None
         self.q_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(K, norm_eps) if qk_norm else None
         self.qk_calibration = QKCalibration(num_heads, num_kv_heads, K) if qk_calibration else None
@@ -165,8 +164,8 @@ class ReGLAAttention(nn.Module):
             cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1).
             state: what came before x; not with cu_seqlens.
             return_state: return the state after x; not with cu_seqlens.
-            overwrite_state: `state` may be overwritten, and S and m returned in its place: where the decode kernel
-                runs, nothing is copied. Not with states that anything else still reads.
+            overwrite_state: `state` may be overwritten, and returned in its place: where the decode kernels run,
+                nothing is copied. Not with states that anything else still reads.
 
         Returns:
             [B, T, hidden_size] in the dtype of x, and the new state or None.
@@ -175,7 +174,7 @@ class ReGLAAttention(nn.Module):
             raise ValueError("cu_seqlens is given with a state; packed sequences start empty: pass one or the other")
         if mask is not None:
             x = torch.where(mask[..., None], x, 0.0)  # by choice: padding may hold nan, and gradients meet it too
-        q, k, v, qkv, conv = self._project_and_convolve(x, mask, cu_seqlens, state)
+        q, k, v, qkv, conv = self._project_and_convolve(x, mask, cu_seqlens, state, overwrite_state)
         q, k, qk_norm = self._normalise_rotate_and_calibrate(q, k, rotary)
         dtype = v.dtype
         if dtype == torch.float16:  # too narrow for outputs that are not normalised yet
@@ -191,7 +190,12 @@ class ReGLAAttention(nn.Module):
         return y, None if after is None else ReGLAState(after[0], after[1], conv)
 
     def _project_and_convolve(
-        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, state: ReGLAState | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: ReGLAState | None,
+        overwrite: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Packed | None, Tensor | None]:
         """q, k, v, the tensor of which they are parts if there is one, and the new state of the convolution."""
         parts, whole = project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -199,8 +203,8 @@ class ReGLAAttention(nn.Module):
         heads = [(self.num_heads, K), (self.num_kv_heads, K), (self.num_kv_heads, V)]
         if self.conv is not None:
             whole = torch.cat(parts, -1) if whole is None else whole
-            whole, conv = self.conv(whole, mask, cu_seqlens, None if state is None else state.conv)
-            whole = self.conv_activation(whole)
+            before, backend = None if state is None else state.conv, self.rule.backend
+            whole, conv = self.conv(whole, mask, cu_seqlens, before, overwrite_state=overwrite, backend=backend)
         if whole is None:
             q, k, v = (part.unflatten(-1, size) for part, size in zip(parts, heads, strict=True))
             return q, k, v, None, conv

@@ -67,8 +67,7 @@ class ReGLACacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def write(self, state: ReGLAState, num_tokens: int) -> None:
         """Take over the state after `num_tokens` more tokens (padding counts, as it does in a key-value cache)."""
         self.dtype, self.device = state.S.dtype, state.S.device
-        # The convolution's state may be a view of the inputs of the whole call, which it would keep alive.
-        self._store(state._replace(conv=None if state.conv is None else state.conv.clone()))
+        self._store(state._replace(conv=None if state.conv is None else _owned(state.conv, self.conv_states[0])))
         self.has_previous_state = dict.fromkeys((S_SLOT, M_SLOT), True)
         self.is_initialized = True
         self._count(num_tokens)
@@ -186,8 +185,7 @@ class ConvCacheLayer(CacheLayerMixin):
     conv_state: Tensor | None = None  # [B, taps - 1, channels]; None before the first token
 
     def write_conv_state(self, new: Tensor) -> None:
-        # The new state may be a view of the inputs of the whole call, which it would keep alive.
-        self.conv_state = new.clone()
+        self.conv_state = _owned(new, self.conv_state)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -236,7 +234,8 @@ class StaticConvCacheLayer(ConvCacheLayer):
     def write_conv_state(self, new: Tensor) -> None:
         if self.conv_state is None or self.conv_state.shape != new.shape:
             self.conv_state = _at_fixed_address(torch.empty_like(new))
-        self.conv_state.copy_(new)
+        if self.conv_state is not new:
+            self.conv_state.copy_(new)
 
     def reset(self) -> None:
         super().reset()
@@ -411,6 +410,12 @@ def _with_window(layer: object, index: int, config: ReGLAConfig) -> object:
         f"layer {index} of past_key_values, a {type(layer).__name__}, does not keep a window of {window} tokens, or is "
         "in use; make a new cache: DynamicCache(config=model.config)"
     )
+
+
+def _owned(new: Tensor, old: Tensor | None) -> Tensor:
+    """A convolution's new state for a cache that holds `old`, which may have been overwritten with it."""
+    # Otherwise it may be a view of the inputs of the whole call, which it would keep alive.
+    return new if new is old else new.clone()
 
 
 def _at_fixed_address(tensor: Tensor) -> Tensor:

@@ -72,7 +72,12 @@ class SoftmaxAttention(LlamaAttention):
         if self.conv is not None:
             cached = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             qkv, conv_state = self.conv(
-                torch.cat([q, k, v], -1), token_mask, cu_seqlens, None if cached is None else cached.conv_state
+                torch.cat([q, k, v], -1),
+                token_mask,
+                cu_seqlens,
+                None if cached is None else cached.conv_state,
+                overwrite_state=cached is not None,
+                backend=self.config.backend,
             )
             q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
             if cached is not None:

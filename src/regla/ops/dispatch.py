@@ -21,9 +21,12 @@ BACKENDS = ("recurrent", "chunked", "native", "triton")
 WIDEST = 128
 WIDEST_STEP = 256
 WIDEST_CROWDED = 64  # more leaves no room in shared memory
+#: Taps of a short convolution up to which a thread of its kernels holds all it needs in registers.
+MOST_TAPS = 8
 
 NOT_CAUSAL = "key_max is 'sequence', which is not causal, and the kernels run forward in time"
 _INTERPRETED = (torch.float32,)  # what Triton's interpreter computes rightly
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -161,11 +164,23 @@ def output_norm_kernel_runs(backend: str, h: Tensor, weight: Tensor, bias: Tenso
     (B, T, H, V), parameters = h.shape, [x for x in (weight, bias) if x is not None]
     if any(x.shape != (H, V) for x in parameters) or (gate is not None and gate.shape != (B, T, H * V)):
         return False
-    if not _TRITON_IS_INSTALLED or h.numel() == 0 or not kinds <= {torch.bfloat16, torch.float16, torch.float32}:
+    if not _TRITON_IS_INSTALLED or h.numel() == 0 or not kinds <= set(_FLOATS):
         return False
     if backend == "triton" and not h.is_cuda:
         return _is_interpreted() and kinds <= set(_INTERPRETED)
     return h.is_cuda and backend in ("auto", "triton") and why_unsupported(h.device) is None
+
+
+def short_convolution_kernel_runs(backend: str, x: Tensor, weight: Tensor, state: Tensor | None) -> bool:
+    """Whether kernels compute `regla.ops.short_convolution` of these, whose shapes have been checked."""
+    tensors = [t for t in (x, weight, state) if t is not None]
+    if any(t.device != x.device or t.dtype not in _FLOATS for t in tensors) or has_tangents(tensors):
+        return False
+    if not _TRITON_IS_INSTALLED or x.numel() == 0 or weight.shape[0] > MOST_TAPS:
+        return False
+    if backend == "triton" and not x.is_cuda:
+        return _is_interpreted() and all(t.dtype in _INTERPRETED for t in tensors)
+    return x.is_cuda and backend in ("auto", "triton") and why_unsupported(x.device) is None
 
 
 def _is_interpreted() -> bool:

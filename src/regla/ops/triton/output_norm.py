@@ -31,9 +31,8 @@ def normalised(h_ptr, at, real, eps, V: tl.constexpr, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def activated(gate_ptr, at, real, GATE: tl.constexpr):
-    """(activation(gate), its derivative)"""
-    g = tl.load(gate_ptr + at, mask=real, other=0.0).to(tl.float32)
+def activated(g, GATE: tl.constexpr):
+    """(activation(g), its derivative), g in float32"""
     s = 1 / (1 + tl.exp2(-g * LOG2E))
     if GATE == "silu":
         return g * s, s + g * s * (1 - s)
@@ -63,7 +62,7 @@ def output_norm_kernel(
     if CENTRED:
         o += tl.load(bias_ptr + first + vi, mask=vi < V, other=0.0).to(tl.float32)[None, :]
     if GATE != "none":
-        a, _ = activated(gate_ptr, gate_at, real, GATE)
+        a, _ = activated(tl.load(gate_ptr + gate_at, mask=real, other=0.0).to(tl.float32), GATE)
         o *= a
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=real)
 
@@ -95,7 +94,7 @@ def output_norm_gradient_kernel(
         y, r, size = normalised(h_ptr, at, real, eps, V, CENTRED)
         d = tl.load(d_o_ptr + at, mask=real, other=0.0).to(tl.float32)
         if GATE != "none":
-            a, slope = activated(gate_ptr, gate_at, real, GATE)
+            a, slope = activated(tl.load(gate_ptr + gate_at, mask=real, other=0.0).to(tl.float32), GATE)
             d_gate = d * (y * weight + bias) * slope
             _, _, d_gate_at, _ = places(block, tokens, d_gate_step, H, V, BV, R)
             tl.store(d_gate_ptr + d_gate_at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=real)
