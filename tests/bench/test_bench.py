@@ -42,7 +42,7 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     names = ("regla_attention", "gated_linear_attention")
     subjects = [f"{name}/{axis}/{backend}" for name in names for axis in ops.AXES for backend in backends]
     subjects += [f"{name}/key/{backend}" for name in ops.DELTAS for backend in backends]
-    every = ["softmax_attention/none/sdpa", *subjects, "output_norm/none/eager"]
+    every = ["softmax_attention/none/sdpa", *subjects, *(f"{part}/none/eager" for part in ops.PARTS)]
     assert [row["subject"] for row in rows if row["setting"]["direction"] == "forward+backward"] == every
     assert {row["setting"]["direction"] for row in rows} == {"forward", "forward+backward", "step"}
     for row in rows:
@@ -53,7 +53,7 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
     assert softmax["against"] == {} and regla["against"] == {
         "softmax_attention/none/sdpa": softmax["p50_us"] / regla["p50_us"]
     }
-    assert all(row["against"] == {} for row in rows if row["subject"] == "output_norm/none/eager")
+    assert all(row["against"] == {} for row in rows if row["operation"] in ops.PARTS)
     printed = capsys.readouterr().out
     assert printed.startswith("operation ") and f"{regla['of_floor']:.0%}" in printed
     assert printed.count("regla_attention/value/triton: no rows, the tensors are on cpu") == 1
@@ -64,14 +64,16 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.
 def test_the_kernels_run_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here through Triton's interpreter, a call of which may take seconds on a busy machine."""
     monkeypatch.setattr(ops, "_TOO_LONG", float("inf"))
-    only = ["regla_step/value/triton/*", "*/key/triton/B1-T128-*/forward", "output_norm/*"]
+    only = ["regla_step/value/triton/*", "*/key/triton/B1-T128-*/forward", "output_norm/*", "short_conv*"]
     rows = run.bench_ops(device="cpu", quick=True, only=only)
     assert [row["subject"] for row in rows] == [
         "regla_attention/key/triton",
         "gated_linear_attention/key/triton",
         "regla_attention_fast_gates/key/triton",
+        *[f"{name}/key/triton" for name in ops.DELTAS],
         "regla_step/value/triton",
-        *["output_norm/none/eager", "output_norm/none/triton"] * 2,
+        *[f"{part}/none/{backend}" for part in ops.PARTS[1:] for backend in ("eager", "triton")],  # one token
+        *[f"{part}/none/{backend}" for part in ops.PARTS for _ in range(2) for backend in ("eager", "triton")],
     ]
 
 

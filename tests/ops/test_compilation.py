@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ pytest.importorskip("triton")
 HOPPER = 90
 #: By minima, too, which way to compute a chunk, or hold what is no number (`tiles.finite`).
 DECIDE = ("forward_kernel", "backward_kernel", "delta_prepare_kernel", "delta_gradient_kernel")
+#: Hold all they need in registers, of which a thread has enough. A few predicates may spill.
+IN_REGISTERS = ("short_convolution_kernel", "short_convolution_gradient_kernel", "short_convolution_step_kernel")
 
 
 class NoGPU:
@@ -42,10 +46,24 @@ def compile_all(call, *arguments):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         hiding = re.findall(r"\b(?:max|min)(?:\.ftz)?\.f32\b", kernel.asm["ptx"])  # others have .NaN
         assert self.__name__ in DECIDE or not hiding, f"{self.__name__} drops a NaN in {len(hiding)} places"
+        assert self.__name__ not in IN_REGISTERS or stack_bytes(kernel) <= 16, f"{self.__name__} spills registers"
         print(self.__name__)
 
     JITFunction.run = only_compile
     call(*arguments)
+
+
+def stack_bytes(kernel):
+    """Bytes a thread keeps in memory for want of registers."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(kernel.asm["cubin"])
+        told = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"STACK:(\d+)", told)
+    return int(found)
 
 
 def launch_all_twice():
@@ -130,6 +148,17 @@ def call_delta(dtype, HQ, K):
     triton_delta_step_(call, forms, state.detach(), HeadNorm(torch.ones(HQ, K), None, 1e-6))
 
 
+def call_convolution(dtype, C, taps, packed):
+    """Forward and backward of the short convolution, with a state unless packed, and the next token."""
+    from regla.ops.triton import short_convolution
+
+    x, weight, after = torch.zeros(2, 64, C, dtype=dtype), torch.ones(taps, C), torch.zeros(2, taps - 1, C, dtype=dtype)
+    state, ends = (None, torch.tensor([0, 64])) if packed else (after, None)
+    short_convolution.forward(x, weight, state, ends, "silu", x, after)
+    short_convolution.backward(x, None if packed else after, x, weight, state, ends, "silu", x, weight, after)
+    short_convolution.step(x[:, :1], weight, after, after, torch.ones(2, 1) > 0, "sigmoid", x[:, :1])
+
+
 LONG = 8 * 16 * 32  # in segments
 NORM = ["norm_gradient_kernel", "output_norm_kernel", "output_norm_gradient_kernel"]
 EVERY = ["state_kernel", "chain_kernel", "forward_kernel", "gradient_kernel", "chain_kernel", "backward_kernel"]
@@ -142,6 +171,12 @@ CASES = [
     pytest.param("both", "bfloat16", "whole", LONG, HEAD, marks=pytest.mark.slow),
     pytest.param("value", "bfloat16", "packed", 64, HEAD, marks=pytest.mark.slow),
     pytest.param("both", "float32", "whole", 64, HEAD, marks=pytest.mark.slow),
+]
+CONVOLUTION_CASES = [
+    ("bfloat16", 2304, 4, 1),
+    ("float32", 2304, 4, 0),
+    ("float32", 576, 8, 1),
+    ("bfloat16", 45, 3, 0),
 ]
 DELTA_CASES = [("bfloat16", 1, 128), ("bfloat16", 2, 72), ("float32", 1, 128)]
 
@@ -183,6 +218,14 @@ def test_kernels_of_the_delta_rule_compile(dtype, HQ, K, kernels):
     assert in_a_process_of_its_own(kernels, "delta", dtype, HQ, K) == [*forward, *backward, "delta_decode_kernel"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "C", "taps", "packed"),
+    [("bfloat16", 2304, 4, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in CONVOLUTION_CASES)],
+)
+def test_kernels_of_the_short_convolution_compile_without_spills(dtype, C, taps, packed, kernels):
+    assert in_a_process_of_its_own(kernels, "convolution", dtype, C, taps, packed) == list(IN_REGISTERS)
+
+
 def test_direct_launches_are_those_of_triton(kernels):
     assert in_a_process_of_its_own(kernels, "launch") == []
 
@@ -193,6 +236,9 @@ if __name__ == "__main__":
     elif sys.argv[1] == "delta":
         dtype, *sizes = sys.argv[2:]
         compile_all(call_delta, getattr(torch, dtype), *map(int, sizes))
+    elif sys.argv[1] == "convolution":
+        dtype, *sizes = sys.argv[2:]
+        compile_all(call_convolution, getattr(torch, dtype), *map(int, sizes))
     else:
         axis, dtype, layout, *sizes = sys.argv[1:]
         compile_all(call_all, axis, getattr(torch, dtype), layout == "packed", *map(int, sizes))

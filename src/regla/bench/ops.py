@@ -14,6 +14,7 @@ and fla's `chunk_gla` from features and log-decays made of them beforehand; soft
 `regla_step` is one token behind a state: with the kernel in place, with the recurrence to a new state;
 `regla_delta_step` is that of the delta rule.
 `output_norm` is the RMS norm over a head's output with a SiLU gate on it: the formula, that compiled, and its kernel.
+`short_convolution` is that of 4 taps over the channels of q, k and v together with a SiLU behind it: likewise.
 `regla_attention_fast_gates` is `regla_attention` with gate logits of mean -2 that differ by 2 from channel to channel
 and by 1 from token to token: some channels keep for tens of tokens, most hardly for one.
 `gated_delta_attention` and fla's `chunk_kda` are the delta rule from features of unit length and log-decays made
@@ -60,11 +61,14 @@ from regla.ops.dispatch import why_not_native, why_not_triton
 from regla.ops.features import safe_exp_query, unit_safe_exp
 from regla.ops.gates import log_refined_gate
 from regla.ops.output_norm import output_norm
+from regla.ops.short_convolution import short_convolution
 
 BENCHMARK = "bench ops"
 DIRECTIONS = ("forward", "forward+backward")
 STEP = "step"
 NORM = "output_norm"
+CONVOLUTION = "short_convolution"
+PARTS = (NORM, CONVOLUTION)
 FAST_GATES = "regla_attention_fast_gates"
 DELTAS = ("regla_delta_attention", "gated_delta_attention")
 DELTA_PEER = "chunk_kda"
@@ -76,8 +80,9 @@ _GATES = {  # of an axis: arguments of safe_exp_attention
 }
 AXES = tuple(_GATES)
 _BACKENDS = ("triton", "native", "chunked")
-_NORM_BACKENDS = ("eager", "compiled", "triton")
+_PART_BACKENDS = ("eager", "compiled", "triton")
 _STEP_BACKENDS = ("recurrent", "native", "triton")
+_TAPS = 4
 _TOO_LONG = 2.0  # seconds of one call, above which a backend gets no row
 
 Operation = Callable[..., Tensor]
@@ -111,11 +116,13 @@ def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> l
         (shape, STEP, "regla_step", axis, backend) for shape in one for axis in AXES for backend in _STEP_BACKENDS
     ]
     every += [(shape, STEP, DELTA_STEP, "key", backend) for shape in one for backend in _STEP_BACKENDS]
+    every += [(shape, STEP, CONVOLUTION, "none", backend) for shape in one for backend in _PART_BACKENDS]
     every += [
-        (shape, direction, NORM, "none", backend)
+        (shape, direction, part, "none", backend)
+        for part in PARTS
         for shape in few
         for direction in DIRECTIONS
-        for backend in _NORM_BACKENDS
+        for backend in _PART_BACKENDS
     ]
     found = []
     for shape, direction, operation, axis, backend in every:
@@ -174,7 +181,7 @@ def _measure(
             **shape._asdict(),
             "direction": direction,
             "dtype": dtype_name(dtype),
-            **({"part": NORM} if operation == NORM else {}),
+            **({"part": operation} if operation in PARTS else {}),
         },
         "operation": operation,
         "axis": axis,
@@ -197,7 +204,7 @@ def _measure(
             return
         extra = peak_extra_bytes(call, device)
         timing = time_call(call, device, seconds=seconds)
-        moved = _floor_bytes(inputs, call()[0], direction, states=1 if operation == DELTA_STEP else 2)
+        moved = _floor_bytes(inputs, call()[0], direction, states=1 if operation in (DELTA_STEP, CONVOLUTION) else 2)
     except torch.OutOfMemoryError:
         yield row | {"out_of_memory": True}
         return
@@ -248,13 +255,11 @@ def _operation(
         operation = "regla_attention"
     if operation == "softmax_attention":
         return _softmax_attention, [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    if operation == NORM:
-        norm = partial(_output_norm, backend="triton" if backend == "triton" else "chunked")
-        weight = torch.ones(v.shape[2:], device=v.device)
-        gate = normal(*v.shape[:2], v.shape[2:].numel(), seed=7, device=v.device, dtype=v.dtype)
+    if operation in PARTS:
+        function, inputs = _part(operation, backend, q, v)
         if backend == "compiled":
             torch.compiler.reset()  # else a second shape makes the compiler give up fixed shapes, and a ninth all
-        return torch.compile(norm) if backend == "compiled" else norm, [v, gate, weight]
+        return torch.compile(function) if backend == "compiled" else function, inputs
     if operation == "regla_attention":
         return partial(_regla, axis=axis, backend=backend), [q, k, v, *gates]
     if operation == "regla_step":
@@ -270,6 +275,20 @@ def _operation(
         chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
         return lambda *inputs: chunk_gla(*inputs)[0], [*features, v, *decays]
     return partial(_gated, axis=axis, backend=backend), [*features, v, *decays]
+
+
+def _part(operation: str, backend: str, q: Tensor, v: Tensor) -> tuple[Operation, Sequence[Tensor]]:
+    """What comes around a recurrence with such queries and values."""
+    (B, T, H, V), K, kernel = v.shape, q.shape[-1], "triton" if backend == "triton" else "chunked"
+    like: dict[str, Any] = {"device": v.device, "dtype": v.dtype}
+    if operation == NORM:
+        gate = normal(B, T, H * V, seed=7, **like)
+        return partial(_output_norm, backend=kernel), [v, gate, torch.ones(H, V, device=v.device)]
+    C = H * (2 * K + V)
+    inputs = [normal(B, T, C, seed=7, **like), normal(_TAPS, C, seed=8, device=v.device)]
+    if T == 1:
+        inputs.append(normal(B, _TAPS - 1, C, seed=9, **like))
+    return partial(_short_convolution, backend=kernel), inputs
 
 
 def _delta(operation: str, backend: str, logits: dict[str, Tensor]) -> tuple[Operation, Sequence[Tensor]]:
@@ -329,6 +348,11 @@ def _step_in_place(q: Tensor, k: Tensor, v: Tensor, *gates_and_state: Tensor, ax
 
 def _output_norm(h: Tensor, gate: Tensor, weight: Tensor, backend: str) -> Tensor:
     return output_norm(h, weight, gate=gate, activation="silu", eps=1e-6, backend=backend)
+
+
+def _short_convolution(x: Tensor, weight: Tensor, state: Tensor | None = None, *, backend: str) -> Tensor:
+    options: dict[str, Any] = {"state": state, "overwrite_state": True, "backend": backend}
+    return short_convolution(x, weight, activation="silu", **options)[0]
 
 
 def _gated(q: Tensor, k: Tensor, v: Tensor, *decays: Tensor, axis: str, backend: str) -> Tensor:
