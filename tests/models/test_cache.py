@@ -34,6 +34,11 @@ def states(cache):
     return [part for layer in linear_layers(cache) for part in layer.read() if part is not None]
 
 
+def states_of_convolutions(cache):
+    """Those of the softmax layers."""
+    return [layer.conv_state for layer in cache.layers if isinstance(layer, ConvCacheLayer)]
+
+
 def filled(model, length=9, static=False, rows=2):
     cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
     with torch.no_grad():
@@ -122,7 +127,7 @@ def test_a_static_cache_stays_where_it_is(model):
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("variant", ["pure", "hybrid, sum"])
+@pytest.mark.parametrize("variant", ["pure", "hybrid, sum", "hybrid, extras"])
 def test_the_decode_kernel_overwrites_states(build, variant, static, assert_same):
     skip_without_triton()
     model = build(variant)
@@ -130,12 +135,11 @@ def test_the_decode_kernel_overwrites_states(build, variant, static, assert_same
     expected = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
     model(ids[:, :6], past_key_values=cache)
-    before = [(layer.read().S, layer.read().m) for layer in linear_layers(cache)]
+    before = states(cache) + states_of_convolutions(cache)
     kernel = build(variant, backend="triton")
     logits = [kernel(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)]
     assert_same(torch.cat(logits, 1), expected[:, 6:])
-    for layer, (S, m) in zip(linear_layers(cache), before, strict=True):
-        assert layer.read().S is S and layer.read().m is m
+    assert all(x is y for x, y in zip(states(cache) + states_of_convolutions(cache), before, strict=True))
     assert int(cache.get_seq_length()) == 9
 
 
