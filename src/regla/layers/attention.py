@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from regla.layers.plain import is_plain
 from regla.layers.positions import ShortConvolution, apply_rotary
 from regla.layers.projection import project
 from regla.layers.recurrence import UPDATE_RULES, Output, Past, Tokens, check_rule
+from regla.layers.window import Kept, WindowBranch, check_window
 from regla.ops.call import Packed, QKNorm
 from regla.ops.features import KEY_MAX
 from regla.ops.output_norm import ACTIVATIONS
@@ -29,12 +30,18 @@ class ReGLAState(NamedTuple):
     S: Tensor  # [B, H, F, V'] float32; F features of a key, V' counts the normaliser's channels where there is one
     m: Tensor  # [B, H] float32, the unit of S: exp(m); of maps that need positions the number of tokens; else 0
     conv: Tensor | None = None  # [B, conv_size - 1, channels], the last inputs of the short convolution
+    window: Tensor | None = None  # [B, sinks + window - 1, H, K + V], keys and values of the window branch
+    seen: Tensor | None = None  # [B] int64, with the branch: how many real tokens there were
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> ReGLAState:
+        """The state whose parts are function(part)."""
+        return ReGLAState(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
 
 
 class ReGLAAttention(nn.Module):
     """Gated linear attention in the paper's form (figure 1): project -> (short convolution) -> (q/k normalisation) ->
     (RoPE) -> (q/k calibration) -> gate -> recurrence of a feature map and an update rule -> norm -> (output gate) ->
-    out; parts in brackets are optional. Defaults are those of `regla.layers.defaults`, as of models.
+    (window branch) -> out; parts in brackets are optional. Defaults are those of `regla.layers.defaults`, as of models.
 
     Args:
         hidden_size: channels of the input and the output.
@@ -64,6 +71,11 @@ class ReGLAAttention(nn.Module):
         output_gate: None, "silu" or "sigmoid".
         bias, out_bias: biases of the q, k, v projections, and of the output's.
         gate_low_rank_dim: rank of the "gla" and "refined_low_rank" gates. None: hidden_size / 8.
+        window_branch: tokens of a softmax attention beside the recurrence, each head's share of which is learnt
+            (`regla.layers.window.WindowBranch`); 0 for none. It takes q, k and v behind the q/k normalisation and RoPE,
+            and is not behind the output gate, as softmax attention is not.
+        window_sinks: first tokens that it sees, too.
+        window_dropout: how likely it is, in training, that a text goes without it.
         backend: of the recurrence, see `regla.ops.gated_linear_attention`.
 
     Raises:
@@ -102,6 +114,9 @@ class ReGLAAttention(nn.Module):
         bias: bool = DEFAULTS.bias,
         out_bias: bool = False,
         gate_low_rank_dim: int | None = DEFAULTS.gate_low_rank_dim,
+        window_branch: int = 0,
+        window_sinks: int = 0,
+        window_dropout: float = 0.0,
         backend: str = DEFAULTS.backend,
     ):
         super().__init__()
@@ -114,6 +129,7 @@ class ReGLAAttention(nn.Module):
         _one_of("output_gate", output_gate, [None, *ACTIVATIONS])
         _one_of("conv_activation", conv_activation, [None, *ACTIVATIONS])
         check_rule(update_rule, feature_map=feature_map, gate=GATES[gate], gate_axis=gate_axis, beta_max=beta_max)
+        check_window(window_branch, window_sinks, window_dropout)
         if horizon < 1:
             raise ValueError(f"horizon is {horizon}; expected the tokens of the longest text, at least 1")
         num_kv_heads = num_kv_heads or num_heads
@@ -144,12 +160,16 @@ class ReGLAAttention(nn.Module):
         self.norm = NORMS[norm](num_heads, V, norm_eps)
         self.output_gate = nn.Linear(hidden_size, num_heads * V, bias=False) if output_gate else None
         self.output_activation = output_gate
+        self.window = None
+        if window_branch:
+            self.window = WindowBranch(num_heads, window_branch, window_sinks, K**-0.5, window_dropout)
 
     def forward(
         self,
         x: Tensor,
         *,
         rotary: tuple[Tensor, Tensor] | None = None,
+        window_rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: ReGLAState | None = None,
@@ -160,6 +180,7 @@ class ReGLAAttention(nn.Module):
         Args:
             x: [B, T, hidden_size].
             rotary: (cos, sin), each [B or 1, T, R <= head_dim]; None for no RoPE.
+            window_rotary: of the window branch; None: `rotary`.
             mask: [B, T] bool, True for real tokens; what padding holds does not matter.
             cu_seqlens: [N + 1] int, boundaries of sequences packed into one row (B = 1).
             state: what came before x; not with cu_seqlens.
@@ -175,7 +196,9 @@ class ReGLAAttention(nn.Module):
         if mask is not None:
             x = torch.where(mask[..., None], x, 0.0)  # by choice: padding may hold nan, and gradients meet it too
         q, k, v, qkv, conv = self._project_and_convolve(x, mask, cu_seqlens, state, overwrite_state)
-        q, k, qk_norm = self._normalise_rotate_and_calibrate(q, k, rotary)
+        q, k, qk_norm = self._normalise(q, k, rotary)
+        near, kept = self._attend_near(q, k, v, window_rotary or rotary, mask, cu_seqlens, state)
+        q, k = self._rotate_and_calibrate(q, k, rotary)
         dtype = v.dtype
         if dtype == torch.float16:  # too narrow for outputs that are not normalised yet
             v = v.float()
@@ -185,9 +208,11 @@ class ReGLAAttention(nn.Module):
         output_gate = None if self.output_gate is None else self.output_gate(x)
         output = Output(self.norm, output_gate, self.output_activation)
         o, after = self.rule(self.feature_map, tokens, past, output)
+        if self.window is not None:
+            o = self.window.mix(o, near, cu_seqlens)
         o = o.flatten(2)
         y = self.o_proj(o.to(dtype) if dtype == torch.float16 else o)
-        return y, None if after is None else ReGLAState(after[0], after[1], conv)
+        return y, None if after is None else ReGLAState(after[0], after[1], conv, *kept)
 
     def _project_and_convolve(
         self,
@@ -211,18 +236,46 @@ class ReGLAAttention(nn.Module):
         qkv = Packed(whole, heads)
         return *qkv.parts, qkv, conv  # type: ignore[return-value]
 
-    def _normalise_rotate_and_calibrate(
+    def _normalise(
         self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, QKNorm | None]:
         """q, k, and their norm where nothing comes between it and the recurrence, which then does it."""
-        qk_norm = self._norm_before_recurrence(q.device) if rotary is None else None
+        qk_norm = self._norm_before_recurrence(q.device) if rotary is None and self.window is None else None
         if qk_norm is None:
             q, k = normalised(self.q_norm, q), normalised(self.k_norm, k)
+        return q, k, qk_norm
+
+    def _attend_near(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: ReGLAState | None,
+    ) -> tuple[Tensor | None, Kept | tuple[None, None]]:
+        """What the window branch gives, and what it keeps."""
+        if self.window is None:
+            return None, (None, None)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        past = None
+        if state is not None:
+            if state.window is None or state.seen is None:
+                raise ValueError("state is of a layer without a window branch, and this one has it; pass its own")
+            past = state.window, state.seen
+        near, kept = self.window(q, k, v, mask, cu_seqlens, past)
+        return near, kept
+
+    def _rotate_and_calibrate(
+        self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if self.qk_calibration is not None:
             q, k = self.qk_calibration(q, k)
-        return q, k, qk_norm
+        return q, k
 
     def _norm_before_recurrence(self, device: torch.device) -> QKNorm | None:
         """The norms of q and k by their weights; None where there are none, where something else follows or where a

@@ -28,6 +28,7 @@ def init_linear_attention(
         gains of the norms                          1
         calibration of q and k                      the identity: means 0, scales 1
         feature maps                                as their class says, projections that do not train included
+        share of the window branch                  logit 0: one half
         biases of q, k, v, o and of layer norms     0
         bias of the forget gates                    gate_bias   (0: g = 1/2, a memory of about one token)
         bias of the refining gate                   refine_bias (0: r = 1/2, the refined gate equals the plain one)
@@ -56,6 +57,8 @@ def init_linear_attention(
             (init.ones_ if kind == "weight" else init.zeros_)(parameter)
         elif owner == "qk_calibration":
             (init.ones_ if kind.endswith("scale") else init.zeros_)(parameter)
+        elif owner == "window":
+            init.zeros_(parameter)
         elif owner == "feature_map":
             _copy(parameter, module.feature_map.start(kind))
         elif owner == "gate.refine_proj" and kind == "bias":

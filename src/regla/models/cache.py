@@ -30,7 +30,7 @@ from regla.layers.attention import ReGLAState
 from regla.models.configuration import ReGLAConfig
 
 # Slots of `recurrent_states`; the convolution's state is slot 0 of `conv_states`.
-S_SLOT, M_SLOT = 0, 1
+S_SLOT, M_SLOT, WINDOW_SLOT, SEEN_SLOT = SLOTS = 0, 1, 2, 3
 
 
 #: What transformers calls the cache among arguments and results: "cache" since 5.24. Models take both names.
@@ -45,7 +45,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
 
 class ReGLACacheLayer(LinearAttentionLayer, CacheLayerMixin):
-    """The state (S, m, conv) of one linear layer and the number of tokens it has seen.
+    """The state (S, m, conv, window, seen) of one linear layer and the number of tokens it has seen.
 
     Its size does not depend on that number. S and m are float32 whatever the model's dtype. A new state replaces the
     old tensors, so gradients flow through any number of calls; the decode kernel, which knows no gradients, overwrites
@@ -56,13 +56,13 @@ class ReGLACacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def __init__(self) -> None:
         CacheLayerMixin.__init__(self)
-        LinearAttentionLayer.__init__(self, number_of_states=2)
+        LinearAttentionLayer.__init__(self, number_of_states=len(SLOTS))
         self.cumulative_length: int | Tensor = 0
 
     def read(self) -> ReGLAState | None:
         """The state after the tokens seen so far; None before the first."""
-        S, m = self.recurrent_states[S_SLOT], self.recurrent_states[M_SLOT]
-        return None if S is None or m is None else ReGLAState(S, m, self.conv_states[0])
+        S, m, window, seen = (self.recurrent_states[slot] for slot in SLOTS)
+        return None if S is None or m is None else ReGLAState(S, m, self.conv_states[0], window, seen)
 
     def write(self, state: ReGLAState, num_tokens: int) -> None:
         """Take over the state after `num_tokens` more tokens (padding counts, as it does in a key-value cache)."""
@@ -111,14 +111,13 @@ class ReGLACacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
         state = self.read()
         if state is not None:
-            conv = None if state.conv is None else function(state.conv)
-            self._store(ReGLAState(function(state.S), function(state.m), conv))
+            self._store(state.each(function))
 
     def _store(self, new: ReGLAState) -> None:
-        old = self.read() or (None, None, None)
-        S, m, conv = (None if n is None else self._replace(o, n) for o, n in zip(old, new, strict=True))
-        self.recurrent_states = {S_SLOT: S, M_SLOT: m}
-        self.is_recurrent_states_initialized = dict.fromkeys((S_SLOT, M_SLOT), True)
+        old = self.read() or (None,) * len(new)
+        S, m, conv, window, seen = (None if n is None else self._replace(o, n) for o, n in zip(old, new, strict=True))
+        self.recurrent_states = {S_SLOT: S, M_SLOT: m, WINDOW_SLOT: window, SEEN_SLOT: seen}
+        self.is_recurrent_states_initialized = {slot: x is not None for slot, x in self.recurrent_states.items()}
         self.conv_states[0] = conv
         self.is_conv_states_initialized[0] = conv is not None
 
@@ -258,10 +257,14 @@ def cache_bytes(cache: Cache) -> int:
 
 def expected_cache_bytes(config: ReGLAConfig, tokens: int, element_bytes: int = 2) -> int:
     """Bytes that one sequence of `tokens` leaves behind: keys and values of softmax layers (`element_bytes` each, 2 for
-    bfloat16), and the float32 states (S [H, F, V], m [H]) of linear ones, whatever their length. Convolutions are left
-    out."""
+    bfloat16), and the float32 states (S [H, F, V], m [H]) of linear ones, whatever their length, with the keys and
+    values of their window branch and the 8-byte count of tokens that goes with them. Convolutions are left out."""
     assert config.layer_types is not None and config.num_key_value_heads and config.head_dim and config.value_head_dim
     state = 4 * config.num_key_value_heads * (config.num_features * config.value_head_dim + 1)
+    if config.window_branch:
+        kept_tokens = config.window_sinks + config.window_branch - 1
+        channels = config.head_dim + config.value_head_dim
+        state += config.num_key_value_heads * kept_tokens * channels * element_bytes + 8
     keys_and_values = 2 * config.num_key_value_heads * config.head_dim * element_bytes
     kept = {"linear_attention": 0, "full_attention": tokens}
     if config.sliding_window is not None:

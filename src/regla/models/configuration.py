@@ -16,6 +16,7 @@ from regla.layers.feature_maps import FEATURE_MAPS, num_features
 from regla.layers.gates import GATE_AXES, GATES, SPACINGS, check_gate_start, default_rank
 from regla.layers.norms import NORMS
 from regla.layers.recurrence import UPDATE_RULES, check_rule
+from regla.layers.window import check_window
 from regla.models.hub import AUTO_MAP, write_hub_module
 from regla.ops.dispatch import BACKENDS
 from regla.ops.features import KEY_MAX
@@ -43,6 +44,9 @@ NEW_OPTIONS: dict[int, dict[str, Any]] = {
         "gate_half_life": None,
         "gate_half_life_over": "channels",
         "softmax_rope": True,
+        "window_branch": 0,
+        "window_sinks": 0,
+        "window_dropout": 0.0,
     }
 }
 
@@ -94,6 +98,10 @@ class ReGLAConfig(PreTrainedConfig):
         gate_half_life: where the forget gate starts, in tokens until half is forgotten; takes the place of gate_bias.
             A number for all channels alike; a pair [shortest, longest] is log-spaced over gate_half_life_over.
         gate_half_life_over: "channels" (of each head) or "heads" (all channels of a head alike).
+        window_branch: tokens of a softmax attention beside the recurrence of linear layers, the share of which each head
+            learns; 0 for none. It has RoPE where linear_rope says so.
+        window_sinks: first tokens of the text that it sees, too.
+        window_dropout: how likely it is, in training, that a text goes without it.
         softmax_conv_kernel_dim, softmax_qk_norm, softmax_output_gate, softmax_output_norm: what linear layers have,
             for softmax layers: the convolution on q, k and v, the normalisation of q and k before RoPE, the gate on
             the output, the RMS norm of the output per head. All off, a softmax layer is Llama's.
@@ -155,6 +163,9 @@ class ReGLAConfig(PreTrainedConfig):
     refine_bias: int | float = 0.0
     gate_half_life: int | float | list[int | float] | None = field(default_factory=lambda: _half_life(DEFAULTS))
     gate_half_life_over: str = DEFAULTS.gate_half_life_over
+    window_branch: int = 0
+    window_sinks: int = 0
+    window_dropout: int | float = 0.0
     softmax_conv_kernel_dim: int = 0
     softmax_qk_norm: bool = False
     softmax_output_gate: str | None = None
@@ -261,6 +272,7 @@ class ReGLAConfig(PreTrainedConfig):
             gate_axis=self.gate_axis,
             beta_max=self.beta_max,
         )
+        check_window(self.window_branch, self.window_sinks, self.window_dropout)
         check_gate_start(
             GATES[self.gate],
             gate_axis=self.gate_axis,

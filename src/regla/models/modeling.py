@@ -385,6 +385,9 @@ def linear_mixer(
         bias=config.attention_bias if bias is None else bias,
         out_bias=bool(config.attention_out_bias) if out_bias is None else out_bias,
         gate_low_rank_dim=config.gate_low_rank_dim,
+        window_branch=config.window_branch,
+        window_sinks=config.window_sinks,
+        window_dropout=config.window_dropout,
         backend=config.backend,
     )
     mixer.layer_idx = layer_idx

@@ -2,7 +2,8 @@
 
 A state file is a safetensors file. Its tensors are, for layer N of the model,
 
-    layers.N.S, layers.N.m, layers.N.conv   of a linear layer, see `regla.layers.attention.ReGLAState`
+    layers.N.S, layers.N.m, layers.N.conv,
+    layers.N.window, layers.N.seen          of a linear layer, see `regla.layers.attention.ReGLAState`
     layers.N.keys, layers.N.values          [B, heads, tokens, head_dim] of a softmax layer (a window: its last tokens)
     layers.N.conv                           of a softmax layer with a convolution
     input_ids, attention_mask               int32 and bool [B, L]: the texts, of which the layers have read some
@@ -246,7 +247,7 @@ def _parts(layer: Any, kind: str) -> dict[str, Tensor]:
 def _fill(layer: Any, kind: str, parts: dict[str, Tensor], tokens: int) -> None:
     """Give an empty layer the tensors of one that has read `tokens` tokens."""
     if kind == _LINEAR:
-        layer.write(ReGLAState(parts["S"], parts["m"], parts.get("conv")), tokens)
+        layer.write(ReGLAState(**parts), tokens)
         return
     layer.update(parts["keys"], parts["values"])
     if isinstance(layer, DynamicSlidingWindowLayer):

@@ -85,6 +85,7 @@ class StudentAttention(nn.Module):
         y, state = self.mixer(
             hidden_states,
             rotary=position_embeddings if self.rope else None,
+            window_rotary=position_embeddings,
             mask=regla_tokens.mask,
             cu_seqlens=regla_tokens.cu_seqlens,
             state=None if cached is None else cached.read(),
@@ -97,7 +98,7 @@ class StudentAttention(nn.Module):
 
     def mix(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """What `forward` gives for whole texts x [B, T, hidden_size], without the dropout."""
-        y: Tensor = self.mixer(x, rotary=rotary if self.rope else None)[0]
+        y: Tensor = self.mixer(x, rotary=rotary if self.rope else None, window_rotary=rotary)[0]
         return y
 
 
@@ -120,6 +121,8 @@ def student_attention(attention: nn.Module, family: Family, config: Any, number:
     out = attention.get_submodule(family.out)
     linear = config.linear_config
     mixer = linear_mixer(linear, number, bias=any(biases), out_bias=out.bias is not None)
+    if mixer.window is not None:
+        mixer.window.scale = cast(float, attention.scaling)
     if family.norm is not None:
         for name in ("q_norm", "k_norm"):
             setattr(mixer, name, OriginalNorm(attention.get_submodule(name), family.norm))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from regla.models.configuration import ReGLAConfig
+from regla.serving.rows import check_branch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,5 +61,6 @@ def check(vllm_config: VllmConfig) -> None:
             f"softmax_conv_kernel_dim is {linear.softmax_conv_kernel_dim}: vLLM keeps keys and values of softmax "
             "layers, and no state of a convolution; serve the model with `transformers serve`"
         )
+    check_branch(linear)
     if getattr(config_of(vllm_config), "windowed", None):
         raise ValueError("the model has windowed softmax layers (--mixer window), which are for comparisons alone")

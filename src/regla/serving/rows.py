@@ -19,17 +19,31 @@ from regla.models.configuration import ReGLAConfig
 from regla.models.modeling import linear_mixer
 
 
+def check_branch(config: ReGLAConfig) -> None:
+    """Raise ValueError for linear layers with a window branch."""
+    if config.window_branch:
+        raise ValueError(
+            f"window_branch is {config.window_branch}: vLLM's pages hold the states of linear layers, and no keys and "
+            "values beside them; serve the model with `transformers serve`"
+        )
+
+
 def state_layout(config: ReGLAConfig, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape, without the batch, and dtype of each tensor that a linear layer of a model in `dtype` remembers of a text:
-    S, m, and the convolution's if there is one, as in `ReGLAState`."""
+    S, m, and the convolution's if there is one, as in `ReGLAState`.
+
+    Raises:
+        ValueError: see `check_branch`.
+    """
+    check_branch(config)
     recurrent = ReGLAConfig(**(config.to_dict() | {"backend": "recurrent"}))  # other backends need real memory
     with FakeTensorMode(), torch.device("cpu"):  # one token through a layer without memory: no option can be forgotten
         mixer = linear_mixer(recurrent, 0)
         rotary = (torch.zeros(1, 1, mixer.head_dim),) * 2 if config.linear_rope else None
         state = mixer(torch.zeros(1, 1, config.hidden_size), rotary=rotary, return_state=True)[1]
     assert state is not None
-    dtypes = (torch.float32, torch.float32, dtype)
-    return [(tuple(part.shape[1:]), kind) for part, kind in zip(state, dtypes, strict=True) if part is not None]
+    parts = ((state.S, torch.float32), (state.m, torch.float32), (state.conv, dtype))
+    return [(tuple(part.shape[1:]), kind) for part, kind in parts if part is not None]
 
 
 def mix_rows(

@@ -11,7 +11,7 @@ times the batches of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,8 @@ class CarriedStates:
         for mixer in self._mixers:
             mixer.register_forward_pre_hook(self._begin, with_kwargs=True)
             mixer.register_forward_hook(self._end)
-        if getattr(model.config, "linear_config", model.config).linear_rope:
+        linear = getattr(model.config, "linear_config", model.config)
+        if linear.linear_rope or linear.window_branch:
             model.base_model.register_forward_pre_hook(self._place, with_kwargs=True)
 
     @contextmanager
@@ -116,7 +117,7 @@ class CarriedStates:
             """The rows that go on; the others are empty."""
             return torch.where(goes_on_B.view(-1, *[1] * (x.ndim - 1)), x, torch.zeros_like(x))
 
-        self._states[micro] = [_each(kept, state) for state in states]
+        self._states[micro] = [state.each(kept) for state in states]
         self._positions[micro] = torch.where(goes_on_B, self._position + L - 1, 0)
         self._before, self._after = {}, {}
 
@@ -152,7 +153,7 @@ class CarriedStates:
             return None
         if mixer not in self._before:  # the first batch
             empty = state_like(mixer, args[0])
-            self._before[mixer] = _each(torch.zeros_like, empty)
+            self._before[mixer] = empty.each(torch.zeros_like)
         return args, kwargs | {"state": self._before[mixer], "return_state": True}
 
     @torch.compiler.disable
@@ -162,20 +163,15 @@ class CarriedStates:
         if not self._is_open:
             return None
         y, state = output
-        self._after[mixer] = _each(Tensor.detach, state)
+        self._after[mixer] = state.each(Tensor.detach)
         return y, None
 
     def _place(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Positions, for RoPE in linear layers."""
+        """Positions, for RoPE in linear layers and their window branches."""
         if not self._is_open:
             return None
         ids_BT = args[0] if args else kwargs["input_ids"]
         place = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         return args, kwargs | {"position_ids": self._position[:, None] + place}
-
-
-def _each(function: Callable[[Tensor], Tensor], state: ReGLAState) -> ReGLAState:
-    S, m, conv = state
-    return ReGLAState(function(S), function(m), None if conv is None else function(conv))

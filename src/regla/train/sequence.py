@@ -39,6 +39,12 @@ def check_model(config: PreTrainedConfig) -> None:
                 number=number,
                 kind=kind,
             )
+    if config.window_branch:
+        raise OptionError(
+            "{parallel} sequence passes the states of recurrences between processes, not the keys and values of a "
+            "window_branch, which is {window} in the model; use {parallel} ddp or fsdp, or a model without it.",
+            window=config.window_branch,
+        )
     if config.key_max == "sequence":
         raise OptionError(
             "{parallel} sequence cannot know the largest key of a whole sequence, which key_max 'sequence' of the "
@@ -121,7 +127,7 @@ class Exchange:
     ) -> tuple[Tensor, ReGLAState | None] | None:
         if not self._is_open:
             return None
-        y, (S, m, conv) = output
+        y, (S, m, conv, *_window) = output
         if self.behind is None:
             return y, None
         again = mixer in self._done
