@@ -159,6 +159,7 @@ examples:
   regla linearize models/llama --out runs/all-linear --keep none --tokens 20M
   regla linearize models/llama --tokens 20M --dry-run
   regla linearize models/llama --init runs/all-linear --out runs/longer --tokens 20M
+  regla linearize models/llama --out runs/branch --keep none --window-branch 16 --tokens 20M
   regla linearize models/llama --out runs/window --mixer window --keep none
   regla linearize models/llama --out runs/hedgehog --mixer hedgehog --keep none --preset paper --tokens 20M
 

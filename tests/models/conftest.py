@@ -35,6 +35,13 @@ VARIANTS = {
         "linear_conv_kernel_dim": 4,
         "linear_conv_activation": "silu",
     },
+    "pure, branch": {
+        "linear_rope": True,
+        "linear_conv_kernel_dim": 4,
+        "value_head_dim": 10,
+        "window_branch": 5,
+        "window_sinks": 2,
+    },
     "pure, rope": {"linear_rope": True, "qk_norm": False, "output_gate": None},
     "pure, 3 heads, both axes": {
         "num_attention_heads": 3,

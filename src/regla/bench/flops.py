@@ -26,8 +26,9 @@ def training_flops(model: ReGLAForCausalLM, length: int) -> float:
 
     with, of a layer, 2 length HQ V for causal softmax attention (half of the scores, and of their products with the
     values), and 2 H K V + 2 HQ K V for a recurrence by its definition: the update of the states and what queries read;
-    the delta rule reads with each key, too: 2 H K V more. What chunks compute in addition, and what activation
-    checkpointing computes twice, is not counted. What stands in the place of an update rule counts as nothing.
+    the delta rule reads with each key, too: 2 H K V more, and a window branch 2 HQ (K + V) for each token that it sees.
+    What chunks compute in addition, and what activation checkpointing computes twice, is not counted. What stands in
+    the place of an update rule counts as nothing.
     """
     config = model.config
     assert config.head_dim is not None
@@ -37,6 +38,9 @@ def training_flops(model: ReGLAForCausalLM, length: int) -> float:
         if isinstance(mixer, ReGLAAttention) and isinstance(mixer.rule, tuple(UPDATE_RULES.values())):
             accesses = mixer.num_heads + mixer.num_kv_heads * (2 if config.update_rule == "delta" else 1)
             forward += 2 * accesses * mixer.head_dim * mixer.value_head_dim
+            if mixer.window is not None:
+                near = mixer.window.size + mixer.window.sinks
+                forward += 2 * near * mixer.num_heads * (mixer.head_dim + mixer.value_head_dim)
         elif isinstance(mixer, LlamaAttention):
             forward += 2 * length * config.num_attention_heads * config.head_dim
     return forward * (1 + _BACKWARD)

@@ -208,7 +208,7 @@ class ReGLAAttention(nn.Module):
         output_gate = None if self.output_gate is None else self.output_gate(x)
         output = Output(self.norm, output_gate, self.output_activation)
         o, after = self.rule(self.feature_map, tokens, past, output)
-        if self.window is not None:
+        if self.window is not None and near is not None:
             o = self.window.mix(o, near, cu_seqlens)
         o = o.flatten(2)
         y = self.o_proj(o.to(dtype) if dtype == torch.float16 else o)

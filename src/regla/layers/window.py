@@ -2,11 +2,11 @@
 
     o_t = (1 - a) r_t + a sum_s p_ts v_s,    p_t = softmax over s of scale q_t . k_s,    a = sigmoid(logit), one a head
 
-r_t is the output of the recurrence, behind its norm and output gate; s runs over the last `size` tokens, t included, and
-the first `sinks` of the text. Queries are cut into blocks, each of which sees the tokens that are near one of its own.
+r_t is the output of the recurrence, behind its norm and output gate; s runs over the last `size` tokens, t included,
+and the first `sinks` of the text. Queries are cut into blocks, each of which sees the tokens near one of its own.
 
-Shape legend: B batch, T tokens of this call, HQ query heads, H key heads, K, V channels of a key and a value, C = K + V;
-N blocks of n queries, L = n + size - 1 tokens near them.
+Shape legend: B batch, T tokens of this call, HQ query heads, H key heads, K, V channels of a key and a value, C their
+sum; N blocks of n queries, L = n + size - 1 tokens near them.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from regla.runtime.install import install_regla
 
 _OF_ONE_RUN = ("dry_run", "resume", "save_every")
 _OPTIONS = "mixer.json"
+_BRANCH = " Each has softmax attention over the last {} tokens and the first few beside it."
 _STATES = {"original": "original", "converted": "after conversion", "trained": "after training"}
 
 
@@ -67,6 +68,7 @@ def _about(summary: dict[str, Any], model: str) -> list[str]:
         what = (
             f"Layers {', '.join(map(str, linear))} (counted from 0) are gated linear attention "
             "(ReGLA, arXiv 2502.01578): their memory does not grow with the text."
+            + (_BRANCH.format(arguments["window_branch"]) if arguments.get("window_branch") else "")
         )
     return [f"# {title}", "", f"{made} {what} {size}"]
 

@@ -72,6 +72,12 @@ class LinearizeConfig:
     """Options of the mixer over those of its name (`regla.models.student_configuration.MIXER`)."""
     window: int | None = None
     """Tokens of the mixer "window"; None: WINDOW."""
+    window_branch: int | None = None
+    """Tokens of a softmax attention beside the recurrence of linear layers; None: they have none."""
+    window_sinks: int | None = None
+    """First tokens of a text that it sees, too; None: four."""
+    window_dropout: float | None = None
+    """How likely it is, in training, that a sequence goes without it; None: 0."""
     preset: str = "distill"
     """How it is trained: "distill", "paper" (cross-entropy alone) or "lora" (distill by adapters)."""
     tokens: int | str = 0
@@ -123,8 +129,10 @@ class LinearizeConfig:
             object.__setattr__(self, "keep", ",".join(map(str, self.keep)))
         if self.out is None and not self.dry_run:
             raise OptionError("{out} is missing; name a new folder for the model, or use {dry_run}.")
-        for name in ("valid_tokens", "seq_len", "batch_size", "save_every", "window", "long_seq_len"):
+        for name in ("valid_tokens", "seq_len", "batch_size", "save_every", "window", "window_branch", "long_seq_len"):
             check_count(name, getattr(self, name))
+        check_count("window_sinks", self.window_sinks, least=0)
+        check_number("window_dropout", self.window_dropout, zero=True)
         check_seed(self.seed)
         check_number("lr", self.lr)
         check_number("original_lr", self.original_lr)
@@ -180,15 +188,18 @@ class LinearizeConfig:
 
     def _check_mixer(self) -> None:
         if self.init is not None:
-            for name in ("mixer", "overrides"):
+            for name in ("mixer", "overrides", "window_branch"):
                 if getattr(self, name):
                     raise OptionError(
                         f"Both {{init}} and {{{name}}} are given; the mixers are those of the folder: leave one out."
                     )
         if self.window is not None and self.mixer != "window":
             raise OptionError("{window} is given without {mixer} window; leave it out.")
+        for name in ("window_sinks", "window_dropout"):
+            if getattr(self, name) is not None and self.window_branch is None:
+                raise OptionError(f"{{{name}}} is given without {{window_branch}}; say how many tokens it has.")
         if self.mixer == "window":
-            for name in ("tokens", "overrides", "calibration_tokens"):
+            for name in ("tokens", "overrides", "window_branch", "calibration_tokens"):
                 if getattr(self, name):
                     raise OptionError(f"{{mixer}} window is not trained, but {{{name}}} is given; leave it out.")
         if self.keep == "all" and self.preset != "paper":

@@ -108,6 +108,8 @@ def converted_config(original: PreTrainedConfig, keep: str | Iterable[int] = "ev
     gate = GATES.get(mixer.get("gate", MIXER["gate"]), NoGate)
     if not ({"gate_bias", "gate_half_life"} & mixer.keys() or gate.starts_itself or issubclass(gate, NoGate)):
         mixer |= {"gate_half_life": CONSTANT_HALF_LIFE}
+    if mixer.get("window_branch"):
+        mixer = {"window_sinks": SINKS} | mixer
     return _student_config(original, linear_layers=linear_numbers(original, keep), mixer=mixer)
 
 
@@ -149,7 +151,8 @@ def convert(
         model: a causal language model of a supported family (`regla.linearize.FAMILIES`), its weights not quantised.
         keep: the layers that keep softmax attention, see `layer_types`.
         check: prove the transfer before returning (`check_transfer`, relative difference of logits at most 1e-4).
-        mixer: options of the new layers, such as gate_axis="key" (`regla.models.student_configuration.MIXER`).
+        mixer: options of the new layers, such as gate_axis="key" (`regla.models.student_configuration.MIXER`). With a
+            window_branch the first four tokens are its window_sinks unless given.
 
     Returns:
         A new model in the dtype and on the device of the original, sharing none of its memory. Its generation config

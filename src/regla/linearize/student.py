@@ -88,7 +88,9 @@ def _mixer(config: LinearizeConfig) -> dict[str, Any]:
     """Options of the mixers; gates that are told by the teacher start at the constant until then."""
     start = {} if isinstance(config.gate_start, str) else {"gate_half_life": config.gate_start}
     gate = {"gate", "gate_bias", "gate_half_life"} & config.overrides.keys() or config.mixer in UNGATED
-    return (start if not gate else {}) | MIXER_OPTIONS[config.mixer or "additive"] | dict(config.overrides)
+    names = ("window_branch", "window_sinks", "window_dropout")
+    window = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return (start if not gate else {}) | MIXER_OPTIONS[config.mixer or "additive"] | window | dict(config.overrides)
 
 
 def make_student(config: LinearizeConfig, original: PreTrainedModel) -> Student:

@@ -98,7 +98,7 @@ class ReGLAConfig(PreTrainedConfig):
         gate_half_life: where the forget gate starts, in tokens until half is forgotten; takes the place of gate_bias.
             A number for all channels alike; a pair [shortest, longest] is log-spaced over gate_half_life_over.
         gate_half_life_over: "channels" (of each head) or "heads" (all channels of a head alike).
-        window_branch: tokens of a softmax attention beside the recurrence of linear layers, the share of which each head
+        window_branch: tokens of a softmax attention beside the recurrence of linear layers, whose share each head
             learns; 0 for none. It has RoPE where linear_rope says so.
         window_sinks: first tokens of the text that it sees, too.
         window_dropout: how likely it is, in training, that a text goes without it.

@@ -29,7 +29,7 @@ MODULE = "regla.models.student"  # where classes of students are looked up by na
 
 #: Options of the mixers, as ReGLAConfig names them. What they start from at a conversion: the pretrained projections,
 #: RoPE where the original has it, and no new part on their way in or out but the calibration of q and k, which is the
-#: identity at first.
+#: identity at first. A window branch always has the original's RoPE and scaling.
 MIXER: dict[str, Any] = {
     **mixer_arguments(replace(ADDITIVE, qk_norm=False, output_gate=None, qk_calibration=True)),
     "linear_rope": True,

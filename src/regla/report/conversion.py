@@ -170,6 +170,7 @@ def _converted(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         "update rule": mixer.get("update_rule"),
         "feature map": mixer.get("feature_map"),
         "gate": mixer.get("gate"),
+        "window branch": _branch(mixer),
         "self-check": None if error is None else f"logits reproduced to {error:.1e} of the largest",
         "training": arguments.get("preset"),
         "state": None if "trained" in summary["scores"] else "not trained, or not trained to the end",
@@ -178,6 +179,14 @@ def _converted(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     }
     rows = [[name, str(value)] for name, value in facts.items() if value]
     return strip + _table(["", ""], rows, numbers_from=2)
+
+
+def _branch(mixer: Mapping[str, Any]) -> str | None:
+    """What a window branch sees; None: there is none."""
+    tokens, sinks, dropout = (mixer.get(f"window_{name}") for name in ("branch", "sinks", "dropout"))
+    if not tokens:
+        return None
+    return f"softmax over the last {tokens} tokens and the first {sinks}" + (f", dropout {dropout}" if dropout else "")
 
 
 def _alignment(summary: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
