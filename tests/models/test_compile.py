@@ -7,6 +7,8 @@ from transformers import DynamicCache, StaticCache
 
 from regla.ops.dispatch import why_not_triton
 
+BRANCH = pytest.param("pure, branch", marks=pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -16,7 +18,7 @@ def fresh_compiler():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["pure", "hybrid, sum", "hybrid, extras"])
+@pytest.mark.parametrize("variant", ["pure", BRANCH, "hybrid, sum", "hybrid, extras"])
 @pytest.mark.parametrize(("make", "graphs"), [(StaticCache, 1), (DynamicCache, 2)], ids=["static", "dynamic"])
 def test_decoding_compiles_once(model, make, graphs, assert_same):
     """A token count in Python compiles once more, when it is seen to change; one in a tensor does not."""
@@ -54,7 +56,7 @@ def test_decoding_compiles_around_the_kernel(build, backend, assert_same):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["pure, 3 heads, both axes", "hybrid", "softmax, extras"])
+@pytest.mark.parametrize("variant", ["pure, 3 heads, both axes", BRANCH, "hybrid", "softmax, extras"])
 def test_the_whole_forward_compiles(model, assert_same):
     ids = torch.randint(3, 97, (2, 70))
     mask = torch.ones_like(ids)

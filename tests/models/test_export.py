@@ -51,6 +51,14 @@ def test_one_dynamic_length(mixer):
     assert_equal_at_every_length(lambda ids: run(ids, use_cache=False).logits, model)
 
 
+def test_a_window_branch_is_exported_for_one_length():
+    model, ids = small(window_branch=4, window_sinks=2), torch.randint(64, (1, 70))
+    program = torch.export.export(model, (ids,), {"use_cache": False}).module()
+    torch.testing.assert_close(program(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    with pytest.raises(ValueError, match="export it for one length: leave the tokens out of dynamic_shapes"):
+        exported(model)
+
+
 @pytest.mark.slow
 def test_a_saved_program_loads_where_the_operations_are_known(tmp_path):
     model = small(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])

@@ -13,7 +13,18 @@ from regla.linearize import convert
 from regla.models import SavedState, load_state, save_state, stack_states
 
 
-@pytest.fixture(params=["pure", "pure, delta", "pure, rope", "hybrid", "hybrid, window", "hybrid, extras", "student"])
+@pytest.fixture(
+    params=[
+        "pure",
+        "pure, delta",
+        "pure, branch",
+        "pure, rope",
+        "hybrid",
+        "hybrid, window",
+        "hybrid, extras",
+        "student",
+    ]
+)
 def model(request, build):
     if request.param != "student":
         return build(request.param)

@@ -32,6 +32,12 @@ def layer(request):
     return config, mixer.requires_grad_(False)
 
 
+def test_a_window_branch_is_refused():
+    config = ReGLAConfig(**SHAPE, window_branch=8)
+    with pytest.raises(ValueError, match="window_branch is 8: vLLM's pages hold the states of linear layers, and no"):
+        state_layout(config, torch.bfloat16)
+
+
 def angles(positions):
     angle = positions.float()[None, :, None] * torch.tensor([1.0, 0.1, 0.01]).repeat(2)
     return angle.cos(), angle.sin()

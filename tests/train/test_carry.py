@@ -26,6 +26,7 @@ T = 8
 CONV = {"linear_conv_kernel_dim": 4}
 DELTA = CONV | {"update_rule": "delta", "feature_map": "unit_safe_exp", "gate": "refined_low_rank"}
 KINDS = [{}, CONV, DELTA, {"linear_rope": True}, {"key_max": "running", "gate_axis": "both"}]
+KINDS += [CONV | {"linear_rope": True, "window_branch": 3, "window_sinks": 2}]
 
 
 def text(*documents: int) -> Tensor:

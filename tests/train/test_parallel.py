@@ -372,6 +372,11 @@ def test_the_disk_of_the_first_is_full(corpus: Path, tmp_path: Path) -> None:
             "the model is full_attention; use --parallel ddp or fsdp, or --mixer regla.\n",
         ),
         (
+            ["--parallel", "sequence", "--config", "branch.json"],
+            "regla: error: --parallel sequence passes the states of recurrences between processes, not the keys and "
+            "values of a window_branch, which is 4 in the model; use --parallel ddp or fsdp, or a model without it.\n",
+        ),
+        (
             ["--batch-size", "1"],
             "regla: error: --batch-size is 1, but there are 2 processes, and each takes at least one sequence of a "
             "batch; raise it, or start fewer.\n",
@@ -388,6 +393,9 @@ def test_the_disk_of_the_first_is_full(corpus: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_told_once(more: list[str], says: str, corpus: Path, tmp_path: Path) -> None:
+    if "branch.json" in more:
+        (tmp_path / "branch.json").write_text('{"window_branch": 4}')
+        more = [str(tmp_path / word) if word == "branch.json" else word for word in more]
     ended = run(2, tmp_path / "run", corpus, *more)
     assert [one.code for one in ended] == [2, 1]
     assert ended[0].err == says and ended[1].err == ""

@@ -95,18 +95,17 @@ class WindowBranch(nn.Module):
         """Attention of rows whose tokens are all real: q [B, T, HQ, K], history [B, size - 1 + T, H, C], the first
         tokens [B, sinks, H, C], and the number [B] of tokens before these."""
         T = q.shape[1]
-        n = min(max(self.size, _BLOCK), T)
-        N = -(-T // n)
+        n, N = self._blocks(T)
         rest = (0, 0, 0, 0, 0, N * n - T)
         near = pad(history, rest).unfold(1, n + self.size - 1, n).movedim(-1, 2)
         before = seen[:, None] + n * torch.arange(N, device=q.device)
-        o = self._attend(pad(q, rest).unflatten(1, (N, n)), near, first[:, None].expand(-1, N, -1, -1, -1), before)
+        o = self._attend(pad(q, rest).unflatten(1, (-1, n)), near, first[:, None].expand(-1, N, -1, -1, -1), before)
         return o.flatten(1, 2)[:, :T]
 
     def _packed(self, q: Tensor, kv: Tensor, history: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The same of texts packed into one row, of which each is cut into blocks by itself."""
         T, texts = q.shape[1], len(cu_seqlens) - 1
-        n = min(max(self.size, _BLOCK), T)
+        n, _ = self._blocks(T)
         blocks = -(-cu_seqlens.diff() // n)  # of each text
         last = blocks.cumsum(0)
         block = torch.arange(T // n + texts, device=q.device)  # there are at most so many
@@ -123,10 +122,20 @@ class WindowBranch(nn.Module):
         place = torch.arange(T, device=q.device) - cu_seqlens[owner]
         return o.flatten(1, 2)[:, (last - blocks)[owner] * n + place]
 
+    def _blocks(self, T: int) -> tuple[int, int]:
+        """Queries of a block, and the number of blocks of T tokens."""
+        if torch.compiler.is_exporting() and isinstance(T, torch.SymInt):
+            raise ValueError(
+                "the number of tokens is open, and a program with a window branch has one number of blocks; export it "
+                "for one length: leave the tokens out of dynamic_shapes"
+            )
+        n = min(max(self.size, _BLOCK), T)
+        return n, -(-T // n)
+
     def _attend(self, q: Tensor, near: Tensor, first: Tensor, before: Tensor) -> Tensor:
         """Of blocks: q [B, N, n, HQ, K], near [B, N, L, H, C], first [B, N, sinks, H, C], and the number [B, N] of
         tokens of the text before a block; [B, N, n, HQ, V]."""
-        (B, N, n, HQ, K), w = q.shape, self.size
+        (B, _, n, HQ, K), w = q.shape, self.size
         query, key = torch.arange(n, device=q.device)[:, None], torch.arange(near.shape[2], device=q.device)
         distance = query + w - 1 - key
         exists = before[..., None, None] + key >= w - 1
@@ -143,7 +152,7 @@ class WindowBranch(nn.Module):
             scale=self.scale,
             enable_gqa=kv.shape[1] != HQ,
         )
-        return o.transpose(1, 2).unflatten(0, (B, N))
+        return o.transpose(1, 2).unflatten(0, (B, -1))
 
     def extra_repr(self) -> str:
         return f"{len(self.logit)}, size={self.size}, sinks={self.sinks}, dropout={self.dropout}"

@@ -133,6 +133,8 @@ class LinearizeConfig:
             check_count(name, getattr(self, name))
         check_count("window_sinks", self.window_sinks, least=0)
         check_number("window_dropout", self.window_dropout, zero=True)
+        if self.window_dropout is not None and self.window_dropout >= 1:
+            raise OptionError("{window_dropout} is {value}, expected a share below 1.", value=self.window_dropout)
         check_seed(self.seed)
         check_number("lr", self.lr)
         check_number("original_lr", self.original_lr)
