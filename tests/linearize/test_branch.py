@@ -1,4 +1,4 @@
-"""Conversions with a window branch: the original's softmax over the last tokens and the first, beside the recurrence."""
+"""Conversions with a window branch: the original's softmax over the last tokens and the first few."""
 
 import json
 
@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from regla.cli import main
 from regla.linearize import convert, linearize
 from regla.models import SavedState, load_state, save_state, stack_states
+from regla.models.cache import cache_bytes, expected_cache_bytes
 from regla.models.student import linear_attention
 from tests.linearize.models import command
 from tests.linearize.originals import FIRST, original
@@ -72,6 +73,17 @@ def test_in_pieces_padded_forked_and_from_a_file(name, tmp_path):
         assert torch.equal(model.generate(**state.arguments(), **options)[:, -6:], fresh[:, -6:])
 
 
+@torch.no_grad()
+def test_the_state_has_the_size_of_its_formula_at_any_length():
+    model = student("qwen3", window_branch=5)
+    for length in (1, 3, 70):
+        cache = DynamicCache(config=model.config)
+        model(torch.randint(97, (1, length)), past_key_values=cache)
+        assert cache_bytes(cache) == expected_cache_bytes(model.config.linear_config, length, element_bytes=4)
+        held = [part for layer in cache.layers for part in layer.read() if part is not None]
+        assert cache_bytes(cache) == sum(part.untyped_storage().nbytes() for part in held)
+
+
 def test_the_first_four_tokens_are_its_sinks_unless_given(tmp_path):
     model = student("llama", window_branch=5, window_dropout=0.5)
     assert model.config.mixer["window_sinks"] == 4
@@ -97,7 +109,7 @@ def test_conversions_without_it_are_as_they_were(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
-def test_the_command(folder, tmp_path):
+def test_the_command(folder, tmp_path, capsys):
     out = tmp_path / "out"
     branch = ["--window-branch", "4", "--window-dropout", "0.5"]
     assert main(command(folder, out, "--keep", "none", "--tokens", "2560", "--lr", "3e-3", *branch)) == 0
@@ -110,6 +122,9 @@ def test_the_command(folder, tmp_path):
     logits = [attention.mixer.window.logit for attention in linear_attention(model).values()]
     assert all(logit.all() for logit in logits)  # they were trained: each has left zero
     assert model.config.mixer["window_sinks"] == 4
+    assert main(["inspect", str(out), "--tokens", "64"]) == 0
+    table = capsys.readouterr().out
+    assert "| window branch |" in table and "| 0.5" in table  # where it started, and it has hardly moved
     assert main(["report", str(out), "--skip-measurements"]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "softmax over the last 4 tokens and the first 4, dropout 0.5" in page

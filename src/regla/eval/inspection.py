@@ -69,6 +69,8 @@ class LayerReport:
     """Of every head, of key_dim; none of feature maps that are no exponential."""
     state_norms: list[tuple[int, float]] = field(default_factory=list)
     """(tokens read, norm)."""
+    window_shares: list[float] = field(default_factory=list)
+    """Of every query head, the share of the window branch in its output; none where there is no branch."""
 
 
 @dataclass
@@ -210,6 +212,7 @@ class _Sums:
 
     def report(self, number: int, norms: list[tuple[int, float]]) -> LayerReport:
         p_HK = self.features / self.T
+        window = self.mixer.window
         entropy_H = -(p_HK * p_HK.clamp(min=1e-300).log()).sum(-1)
         return LayerReport(
             layer=number,
@@ -222,6 +225,7 @@ class _Sums:
             half_lives={axis: _half_lives(total / self.T) for axis, total in self.log_F.items()},
             effective_features=entropy_H.exp().tolist() if self.is_exponential else [],
             state_norms=norms,
+            window_shares=[] if window is None else torch.sigmoid(window.logit.detach().double()).tolist(),
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from regla.report.tables import markdown
 
 _DPI = 150
+_BRANCH = "Window branch: its share in the output of a head.\n"
 
 
 def inspection_page(found: dict[str, Any], *, plot: str | None = None) -> str:
@@ -22,6 +23,9 @@ def inspection_page(found: dict[str, Any], *, plot: str | None = None) -> str:
         "effective features of heads",
         "state norm",
     ]
+    branch = any(layer.get("window_shares") for layer in found["layers"])
+    if branch:
+        header.append("window branch")
     body = []
     for layer in found["layers"]:
         features = _ends(layer["effective_features"], f" of {layer['key_dim']}")
@@ -32,18 +36,20 @@ def inspection_page(found: dict[str, Any], *, plot: str | None = None) -> str:
             shares = ["-" if share is None else f"{share:.1%}" for share in (low, high)]
             half_lives = _ends(layer["half_lives"].get(axis, []), " tokens")
             body.append([str(layer["layer"]), axis, *shares, half_lives, features, norms])
+            if branch:
+                body[-1].append(_ends(layer.get("window_shares", []), ""))
     picture = f"![Gates, half-lives, features and states]({plot})\n\n" if plot else ""
     return f"""\
 # Inside {Path(found["model"]).name}
 
 {len(found["layers"])} linear layers over {found["tokens"]:,} tokens of text.
 
-{markdown(header, body, numbers_from=7)}
+{markdown(header, body, numbers_from=len(header))}
 
 {picture}F is the forget gate. The half-life of a channel is log 2 over its mean -log F, that of a head the median
 of its channels; ranges are from the smallest to the largest head. Effective features are the exponential of the entropy
 of the mean feature distribution of the keys. The state norm is that of a layer's whole state after so many tokens.
-"""
+{_BRANCH if branch else ""}"""
 
 
 def _ends(values: Sequence[float], unit: str) -> str:
