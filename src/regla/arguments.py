@@ -300,7 +300,7 @@ def linearize_arguments(parser: argparse.ArgumentParser) -> None:
     add(model, "--window", int, "tokens that --mixer window attends to (default: 64)")
     add(model, "--window-branch", int, "softmax over the last N tokens beside the recurrence (default: none)")
     add(model, "--window-sinks", int, "first tokens that it sees, too (default: 4)")
-    add(model, "--window-dropout", float, "share of training sequences that go without it (default: 0)")
+    add(model, "--window-dropout", float, "share of training sequences that go without it (default: 0.1)")
     model.add_argument(
         "--init",
         default=argparse.SUPPRESS,

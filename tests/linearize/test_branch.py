@@ -84,10 +84,11 @@ def test_the_state_has_the_size_of_its_formula_at_any_length():
         assert cache_bytes(cache) == sum(part.untyped_storage().nbytes() for part in held)
 
 
-def test_the_first_four_tokens_are_its_sinks_unless_given(tmp_path):
-    model = student("llama", window_branch=5, window_dropout=0.5)
-    assert model.config.mixer["window_sinks"] == 4
-    assert student("llama", window_branch=5, window_sinks=0).config.mixer["window_sinks"] == 0
+def test_it_has_four_sinks_and_some_dropout_unless_given(tmp_path):
+    model = student("llama", window_branch=5)
+    assert (model.config.mixer["window_sinks"], model.config.mixer["window_dropout"]) == (4, 0.1)
+    other = student("llama", window_branch=5, window_sinks=0, window_dropout=0.0).config.mixer
+    assert (other["window_sinks"], other["window_dropout"]) == (0, 0)
     with torch.no_grad():
         share(model, 0.4)
     model.save_pretrained(tmp_path)

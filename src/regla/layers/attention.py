@@ -114,9 +114,9 @@ class ReGLAAttention(nn.Module):
         bias: bool = DEFAULTS.bias,
         out_bias: bool = False,
         gate_low_rank_dim: int | None = DEFAULTS.gate_low_rank_dim,
-        window_branch: int = 0,
-        window_sinks: int = 0,
-        window_dropout: float = 0.0,
+        window_branch: int = DEFAULTS.window_branch,
+        window_sinks: int = DEFAULTS.window_sinks,
+        window_dropout: float = DEFAULTS.window_dropout,
         backend: str = DEFAULTS.backend,
     ):
         super().__init__()

@@ -31,6 +31,9 @@ class Mixer:
     qk_norm: bool
     qk_calibration: bool
     output_gate: str | None
+    window_branch: int
+    window_sinks: int
+    window_dropout: float
     bias: bool
     backend: str
 
@@ -58,6 +61,9 @@ ADDITIVE = Mixer(
     qk_norm=True,
     qk_calibration=False,
     output_gate="silu",
+    window_branch=0,
+    window_sinks=0,
+    window_dropout=0.0,
     bias=False,
     backend="auto",
 )

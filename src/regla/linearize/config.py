@@ -23,6 +23,7 @@ LONG_LR = 0.1  # of the long-context stage, in relation to the others
 LONG_SEQ_LEN = 2048
 LARGEST_TOKENS = 10**12
 WINDOW = 64  # tokens of --mixer window
+WINDOW_DROPOUT = 0.1  # of a window branch, so that the recurrence learns to do without it
 TEACHER, DISTANCE = "teacher", "distance"  # gates start from the original's attention, see `calibrate`
 CONSTANT_HALF_LIFE = 14.0  # where gates start that are not told otherwise, in tokens
 
@@ -77,7 +78,7 @@ class LinearizeConfig:
     window_sinks: int | None = None
     """First tokens of a text that it sees, too; None: four."""
     window_dropout: float | None = None
-    """How likely it is, in training, that a sequence goes without it; None: 0."""
+    """How likely it is, in training, that a sequence goes without it; None: WINDOW_DROPOUT."""
     preset: str = "distill"
     """How it is trained: "distill", "paper" (cross-entropy alone) or "lora" (distill by adapters)."""
     tokens: int | str = 0

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.initialization import no_init_weights
 
 from regla.layers.gates import GATES, NoGate
-from regla.linearize.config import CONSTANT_HALF_LIFE
+from regla.linearize.config import CONSTANT_HALF_LIFE, WINDOW_DROPOUT
 from regla.linearize.transfer import check_transfer
 from regla.models.families import FAMILIES, family_of, heads_of, projection, softmax_kinds
 from regla.models.student import StudentAttention, linear_attention, student_class
@@ -109,7 +109,7 @@ def converted_config(original: PreTrainedConfig, keep: str | Iterable[int] = "ev
     if not ({"gate_bias", "gate_half_life"} & mixer.keys() or gate.starts_itself or issubclass(gate, NoGate)):
         mixer |= {"gate_half_life": CONSTANT_HALF_LIFE}
     if mixer.get("window_branch"):
-        mixer = {"window_sinks": SINKS} | mixer
+        mixer = {"window_sinks": SINKS, "window_dropout": WINDOW_DROPOUT} | mixer
     return _student_config(original, linear_layers=linear_numbers(original, keep), mixer=mixer)
 
 
@@ -152,7 +152,7 @@ def convert(
         keep: the layers that keep softmax attention, see `layer_types`.
         check: prove the transfer before returning (`check_transfer`, relative difference of logits at most 1e-4).
         mixer: options of the new layers, such as gate_axis="key" (`regla.models.student_configuration.MIXER`). With a
-            window_branch the first four tokens are its window_sinks unless given.
+            window_branch, window_sinks is 4 and window_dropout WINDOW_DROPOUT unless given.
 
     Returns:
         A new model in the dtype and on the device of the original, sharing none of its memory. Its generation config

@@ -163,9 +163,9 @@ class ReGLAConfig(PreTrainedConfig):
     refine_bias: int | float = 0.0
     gate_half_life: int | float | list[int | float] | None = field(default_factory=lambda: _half_life(DEFAULTS))
     gate_half_life_over: str = DEFAULTS.gate_half_life_over
-    window_branch: int = 0
-    window_sinks: int = 0
-    window_dropout: int | float = 0.0
+    window_branch: int = DEFAULTS.window_branch
+    window_sinks: int = DEFAULTS.window_sinks
+    window_dropout: int | float = DEFAULTS.window_dropout
     softmax_conv_kernel_dim: int = 0
     softmax_qk_norm: bool = False
     softmax_output_gate: str | None = None

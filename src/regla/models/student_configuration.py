@@ -34,9 +34,6 @@ MIXER: dict[str, Any] = {
     **mixer_arguments(replace(ADDITIVE, qk_norm=False, output_gate=None, qk_calibration=True)),
     "linear_rope": True,
     "feature_dim": None,
-    "window_branch": 0,
-    "window_sinks": 0,
-    "window_dropout": 0.0,
     "gate_bias": 0.0,
     "refine_bias": 0.0,
 }
