@@ -88,6 +88,8 @@ def test_any_split_into_calls_equals_the_whole(cuts, size, sinks, padded):
     for ours, theirs in zip(kept, after, strict=True):
         assert torch.equal(ours, theirs)
     assert kept[0].shape == (2, sinks + size - 1, H, K + V)
+    for given in (kept, after):  # storage, not shape: a view would keep more alive than it shows
+        assert given[0].untyped_storage().nbytes() == 4 * given[0].numel()
 
 
 def test_gradients():

@@ -11,6 +11,8 @@ sum; N blocks of n queries, L = n + size - 1 tokens near them.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -83,13 +85,11 @@ class WindowBranch(nn.Module):
         total = seen + (T if mask is None else mask.sum(1))
         if mask is not None:
             last = _at(history, mask.sum(1, keepdim=True) + torch.arange(self.size - 1, device=kv.device))
-        if not self.sinks:
-            return last, total
         slot = torch.arange(self.sinks, device=kv.device)
         source = torch.where(slot < seen[:, None], slot, self.sinks + slot - seen[:, None])
         first = _at(torch.cat([kept[:, : self.sinks], kv], 1), source.clamp_max(self.sinks + T - 1))
         first = torch.where((slot < total[:, None])[..., None, None], first, 0.0)
-        return torch.cat([first, last], 1), total
+        return torch.cat([first, last], 1), total  # a copy: parts of `history` would keep all of it
 
     def _rows(self, q: Tensor, history: Tensor, first: Tensor, seen: Tensor) -> Tensor:
         """Attention of rows whose tokens are all real: q [B, T, HQ, K], history [B, size - 1 + T, H, C], the first
@@ -124,7 +124,7 @@ class WindowBranch(nn.Module):
 
     def _blocks(self, T: int) -> tuple[int, int]:
         """Queries of a block, and the number of blocks of T tokens."""
-        if torch.compiler.is_exporting() and isinstance(T, torch.SymInt):
+        if torch.compiler.is_exporting() and isinstance(cast(object, T), torch.SymInt):
             raise ValueError(
                 "the number of tokens is open, and a program with a window branch has one number of blocks; export it "
                 "for one length: leave the tokens out of dynamic_shapes"
