@@ -1,5 +1,6 @@
 """What a YAML file makes of a grid, and what it must not hold."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,3 +219,15 @@ def test_shipped_studies_fit_at_equal_parameters(name: str) -> None:
     if study.variants[0].settings.get("task") is None and name not in ("demo", "speed-and-memory"):
         assert min(size.tokens for size in sizes.values()) in (26_214_400, 100_007_936)
         assert 4e-3 in study.lrs and len(study.lrs) > 1
+
+
+def test_options_that_came_later_leave_finished_runs_the_same() -> None:
+    """What rows say of their models is what their variants are now."""
+    rows = Path(__file__).parents[2] / "benchmarks" / "studies" / "memory-parts.jsonl"
+    study = read_study("memory-parts")
+    for row in map(json.loads, rows.read_text().splitlines()):
+        model = row["model"]
+        _, models = check_variants(
+            study, study.variants, vocab_size=model["vocab_size"], end_of_text=model["eos_token_id"]
+        )
+        assert models["/".join(row["variant"].values())] == model

@@ -16,7 +16,7 @@ from regla.data.tokens import Ids
 from regla.runtime.options import with_effect
 from regla.train import material, mixture, run
 from regla.train.config import LoopConfig, TrainConfig
-from regla.train.loop import crops
+from regla.train.loop import crops, random_crops
 from regla.train.mixture import Mixture, Stream
 
 from ..ranks import in_processes
@@ -39,6 +39,15 @@ def test_without_weights_sequences_are_crops_of_one_row() -> None:
         expected = crops(torch.arange(100), seed=3, batch=batch, batch_size=8, length=10)
         assert torch.equal(drawn(batch), expected)
     assert torch.equal(torch.from_numpy(drawn.in_memory), torch.arange(100, dtype=torch.int32))
+
+
+def test_tokens_kept_on_a_gpu_give_the_same_crops() -> None:
+    """Of sources that files may hold; `Text.batches` keeps those of one row there."""
+    drawn = Mixture(streams(20, 30, 50), None, CONFIG)
+    kept = random_crops(torch.from_numpy(drawn.ids.read()), CONFIG)
+    assert drawn.is_one_row and all(torch.equal(kept(batch), drawn(batch)) for batch in range(5))
+    assert not Mixture(streams(20, 30, 50), (1, 1, 1), CONFIG).is_one_row
+    assert not Mixture(streams(20, 30, 50), None, CONFIG, once=True).is_one_row
 
 
 def test_weights_are_shares_of_the_tokens() -> None:

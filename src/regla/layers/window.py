@@ -11,10 +11,12 @@ sum; N blocks of n queries, L = n + size - 1 tokens near them.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 Kept = tuple[Tensor, Tensor]
@@ -115,8 +117,9 @@ class WindowBranch(nn.Module):
         queries = start[:, None] + torch.arange(n, device=q.device)
         keys = start[:, None] + torch.arange(n + self.size - 1, device=q.device)
         sinks = cu_seqlens[text][:, None] + torch.arange(self.sinks, device=q.device)
-        q = q[:, queries.clamp_max(T - 1)]
-        near = history[:, keys.clamp_max(history.shape[1] - 1)]
+        # What lies behind the end is not seen, and is any token: of one alone the gradient would be a long sum.
+        q = q[:, queries % T]
+        near = history[:, keys % history.shape[1]]
         o = self._attend(q, near, kv[:, sinks.clamp_max(T - 1)], before[None])
         owner = _owners(cu_seqlens, T)
         place = torch.arange(T, device=q.device) - cu_seqlens[owner]
@@ -144,18 +147,21 @@ class WindowBranch(nn.Module):
         sees_first = before[..., None, None] + query - slot >= w  # nearer ones are among the last
         sees = torch.cat([sees_first, sees_near], -1).flatten(0, 1)[:, None]
         kv = torch.cat([first, near], 2).flatten(0, 1).transpose(1, 2)
-        o = scaled_dot_product_attention(
-            q.flatten(0, 1).transpose(1, 2),
-            kv[..., :K],
-            kv[..., K:],
-            attn_mask=sees,
-            scale=self.scale,
-            enable_gqa=kv.shape[1] != HQ,
-        )
-        return o.transpose(1, 2).unflatten(0, (B, -1))
+        G = HQ // kv.shape[1]
+        q = q.flatten(0, 1).unflatten(2, (-1, G)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B N, H, G n, K]
+        k, v = kv.split([K, kv.shape[-1] - K], -1)
+        with _without_cudnn(q.device):
+            o = scaled_dot_product_attention(q, k, v, attn_mask=sees.repeat(1, 1, G, 1), scale=self.scale)
+        return o.unflatten(2, (G, n)).permute(0, 3, 1, 2, 4).flatten(2, 3).unflatten(0, (B, -1))
 
     def extra_repr(self) -> str:
         return f"{len(self.logit)}, size={self.size}, sinks={self.sinks}, dropout={self.dropout}"
+
+
+def _without_cudnn(device: torch.device) -> AbstractContextManager[object]:
+    """On GPUs cuDNN's attention comes first, plans anew for every number of blocks, and with masks has given NaN
+    (PyTorch's issue 196678)."""
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
 
 
 def check_window(window_branch: int, window_sinks: int, window_dropout: float) -> None:

@@ -42,4 +42,4 @@ def document_logits(model: nn.Module, ids_BT: Tensor, end_of_text: int, *, toget
         bounds = document_boundaries(rows_BT, end_of_text)
         logits_1NV = model(input_ids=rows_BT.reshape(1, -1), cu_seq_lens_q=bounds, use_cache=False).logits
         parts.append(logits_1NV.view(*rows_BT.shape, -1))
-    return torch.cat(parts)
+    return parts[0] if together else torch.cat(parts)

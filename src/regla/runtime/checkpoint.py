@@ -19,7 +19,7 @@ import itertools
 import json
 import operator
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +315,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, processes: Processes = ALONE) -> None:
     """Raise FloatingPointError unless all parameters and all that the optimiser keeps are finite, in all processes."""
     kept = (tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor))
-    if not processes.all(is_finite(model) and all(bool(torch.isfinite(local(tensor)).all()) for tensor in kept)):
+    if not processes.all(is_finite(model) and _all_finite(kept)):
         broken = (name for name, weight in model.named_parameters() if not torch.isfinite(local(weight)).all())
         named = "".join(f", first {name}" for name in itertools.islice(broken, 1))
         raise FloatingPointError(f"The weights are no longer finite (by step {step}){named}; {CALMER}.")
@@ -323,7 +323,16 @@ def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, 
 
 def is_finite(model: nn.Module) -> bool:
     """Whether all parameters are finite, or this process's shards of them."""
-    return all(bool(torch.isfinite(local(parameter)).all()) for parameter in model.parameters())
+    return _all_finite(model.parameters())
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Of this process's shards; waits for each device once."""
+    finite: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        part = local(tensor)
+        finite.setdefault(part.device, []).append(torch.isfinite(part).all())
+    return all(bool(torch.stack(found).all()) for found in finite.values())
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -79,11 +79,17 @@ def check_variants(
             tokens=config.total_steps * config.tokens_per_step,
         )
         models[variant.name] = {name: getattr(model, name) for name in ReGLAConfig.__annotations__}
-        if model.feature_dim is None:  # so that runs of before the option stay the same runs
-            del models[variant.name]["feature_dim"]
+        for option in _without_effect(model):  # so that runs of before the option stay the same runs
+            del models[variant.name][option]
         if not _gates_an_axis(model):  # so that another default does not make it another run
             models[variant.name]["gate_axis"] = None
     return sizes, models
+
+
+def _without_effect(model: ReGLAConfig) -> list[str]:
+    """Options that came later than others and that this model does not use."""
+    unused = [] if model.window_branch else ["window_branch", "window_sinks", "window_dropout"]
+    return unused if model.feature_dim is not None else [*unused, "feature_dim"]
 
 
 def _gates_an_axis(model: ReGLAConfig) -> bool:

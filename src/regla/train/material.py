@@ -41,6 +41,7 @@ _LARGE = 2**29  # bytes of text
 _SCORED = 256  # sequences of each cell of a task
 _VALIDATED = 32  # of each cell, while the run goes on
 _SAMPLED = 512  # tokens at most of a look inside
+_ON_GPU = 2**27  # tokens that are kept there as a whole
 
 
 class Material(Protocol):
@@ -151,7 +152,11 @@ class TextMaterial:
             return text_in_order(torch.from_numpy(self.mixture.ids.read()).to(device), self.config)
         if self.mixture.in_memory is not None:
             return torch.from_numpy(self.mixture.in_memory).to(device)
-        return lambda batch: self.mixture(batch).to(device, non_blocking=True)
+        if device.type != "cuda":
+            return self.mixture
+        if self.mixture.is_one_row and len(self.mixture.ids) <= _ON_GPU:  # a batch then costs no copy
+            return torch.from_numpy(self.mixture.ids.read()).to(device)
+        return lambda batch: self.mixture(batch).pin_memory().to(device, non_blocking=True)
 
     def drawn(self, steps: int) -> dict[str, Any]:
         if self.config.carry_state:  # all of the text in its order

@@ -90,10 +90,15 @@ class Mixture:
         self._before = 0, np.zeros(len(streams), dtype=np.int64)  # batches, and sequences of each stream in them
 
     @property
+    def is_one_row(self) -> bool:
+        """Whether sequences are random crops of all tokens in a row."""
+        return not self.weighted and self._epochs is None
+
+    @property
     def in_memory(self) -> np.ndarray | None:
         """All tokens, int32, where they are drawn as one row and no file holds them."""
         parts = self.ids.parts
-        if self.weighted or self._epochs is not None or not all(isinstance(part.origin, np.ndarray) for part in parts):
+        if not self.is_one_row or not all(isinstance(part.origin, np.ndarray) for part in parts):
             return None
         return parts[0].read(0, len(parts[0])) if len(parts) == 1 else self.ids.read()
 
