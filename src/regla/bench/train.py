@@ -4,7 +4,7 @@ Models of one shape at several sequence lengths, with the same number of tokens 
 (PyTorch's SDPA), ReGLA at equal parameters, and that model without its recurrence: with values for outputs, all
 projections in place, and with every mixer replaced by the identity. Weights are float32, products run under autocast.
 Tokens are random. A model's FLOP utilisation is its floating point operations a second (`regla.bench.flops`) over those
-of a large product of matrices, which is measured first.
+of a large product of matrices, measured in the same run.
 """
 
 from __future__ import annotations

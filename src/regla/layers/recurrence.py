@@ -13,7 +13,7 @@ from regla.layers.map_base import FeatureMap
 from regla.layers.norms import head_norm, norm_and_gate, output_gated
 from regla.layers.plain import is_plain
 from regla.ops.additive import attend
-from regla.ops.call import Call, Forms, Gates, Packed, QKNorm
+from regla.ops.call import Call, Forms, Gates, Packed, QKNorm, owners
 from regla.ops.delta import attend_delta
 from regla.ops.features import variance_reduction
 
@@ -103,9 +103,8 @@ def _positions(x: Tokens, before: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     B, T = x.k.shape[:2]
     if x.cu_seqlens is not None:
-        token = torch.arange(T, device=x.k.device)
-        owner = torch.searchsorted(x.cu_seqlens[1:].contiguous(), token, right=True)
-        return (token - x.cu_seqlens[owner])[None], x.cu_seqlens[-1:]
+        start = x.cu_seqlens[owners(x.cu_seqlens, T)]
+        return (torch.arange(T, device=start.device) - start)[None], x.cu_seqlens[-1:]
     real = torch.ones(B, T, dtype=torch.long, device=x.k.device) if x.mask is None else x.mask.long()
     start = real.new_zeros(B) if before is None else before[:, 0].long()
     places = start[:, None] + real.cumsum(1)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from regla.ops.call import owners
+
 Kept = tuple[Tensor, Tensor]
 """What the branch remembers: keys and values [B, sinks + size - 1, H, C] of the first `sinks` tokens and of the last
 size - 1, the newest behind; and how many tokens there were, [B] int64. Zeros: nothing yet."""
@@ -77,7 +79,7 @@ class WindowBranch(nn.Module):
             B, T = recurrence.shape[:2]
             texts = B if cu_seqlens is None else len(cu_seqlens) - 1
             stays = torch.rand(texts, device=share.device) >= self.dropout
-            stays = stays[:, None] if cu_seqlens is None else stays[_owners(cu_seqlens, T)][None]
+            stays = stays[:, None] if cu_seqlens is None else stays[owners(cu_seqlens, T)][None]
             share = share * stays[..., None, None]
         return recurrence + share.to(recurrence.dtype) * (near.to(recurrence.dtype) - recurrence)
 
@@ -121,7 +123,7 @@ class WindowBranch(nn.Module):
         q = q[:, queries % T]
         near = history[:, keys % history.shape[1]]
         o = self._attend(q, near, kv[:, sinks.clamp_max(T - 1)], before[None])
-        owner = _owners(cu_seqlens, T)
+        owner = owners(cu_seqlens, T)
         place = torch.arange(T, device=q.device) - cu_seqlens[owner]
         return o.flatten(1, 2)[:, (last - blocks)[owner] * n + place]
 
@@ -177,11 +179,6 @@ def check_window(window_branch: int, window_sinks: int, window_dropout: float) -
         raise ValueError(
             f"{name} is {value}, but window_branch is 0: give the tokens of its window, or leave {name} out"
         )
-
-
-def _owners(cu_seqlens: Tensor, T: int) -> Tensor:
-    """[T], the number of the text that each token belongs to."""
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(T, device=cu_seqlens.device), right=True)
 
 
 def _at(x: Tensor, tokens: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from regla.models.cache import CACHE, adopt_cache, one_cache
 from regla.models.configuration import ReGLAConfig
+from regla.ops.call import owners
 
 LayerMasks = dict[str, Tensor | None]
 
@@ -187,9 +188,8 @@ def packed_boundaries(position_ids: Tensor) -> Tensor | None:
 
 def packed_positions(cu_seqlens: Tensor, T: int) -> Tensor:
     """Positions [1, T] that restart at every boundary of `cu_seqlens` [N + 1]."""
-    token = torch.arange(T, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    return (token - cu_seqlens.long()[document.clamp(max=cu_seqlens.shape[0] - 1)])[None]
+    start = cu_seqlens.long()[owners(cu_seqlens, T).clamp(max=cu_seqlens.shape[0] - 1)]
+    return (torch.arange(T, device=cu_seqlens.device) - start)[None]
 
 
 def check_packing(batch_size: int, attention_mask: Any, past_key_values: Cache | None, use_cache: bool | None) -> None:

@@ -115,6 +115,11 @@ class Call(NamedTuple):
         return [x for x in (self.q, self.k, self.v, *self.gates[:5], self.S, *weights) if x is not None]
 
 
+def owners(cu_seqlens: Tensor, T: int) -> Tensor:
+    """[T], the number of the packed sequence of each of T tokens; cu_seqlens: [N + 1] int, their boundaries."""
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(T, device=cu_seqlens.device), right=True)
+
+
 def masked(x: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
     """x [B, T, heads, channels] with `fill` at padding: by choice, not by product, since 0 * nan is nan."""
     return torch.where(mask[..., None, None], x, fill)

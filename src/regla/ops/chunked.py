@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from regla.ops.call import owners
 from regla.ops.features import lowering
 from regla.ops.tree import Slab, blocks, put
 from regla.ops.units import NOTHING, no_unit_suits, top_exponents, unit_exponents
@@ -88,9 +89,8 @@ def _pack(cu_seqlens: Tensor, T: int, C: int) -> tuple[Segments, Tensor, Tensor]
     sequence = torch.searchsorted(ends, chunk, right=True).clamp_max(sequences - 1)
     within = (chunk - starts[sequence])[:, None] * C + torch.arange(C, device=device)
     token_of_slot = torch.where(within < lengths[sequence][:, None], cu_seqlens[sequence][:, None] + within, -1)
-    token = torch.arange(T, device=device)
-    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    slot_of_token = starts[owner] * C + token - cu_seqlens[owner]
+    owner = owners(cu_seqlens, T)
+    slot_of_token = starts[owner] * C + torch.arange(T, device=device) - cu_seqlens[owner]
     return Segments(chunk == starts[sequence], sequence, ends - 1), token_of_slot.reshape(-1), slot_of_token
 
 

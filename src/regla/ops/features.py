@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from regla.ops.call import masked
+from regla.ops.call import masked, owners
 
 #: Stands for "no key yet": far below any key, and finite, because inf - inf is not a number.
 NO_KEY = -1e30
@@ -133,7 +133,7 @@ def key_stabiliser(
     if cu_seqlens is None:
         opens, first = tokens == 0, before[:, None]
     else:
-        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+        owner = owners(cu_seqlens, T)
         opens, first = tokens == cu_seqlens[owner], before[owner][None]
     opens = opens[None, :, None]
     if key_max != "sequence":

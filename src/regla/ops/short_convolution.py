@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from regla.ops.call import owners
 from regla.ops.dispatch import short_convolution_kernel_runs
 from regla.ops.output_norm import ACTIVATIONS
 
@@ -114,8 +115,7 @@ def _definition(
     history = torch.cat([state, x], 1)
     wide = history.to(torch.promote_types(x.dtype, torch.float32))
     if cu_seqlens is not None:
-        token = torch.arange(T, device=x.device)
-        place = token - cu_seqlens[torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)]
+        place = torch.arange(T, device=x.device) - cu_seqlens[owners(cu_seqlens, T)]
     y = wide[:, before:]
     for j, tap in enumerate(weight.to(wide.dtype)):
         lagged = wide[:, before - j : before - j + T]
