@@ -33,7 +33,9 @@ Pair = tuple[Sequence[int], Sequence[int]]
 Answer = tuple[float, bool]
 """Log-likelihood of the continuation in nats, and whether it is what greedy decoding gives."""
 
-_LEAST_SHARED = 16  # tokens; repeating fewer costs less than one more call of the model
+_LEAST_SAVED = 16  # tokens; repeating fewer costs less than one more row of a call of the model
+_LEAST_SAVED_ON_GPUS = 256  # there a call takes as long as thousands of tokens
+_LEAST_SHARED_MORE = 16
 _LEAST_OF_A_BATCH = 0.75  # of its longest prefix's length: a shorter prefix starts the next batch
 _LOGITS_OF_A_SLICE = 2**26  # as float32
 
@@ -75,6 +77,7 @@ class ContinuationScorer:
             raise ValueError(f"batch_size is {batch_size}, expected a number above 0.")
         self.model, self.batch_size, self.dtype = model.eval(), batch_size, dtype
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._least = _LEAST_SAVED_ON_GPUS if model.device.type == "cuda" else _LEAST_SAVED
         self.share = share and self._forks()
         """Whether prefixes are shared; models with other caches than transformers' for softmax or ours run whole."""
 
@@ -114,18 +117,27 @@ class ContinuationScorer:
             self._finish(single[start : start + self.batch_size], seen, cache)
 
     def _groups(self, row: int, leaves: slice, seen: int) -> Iterator[_Group]:
-        """Neighbours in sorted order that share enough tokens behind the first `seen`, and leaves that share none."""
-        start, end = leaves.start, self._leaves[leaves.start].first
-        for index in range(leaves.start, leaves.stop):
-            following = 0
-            if self.share and index + 1 < leaves.stop:
-                following = min(end, self._shared[index], self._leaves[index + 1].first)
-            if following - seen >= _LEAST_SHARED:
-                end = following
-                continue
-            yield _Group(row, end, slice(start, index + 1))
-            if index + 1 < leaves.stop:
-                start, end = index + 1, self._leaves[index + 1].first
+        """Neighbours in sorted order for which a prefix behind the first `seen` tokens is worth a row of a call, and
+        leaves by themselves."""
+        first, last = leaves.start, leaves.stop - 1
+        end = min((self._link(index) for index in range(first, last)), default=0)
+        shared = end - seen
+        if first == last or not self.share:
+            for index in range(first, leaves.stop):
+                yield _Group(row, self._leaves[index].first, slice(index, index + 1))
+            return
+        # Where little more than that is shared the group falls apart, behind its prefix or without one.
+        least = end + max(_LEAST_SHARED_MORE, shared // 4)
+        cuts = [first, *(index + 1 for index in range(first, last) if self._link(index) < least), leaves.stop]
+        if shared > 0 and (len(cuts) - 2) * shared >= self._least:
+            yield _Group(row, end, leaves)
+            return
+        for start, stop in pairwise(cuts):
+            yield from self._groups(row, slice(start, stop), seen)
+
+    def _link(self, index: int) -> int:
+        """Tokens of a prefix that leaf `index` and the next one can have together."""
+        return min(self._shared[index], self._leaves[index].first, self._leaves[index + 1].first)
 
     def _batches(self, groups: Sequence[_Group], seen: int) -> Iterator[list[_Group]]:
         """Groups, longest prefix first, in batches of similar lengths."""
