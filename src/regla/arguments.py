@@ -131,7 +131,12 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         int,
         f"layers of --mixer hybrid, of which one is softmax (default: {DEFAULT_SOFTMAX_EVERY})",
     )
-    add(model, "--window", int, f"tokens that --mixer window attends to (default: {DEFAULT_WINDOW})")
+    add(
+        model,
+        "--window",
+        int,
+        f"tokens that softmax layers of --mixer window and hybrid attend to (default: {DEFAULT_WINDOW}, hybrid: all)",
+    )
     add(model, "--hidden-size", int, "width")
     add(model, "--layers", int, "depth")
     add(model, "--heads", int, "attention heads")

@@ -186,6 +186,13 @@ def test_the_window_is_in_the_configuration(options: dict[str, int], window: int
     assert count_parameters(model) == count_parameters(build(mixer="softmax"))
 
 
+def test_a_hybrid_of_windows() -> None:
+    model = build(mixer="hybrid", window=8)
+    assert model.layer_types == ["linear_attention", "sliding_attention"] * (model.num_hidden_layers // 2)
+    assert model.sliding_window == 8
+    assert build(mixer="hybrid").layer_types[1] == "full_attention"
+
+
 def test_a_window_without_its_mixer() -> None:
-    with pytest.raises(ValueError, match="window 8 is given with mixer regla; it is of mixer window"):
+    with pytest.raises(ValueError, match="window 8 is given with mixer regla; it is of mixer window and hybrid"):
         TrainConfig(out="-", window=8)

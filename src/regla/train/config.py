@@ -163,7 +163,8 @@ class TrainConfig(LoopConfig):
     softmax_every: int | None = _model(None)
     """Of the mixer `hybrid`: 2 is ReGLA and softmax in turn, 4 one layer in four; None: DEFAULT_SOFTMAX_EVERY."""
     window: int | None = _model(None)
-    """Tokens that a layer of the mixer `window` attends to, its own included; None: DEFAULT_WINDOW."""
+    """Tokens that a softmax layer of the mixers `window` and `hybrid` attends to, its own included, so that memory does
+    not grow with the text; None: DEFAULT_WINDOW of `window`, all of `hybrid`."""
     hidden_size: int = _model(128)
     layers: int = _model(4)
     heads: int = _model(4)
@@ -212,9 +213,9 @@ class TrainConfig(LoopConfig):
         self._check_task()
         if self.tokenizer is not None and self.vocab_size is not None:
             raise OptionError("Both {tokenizer} and {vocab_size} are given; the size is that of a tokenizer to train.")
-        if self.window is not None and self.mixer != "window":
+        if self.window is not None and self.mixer not in ("window", "hybrid"):
             raise OptionError(
-                "{window} {value} is given with {mixer} {other}; it is of {mixer} window: leave one out.",
+                "{window} {value} is given with {mixer} {other}; it is of {mixer} window and hybrid: leave one out.",
                 value=self.window,
                 other=self.mixer,
             )

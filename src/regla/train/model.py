@@ -35,14 +35,15 @@ def read_overrides(file: str | Path) -> dict[str, Any]:
     return overrides
 
 
-def layer_types(mixer: str, layers: int, softmax_every: int | None = None) -> list[str]:
+def layer_types(mixer: str, layers: int, softmax_every: int | None = None, *, window: bool = False) -> list[str]:
     """The mixer of each layer, in the configuration's words. Of every `softmax_every` layers of a hybrid the last is
-    softmax."""
+    softmax, over a sliding window or over all of the text."""
     linear_in_between = (softmax_every or DEFAULT_SOFTMAX_EVERY) - 1
+    softmax = "sliding_attention" if window else "full_attention"
     pattern = {
         "regla": ["linear_attention"],
         "paper": ["linear_attention"],
-        "hybrid": [*["linear_attention"] * linear_in_between, "full_attention"],
+        "hybrid": [*["linear_attention"] * linear_in_between, softmax],
         "softmax": ["full_attention"],
         "window": ["sliding_attention"],
     }[mixer]
@@ -58,6 +59,7 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
     from regla.models.configuration import mixer_arguments
 
     check_overrides(config.overrides)
+    window = config.window or (DEFAULT_WINDOW if config.mixer == "window" else None)
     arguments: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,
@@ -71,8 +73,8 @@ def model_config(config: TrainConfig, *, vocab_size: int, end_of_text: int) -> R
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "pad_token_id": end_of_text,
-        "layer_types": layer_types(config.mixer, config.layers, config.softmax_every),
-        "sliding_window": (config.window or DEFAULT_WINDOW) if config.mixer == "window" else None,
+        "layer_types": layer_types(config.mixer, config.layers, config.softmax_every, window=window is not None),
+        "sliding_window": window,
     }
     if config.mixer == "paper":
         arguments |= mixer_arguments(PAPER)
