@@ -188,8 +188,8 @@ Train a grid of runs that one short YAML file describes (what varies, learning r
 DIR gets a row per run (rows.jsonl), and NAME.md with tables and a plot. Every variant gets every learning rate.
 
 STUDY is one that is shipped (gate-start, qk, mixer-parts, softmax, refined-vs-plain, finalists, final, memory,
-memory-parts, longer, mqar, mqar-features, mqar-memory, demo, and of the paper's tables and figures feature-maps, normalisation, gates,
-table-4, saturation, speed-and-memory, scaling) or a .yaml file.
+memory-parts, longer, mqar, mqar-features, mqar-memory, demo, and of the paper's tables and figures feature-maps,
+normalisation, gates, table-4, saturation, speed-and-memory, scaling) or a .yaml file.
 Each run is a process of its own; its output is DIR/runs/*/log.txt. Ctrl-C or SIGTERM saves checkpoints and ends it
 (exit code 130 or 143). After that, or after a crash, the same command goes on: finished runs are kept, and one that
 was cut off goes on from its last checkpoint. A run that diverges is a result; where one fails, the others go on, and
