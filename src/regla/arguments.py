@@ -267,6 +267,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "train":
             text = "tokens of a sequence (default: 2048 8192 32768; a step has 32768 tokens, or one sequence)"
             kind.add_argument("--lengths", nargs="+", type=int, default=[], metavar="N", help=text)
+            kind.add_argument("--profile", action="store_true", help="say which kernels take the time of a step, too")
 
 
 def linearize_arguments(parser: argparse.ArgumentParser) -> None:

@@ -265,6 +265,7 @@ examples:
   regla bench train --out benchmarks/gpu/h100.jsonl
   regla bench train --only '*/length2048' --eager
   regla bench train --lengths 2048 131072 --only 'regla/*' 'softmax/*'
+  regla bench train --only 'regla/length2048' --profile
   regla bench train --config axis.json                        where axis.json holds {"gate_axis": "value"}
   regla bench train --device cpu --quick
 """

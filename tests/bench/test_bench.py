@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,6 +205,16 @@ def test_operations_are_counted_from_shapes(update_rule: str) -> None:
         expected = counter.get_total_flops() / L
         expected += {"softmax": -attention, "regla": recurrence}.get(name, 0)
         assert training_flops(model, L) == 3 * expected, name
+
+
+def test_a_profile_names_what_takes_the_time(capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "train", "--quick", "--device", "cpu", "--only", "regla/length16", "--profile"]) == 0
+    shown = capsys.readouterr().out
+    busy, step = map(float, re.search(r"Busy ([\d.]+) of ([\d.]+) ms a step", shown).groups())  # type: ignore[union-attr]
+    assert 0 < busy < 1.5 * step
+    shares = [float(share) for share in re.findall(r"([\d.]+)%$", shown[shown.index("Busy") :], re.MULTILINE)]
+    assert sum(shares) == pytest.approx(100, abs=2) and shares[:-1] == sorted(shares[:-1], reverse=True)
+    assert "aten::mm" in shown
 
 
 def test_lengths_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -63,6 +63,7 @@ def bench_train(
     eager: bool = False,
     config: str | None = None,
     lengths: Sequence[int] = (),
+    profile: bool = False,
 ) -> list[Row]:
     """Time training steps; see `regla.bench.train`. The rows."""
     where = pick_device(device)
@@ -71,7 +72,7 @@ def bench_train(
     own = None if config is None else read_overrides(config)
     kind = _dtype(dtype, where)
     with _as_in_training(kind):
-        cases = train.cases(where, kind, quick=quick, eager=eager, overrides=own, lengths=lengths)
+        cases = train.cases(where, kind, quick=quick, eager=eager, overrides=own, lengths=lengths, profile=profile)
         return run(cases, where, out=out, only=only)
 
 

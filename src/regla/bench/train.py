@@ -23,6 +23,7 @@ from regla.bench.flops import matrix_rate, training_flops
 from regla.bench.measure import Case, Row, Timing, dtype_name, give_memory_back, quantiles
 from regla.bench.models import build, configs
 from regla.layers.norms import norm_and_gate
+from regla.report.tables import plain
 from regla.runtime.device import autocast
 from regla.train.loop import make_optimizer, next_token_loss
 from regla.train.regions import compiled_blocks
@@ -36,6 +37,7 @@ BENCHMARK = "bench train"
 LENGTHS = (2048, 8192, 32768)
 TOKENS = 32768  # of a step
 _WARM_UP, _REPEATS, _STEPS = 3, 8, 4  # steps, turns, steps of a turn
+_PROFILED, _NAME = 25, 90  # kernels of a profile, characters of a name
 
 
 class IdentityMixer(nn.Module):
@@ -74,10 +76,12 @@ def cases(
     eager: bool = False,
     overrides: Mapping[str, Any] | None = None,
     lengths: Sequence[int] = (),
+    profile: bool = False,
 ) -> list[Case]:
     """Every length with softmax, the identity, values for outputs and ReGLA; `overrides` as in `configs`.
 
     lengths: of sequences, in place of the usual ones. A step has TOKENS tokens, or one sequence where that is longer.
+    profile: say behind each row which kernels take the time of a step.
     """
     configs(max_length=1, quick=quick, overrides=overrides)  # what does not fit is found before anything is measured
     usual, tokens = ((16, 64), 64) if quick else (LENGTHS, TOKENS)
@@ -87,7 +91,7 @@ def cases(
     for length in lengths or usual:
         batch = max(1, tokens // length)
         for model in ("softmax", "identity", "values", "regla"):
-            measure = partial(_measure, model, length, batch, device, dtype, compiled, quick, overrides, rate)
+            measure = partial(_measure, model, length, batch, device, dtype, compiled, quick, overrides, profile, rate)
             found.append(Case(f"{model}/length{length}", measure))
     return found
 
@@ -101,6 +105,7 @@ def _measure(
     compiled: bool,
     quick: bool,
     overrides: Mapping[str, Any] | None,
+    profile: bool,
     rate: Callable[[], float],
 ) -> Iterator[Row | str]:
     """A row; where memory runs out, one that says so and another with activation checkpointing."""
@@ -115,12 +120,16 @@ def _measure(
         if overrides and name != "softmax":
             row["overrides"] = dict(overrides)
         try:
-            measured = _train(name, length, batch, device, dtype, compiled, checkpointing, quick, overrides)
+            measured, kernels = _train(
+                name, length, batch, device, dtype, compiled, checkpointing, quick, overrides, profile
+            )
         except torch.OutOfMemoryError:
             yield row | {"out_of_memory": True}
         else:
             done = measured["flops_per_token"] * measured["tokens_per_second"]
             yield row | measured | {"matrix_flops_per_second": rate(), "utilisation": done / rate()}
+            if kernels is not None:
+                yield kernels
             return
         give_memory_back(device)
 
@@ -135,12 +144,13 @@ def _train(
     checkpointing: bool,
     quick: bool,
     overrides: Mapping[str, Any] | None,
-) -> Row:
-    """Figures of a number of steps. All that it holds is free when it returns."""
+    profile: bool,
+) -> tuple[Row, str | None]:
+    """Figures of a number of steps, and their profile. All that it holds is free when it returns."""
     if compiled:
         torch.compiler.reset()  # else a second length makes the compiler give up fixed shapes
     model = _model(name, length, device, quick, overrides)
-    timing, peak = _time_steps(model, length, batch, dtype, compiled, checkpointing, quick)
+    timing, peak, kernels = _time_steps(model, length, batch, dtype, compiled, checkpointing, quick, profile)
     tokens_per_second = length * batch / timing.p50_us * 1e6
     return {
         "parameters": model.num_parameters(),
@@ -148,7 +158,7 @@ def _train(
         "tokens_per_second": tokens_per_second,
         "flops_per_token": training_flops(model, length),
         "peak_bytes": peak,
-    }
+    }, kernels
 
 
 def _model(
@@ -173,8 +183,9 @@ def _time_steps(
     compiled: bool,
     checkpointing: bool,
     quick: bool,
-) -> tuple[Timing, int | None]:
-    """(time of an optimiser step, peak memory of the device in bytes or None)."""
+    profile: bool,
+) -> tuple[Timing, int | None, str | None]:
+    """(time of an optimiser step, peak memory of the device in bytes or None, `_profile` of some steps or None)."""
     device = model.device
     cuda = device.type == "cuda"
     optimizer = make_optimizer(model, weight_decay=0.1, device=device)
@@ -207,4 +218,25 @@ def _time_steps(
 
         turn(1 if quick else _WARM_UP)
         seconds = [turn(1 if quick else _STEPS) for _ in range(3 if quick else _REPEATS)]
-    return quantiles(seconds, "clock"), torch.cuda.max_memory_allocated() if cuda else None
+        kernels = _profile(turn, 1 if quick else _STEPS, cuda) if profile else None
+    return quantiles(seconds, "clock"), torch.cuda.max_memory_allocated() if cuda else None, kernels
+
+
+def _profile(turn: Callable[[int], float], steps: int, cuda: bool) -> str:
+    """A table of what takes the time of a step: kernels on a GPU, operators on a CPU, longest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        seconds = turn(steps)
+    entries = [
+        (str(event.key), event.self_device_time_total if cuda else event.self_cpu_time_total, event.count)
+        for event in profiler.key_averages()
+    ]
+    entries.sort(key=lambda entry: -entry[1])
+    busy, listed = sum(us for _, us, _ in entries), sum(us for _, us, _ in entries[:_PROFILED])
+    rows = [
+        [name[:_NAME], f"{count / steps:,.0f}", f"{us / steps:,.0f}", f"{us / busy:.1%}"]
+        for name, us, count in entries[:_PROFILED]
+    ]
+    rows.append(["all others", "", f"{(busy - listed) / steps:,.0f}", f"{(busy - listed) / busy:.1%}"])
+    shown = plain(["kernel" if cuda else "operator", "calls", "us a step", "share"], rows)
+    return f"Busy {busy / steps / 1e3:.2f} of {seconds * 1e3:.2f} ms a step, profiled.\n{shown}"
