@@ -274,10 +274,10 @@ def test_where_memory_runs_out_training_tries_again_with_less(
 
     whole = train._time_steps
 
-    def short_of_memory(model, length, batch, dtype, compiled, checkpointing, quick):
+    def short_of_memory(model, length, batch, dtype, compiled, checkpointing, *others):
         if not checkpointing:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, length, batch, dtype, compiled, checkpointing, quick)
+        return whole(model, length, batch, dtype, compiled, checkpointing, *others)
 
     monkeypatch.setattr(train, "_time_steps", short_of_memory)
     failed, done = run.bench_train(device="cpu", quick=True, only=["regla/length64"], out=str(tmp_path / "r.jsonl"))
