@@ -153,7 +153,9 @@ def test_a_layer_mixes_both_by_the_share_of_each_head(options, rope):
     for share, logit in {"none": -1e4, "all": 1e4, "some": 0.3}.items():
         torch.nn.init.constant_(made.window.logit, logit)
         outputs[share] = made(x, rotary=turned)[0]
-    assert torch.equal(outputs["none"], alone(x, rotary=turned)[0])
+    # The same bits where both normalise q and k before the recurrence, and not one of them in the kernel that runs it.
+    exact = {"rtol": 0, "atol": 0} if rope or made.q_norm is None else {}
+    torch.testing.assert_close(outputs["none"], alone(x, rotary=turned)[0], **exact)
     a = torch.sigmoid(torch.tensor(0.3))
     torch.testing.assert_close(outputs["some"], (1 - a) * outputs["none"] + a * outputs["all"])
     # The rotation of the branch can be another than that of the recurrence.
@@ -184,9 +186,9 @@ def test_dropout_leaves_the_branch_out_of_whole_texts_in_training():
     torch.nn.init.normal_(made.window.logit)
     with_branch = made.eval()(x)[0]
     assert torch.equal(with_branch, made(x)[0])
-    alone = layer(window_branch=0, window_sinks=0)
-    alone.load_state_dict({name: value for name, value in made.state_dict().items() if name != "window.logit"})
-    without = alone(x)[0]
+    never = layer()
+    never.load_state_dict(made.state_dict() | {"window.logit": torch.full((HQ,), -1e4)})
+    without = never(x)[0]
     y = made.train()(x)[0]
     left_out = (y == without).flatten(1).all(1)
     assert torch.equal(y[~left_out], with_branch[~left_out])
