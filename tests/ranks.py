@@ -7,6 +7,9 @@ import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
+import torch
+
 
 class Ended(NamedTuple):
     """How a process ended: its exit code (negative: the signal), and what it wrote."""
@@ -14,6 +17,13 @@ class Ended(NamedTuple):
     code: int | None
     out: str
     err: str
+
+
+def skip_where_forks_cannot_train() -> None:
+    """Where torch sees a GPU, any backward pass, also on the CPU, starts autograd's threads for it, and from then on
+    autograd refuses to run in a fork."""
+    if torch.cuda.is_available():
+        pytest.skip("forks that train on the CPU, which torch refuses beside a GPU: set CUDA_VISIBLE_DEVICES=''")
 
 
 def in_processes(
@@ -25,7 +35,8 @@ def in_processes(
     meanwhile: Callable[[list[Any]], None] = lambda processes: None,
 ) -> list[Ended]:
     """Call `run` in `count` processes, of each of which the environment says who it is, and here `meanwhile`; what they
-    write is left in `folder`."""
+    write is left in `folder`. Skips the test where `skip_where_forks_cannot_train` does."""
+    skip_where_forks_cannot_train()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from .ranks import in_processes
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -41,6 +43,12 @@ def test_every_test_starts_from_the_same_seed(_):
     assert torch.rand((), device="cpu") == expected
     assert random.random() == random.Random(0).random()
     assert np.random.rand() == np.random.RandomState(0).rand()
+
+
+def test_forked_processes_are_skipped_beside_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(pytest.skip.Exception, match="refuses beside a GPU: set CUDA_VISIBLE_DEVICES=''"):
+        in_processes(1, lambda: 0, tmp_path / "written")
 
 
 @pytest.mark.gpu

@@ -33,6 +33,8 @@ from regla.study.trials import make_trials
 from regla.study.worker import run, write_plan
 from regla.train.config import TrainConfig
 
+from ..ranks import skip_where_forks_cannot_train
+
 STUDY = """\
 title: Tiny
 base:
@@ -81,6 +83,7 @@ def undisturbed(files: Path) -> Path:
 
 def ended_in_the_middle(arguments: list[str], out: Path, end: Callable[[BaseProcess], None]) -> int | None:
     """Start a study, end it once the first run has a checkpoint and before it is finished; its exit code."""
+    skip_where_forks_cannot_train()
     process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
     process.start()
     try:
