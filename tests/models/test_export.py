@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GenerationConfig, StaticCache
 
 from regla.layers.defaults import ADDITIVE, DELTA
@@ -14,6 +16,7 @@ from regla.models.cache import adopt_cache
 from regla.models.configuration import mixer_arguments
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "eos_token_id": None}
+HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 
 def small(**arguments):
@@ -38,7 +41,7 @@ def assert_equal_at_every_length(run, model):
 LOAD = """
 import sys, torch, regla.ops
 ids, expected = torch.load(sys.argv[2])
-logits = torch.export.load(sys.argv[1]).module()(ids, use_cache=False).logits
+logits = torch.export.load(sys.argv[1]).module()(ids)
 torch.testing.assert_close(logits, expected)
 """
 
@@ -59,33 +62,46 @@ def test_a_window_branch_is_exported_for_one_length():
         exported(model)
 
 
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+def of_logits(model):
+    """A program from tokens to logits, of any length from 2 to 128."""
+    length = torch.export.Dim("length", min=2, max=128)
+    return torch.export.export(Logits(model), (torch.zeros(1, 70, dtype=torch.long),), dynamic_shapes=({1: length},))
+
+
 @pytest.mark.slow
 def test_a_saved_program_loads_where_the_operations_are_known(tmp_path):
-    model = small(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids):
-            return self.model(ids, use_cache=False).logits
-
-    ids = torch.randint(64, (1, 70))
-    length = torch.export.Dim("length", min=2, max=128)
-    program = torch.export.export(Logits(), (ids,), dynamic_shapes=({1: length},))
-    torch.export.save(program, tmp_path / "program.pt2")
+    model, ids = small(**HYBRID), torch.randint(64, (1, 70))
+    torch.export.save(of_logits(model), tmp_path / "program.pt2")
     torch.save((ids, model(ids).logits.detach()), tmp_path / "case.pt")
-    load = LOAD.replace("(ids, use_cache=False).logits", "(ids)")
     done = subprocess.run(
-        [sys.executable, "-c", load, tmp_path / "program.pt2", tmp_path / "case.pt"], capture_output=True, text=True
+        [sys.executable, "-c", LOAD, tmp_path / "program.pt2", tmp_path / "case.pt"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="torch 2.11 beside a GPU crashed when it loaded this package, though for the CPU"
+)
+def test_aot_inductor(tmp_path):
+    model = small(**HYBRID)
+    package = torch._inductor.aoti_compile_and_package(of_logits(model), package_path=str(tmp_path / "compiled.pt2"))
     assert_equal_at_every_length(torch._inductor.aoti_load_package(package), model)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="transformers runs what it exported from 5.23 on"
+)
 @pytest.mark.parametrize("second", ["linear_attention", "full_attention"])
 def test_generation_over_a_padded_prompt(second):
     from transformers.exporters.configs import DynamoConfig
