@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("lm_eval", reason="the package lm_eval is not installed: it is in regla's extra eval")
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from tests.eval.originals import write_originals

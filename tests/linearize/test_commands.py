@@ -80,6 +80,7 @@ def test_no_more_tokens_than_positions(place, capsys):
 @pytest.mark.slow
 def test_lm_eval(tmp_path):
     """All families: the scores of lm-eval's own class for Hugging Face models, padding and batches included."""
+    pytest.importorskip("lm_eval", reason="the package lm_eval is not installed: it is in regla's extra eval")
     from regla.eval.harness import evaluate_tasks
     from tests.eval.originals import write_originals
 
