@@ -23,12 +23,16 @@ SEED = 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tests of the operations make their tensors: cpu or cuda")
+    parser.addoption(
+        "--device", default="cpu", help="where tests of operations and layers make their tensors: cpu or cuda"
+    )
 
 
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest) -> Iterator[None]:
-    device = request.config.getoption("--device")
+    """The default device of tests of operations and layers. Others choose their devices themselves: in a device context
+    a CPU run beside a GPU run would not be one, and transformers and torch.compile do not see through it."""
+    device = request.config.getoption("--device") if request.path.parent.name in ("ops", "layers") else "cpu"
     with nullcontext() if device == "cpu" else torch.device(device):  # the context itself disturbs torch.compile
         yield
 

@@ -124,11 +124,6 @@ def stir(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.fixture(autouse=True)
-def _device() -> None:
-    """Models are tested on the CPU, outside of a device context: transformers and torch.compile see through none."""
-
-
 @pytest.fixture
 def build():
     """`build("pure", bias=...)`: a stirred tiny model in eval mode, the same at every call with the same arguments."""
