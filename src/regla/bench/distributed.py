@@ -110,7 +110,7 @@ class Bench(NamedTuple):
                     ran = self._optimise(Parallel(), model, config, wait)
             return self.processes.value_of_first(ran)
         ran = self._optimise(PARALLEL[kind](self.processes), model, config, wait)
-        sent = torch.tensor(float(ran.sent_bytes), dtype=torch.float64)
+        sent = torch.tensor(float(ran.sent_bytes), dtype=torch.float64, device="cpu")
         peak = None if ran.peak_bytes is None else self.processes.largest(ran.peak_bytes)
         return ran._replace(
             state_bytes=self.processes.largest(ran.state_bytes),

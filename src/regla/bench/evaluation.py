@@ -78,7 +78,7 @@ def _pairs(vocab_size: int, items: int, prefix: int) -> list[Pair]:
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(vocab_size, (count,), generator=generator).tolist()
+        return torch.randint(vocab_size, (count,), generator=generator, device="cpu").tolist()
 
     questions = [tokens(prefix) for _ in range(items)]
     return [(question, tokens(ANSWER_TOKENS)) for question in questions for _ in range(ANSWERS)]

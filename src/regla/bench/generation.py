@@ -62,7 +62,7 @@ def generation(model: ReGLAForCausalLM, lengths: Sequence[int], *, batch: int = 
     model.eval()
     device = model.device
     generator = torch.Generator().manual_seed(0)
-    prompt_BP = torch.randint(model.config.vocab_size, (batch, PROMPT), generator=generator).to(device)
+    prompt_BP = torch.randint(model.config.vocab_size, (batch, PROMPT), generator=generator, device="cpu").to(device)
     call = {"input_ids": prompt_BP, "attention_mask": torch.ones_like(prompt_BP), "do_sample": False}
     model.generate(**call, max_new_tokens=_WARM_UP, min_new_tokens=_WARM_UP)
     if device.type == "cuda":

@@ -170,7 +170,7 @@ def cut_losses(
     whole_N = nats_WT[row_N, at_N]
     found = []
     for cut in cuts:
-        inputs_NC = ids_WT[row_N[:, None], at_N[:, None] - cut + torch.arange(cut)]
+        inputs_NC = ids_WT[row_N[:, None], at_N[:, None] - cut + torch.arange(cut, device="cpu")]
         nats = []
         for inputs_BC, target_B in zip(inputs_NC.split(batch_size), ids_WT[row_N, at_N].split(batch_size), strict=True):
             with precision(model.device, dtype):

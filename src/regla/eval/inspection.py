@@ -177,7 +177,7 @@ class _Sums:
         self.log_F: dict[str, Tensor] = {}
         self.F: dict[str, int] = {}
         self.slopes: dict[str, float] = {}
-        self.features = torch.zeros((), dtype=torch.float64)
+        self.features = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def slope(self, gates: Gates) -> None:
         """Of what the gate module gives: log-decays, or logits of a refined gate."""

@@ -124,7 +124,7 @@ def _score(text: Encoded, nats_N: Tensor, positions: tuple[PositionScore, ...]) 
 
 def position_scores(nats_N: Tensor, seq_len: int) -> tuple[PositionScore, ...]:
     """Mean loss at the positions 0-63, 64-127, 128-255, ... of windows of `seq_len` tokens. nats_N: float [N]."""
-    position_N = torch.arange(len(nats_N)) % seq_len
+    position_N = torch.arange(len(nats_N), device=nats_N.device) % seq_len
     scores = []
     for start, end in pairwise(bin_edges(min(seq_len, len(nats_N)))):
         part = nats_N[(position_N >= start) & (position_N < end)].double()
@@ -227,7 +227,7 @@ def stream_nats(
     `watch(tokens)` is called behind every chunk with the number of tokens read.
     """
     inputs_N, targets_N = _inputs_and_targets(ids_N, first)
-    nats_N = torch.empty(len(targets_N))
+    nats_N = torch.empty(len(targets_N), device="cpu")
     start = 0
     for logits_1CV, _ in stream_chunks(model, inputs_N[None], chunk=chunk, dtype=dtype):
         end = start + logits_1CV.shape[1]
@@ -240,7 +240,7 @@ def stream_nats(
 
 def _inputs_and_targets(ids_N: np.ndarray, first: int) -> tuple[Tensor, Tensor]:
     targets_N = torch.from_numpy(ids_N.astype(np.int64))
-    return torch.cat([torch.tensor([first]), targets_N[:-1]]), targets_N
+    return torch.cat([targets_N.new_tensor([first]), targets_N[:-1]]), targets_N
 
 
 def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

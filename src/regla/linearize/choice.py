@@ -70,7 +70,8 @@ def rank_layers(
         kl_B = sequence_divergences(original, of, ids_BT, batch_size=batch_size, dtype=dtype)
         answers = answer_tokens(of, asked, batch_size=batch_size, dtype=dtype, generate=False)
         rows = len(asked.ids_BT)
-        recall_B = torch.zeros(rows, dtype=torch.float64).index_add_(0, answers.row_N, answers.nats_N.double())
+        recall_B = answers.nats_N.new_zeros(rows, dtype=torch.float64)
+        recall_B.index_add_(0, answers.row_N, answers.nats_N.double())
         return kl_B, recall_B * rows / len(answers.row_N)
 
     training = model.training

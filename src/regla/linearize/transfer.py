@@ -105,7 +105,7 @@ def check_transfer(
     if input_ids is None:
         generator = torch.Generator().manual_seed(0)
         length = min(64, original.config.max_position_embeddings)
-        input_ids = torch.randint(original.config.vocab_size, (1, length), generator=generator)
+        input_ids = torch.randint(original.config.vocab_size, (1, length), generator=generator, device="cpu")
     input_ids = input_ids.to(next(converted.parameters()).device)
     with _as_to_compare(original), _as_to_compare(converted):
         expected = _in_float32(original, input_ids)
@@ -149,7 +149,8 @@ def _in_float32(model: PreTrainedModel, input_ids: Tensor) -> Any:
     wide = {name: x.float() for name, x in tensors.items() if x.dtype in narrow}
     for path, module in model.named_modules():
         if "RotaryEmbedding" in type(module).__name__:
-            fresh = dict(type(module)(module.config).named_buffers())
+            with torch.device("cpu"):
+                fresh = dict(type(module)(module.config).named_buffers())
             wide |= {f"{path}.{name}": x.to(tensors[f"{path}.{name}"].device) for name, x in fresh.items()}
     kwargs = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": True}
     return functional_call(model, wide, kwargs=kwargs)

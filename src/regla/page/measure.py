@@ -108,7 +108,8 @@ def compare(teacher: PreTrainedModel, student: PreTrainedModel, windows_BL: Tens
             20 s are left out.
     """
     began = time.perf_counter()
-    order = torch.randperm(len(windows_BL), generator=torch.Generator().manual_seed(0))  # any part is spread as well
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(windows_BL), generator=generator, device="cpu")  # any part is spread as well
     parts: dict[str, list[Tensor]] = {}
     for batch_BL in windows_BL[order].split(_BATCH):
         if parts and time.perf_counter() - began > _SECONDS:

@@ -41,7 +41,8 @@ def decoding_costs(model: PreTrainedModel, contexts: Sequence[int], *, repeats: 
     for context in contexts:
         while seen < context:
             length = min(_PREFILL_CHUNK, context - seen)
-            ids_1C = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+            ids_1C = torch.randint(model.config.vocab_size, (1, length), generator=generator, device="cpu")
+            ids_1C = ids_1C.to(model.device)
             cache = model(input_ids=ids_1C, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
             seen += length
         assert cache is not None

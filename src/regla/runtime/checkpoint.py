@@ -125,7 +125,7 @@ class Checkpoints:
             parameter = parameters[numbers[key.rpartition("/")[0]]]
             # On the CPU what is no number for every weight, as AdamW has it itself.
             like = shape == parameter.shape
-            target = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(shape, dtype=dtype)
+            target = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(shape, dtype=dtype, device="cpu")
             self._processes.fill(target, kept.get(key))
             kept[key] = target
         optimizer.load_state_dict(

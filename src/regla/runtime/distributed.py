@@ -134,7 +134,7 @@ class Processes:
         """Of the numbers that the processes give."""
         if self.is_alone:
             return number
-        found = torch.tensor(number)
+        found = torch.tensor(number, device="cpu")
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 

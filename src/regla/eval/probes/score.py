@@ -61,8 +61,8 @@ class Share:
 def share(values_N: Tensor, row_N: Tensor) -> Share:
     rows, index_N = row_N.unique(return_inverse=True)
     B = len(rows)
-    right_B = torch.zeros(B, dtype=torch.float64).index_add_(0, index_N, values_N.double())
-    asked_B = torch.zeros(B, dtype=torch.float64).index_add_(0, index_N, torch.ones_like(values_N, dtype=torch.float64))
+    right_B = values_N.new_zeros(B, dtype=torch.float64).index_add_(0, index_N, values_N.double())
+    asked_B = index_N.bincount(minlength=B).double()
     mean = float(right_B.sum() / asked_B.sum())
     if B < 2:
         return Share(mean, math.nan)
@@ -167,8 +167,8 @@ def answer_text(
         log_p_BCA = torch.cat([log_p_BCA, log_p.view(B, C, A - 1)], 2)
     log_p_BC = (log_p_BCA * _used(lengths_BC, A)).sum(2)
     return Answers(
-        row_N=torch.arange(B),
-        distance_N=torch.zeros(B, dtype=torch.long),
+        row_N=torch.arange(B, device="cpu"),
+        distance_N=torch.zeros(B, dtype=torch.long, device="cpu"),
         nats_N=-log_p_BC[:, 0].cpu(),
         likelihood_N=_likeliest(log_p_BC[:, :1], log_p_BC).cpu(),
         generation_N=generation_B.cpu(),
