@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regla.study.grid import choose, in_order, read_study, shipped, sweep_of
+from regla.study.grid import in_order, read_study, shipped, sweep_of
 from regla.study.trials import check_variants
 
 GRID = """\
@@ -62,9 +62,21 @@ def test_only_and_set(tmp_path: Path) -> None:
         "gate": "refined",
     }
     assert study.variants[0].settings["layers"] == 2
-    assert [variant.name for variant in choose(study.variants, "*/8")] == ["refined/8", "plain/8"]
+    assert [variant.name for variant in read_study(file, only="*/8").variants] == ["refined/8", "plain/8"]
     with pytest.raises(ValueError, match=r"No variant matches --only 'x\*'; the study has refined/4, refined/8, plain"):
-        choose(study.variants, "x*")
+        read_study(file, only="x*")
+
+
+def test_set_need_not_reach_variants_that_are_left_out(tmp_path: Path) -> None:
+    file, sets = written(tmp_path, GRID), ["overrides.qk_norm=true"]
+    with pytest.raises(
+        ValueError, match=r"overrides\.qk_norm=\.\.\. would not reach the variant refined/8, which sets"
+    ):
+        read_study(file, sets)
+    with pytest.raises(ValueError, match="would not reach the variant plain/8"):
+        read_study(file, sets, only="plain/*")
+    (variant,) = read_study(file, sets, only="plain/4").variants
+    assert variant.settings["overrides"] == {"qk_norm": True, "gate": "sigmoid"}
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "refined", "refined_low_rank", "mamba2"])

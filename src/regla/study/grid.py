@@ -115,12 +115,14 @@ def shipped() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def read_study(name_or_file: str, sets: Sequence[str] = ()) -> Study:
+def read_study(name_or_file: str, sets: Sequence[str] = (), only: str | None = None) -> Study:
     """The study of a YAML file, or the one that is shipped under a name.
 
     sets: `KEY=VALUE` over the file: a field of the base, `overrides.NAME`, `lr` or `seeds`; VALUE is YAML.
+    only: the variants whose names match a glob; None: all.
 
-    Raises ValueError for a study that does not exist, is no YAML, or has a key or value that does not fit.
+    Raises ValueError for a study that does not exist, is no YAML, has a key or value that does not fit, or no variant
+    that `only` matches.
     """
     if name_or_file.endswith(_SUFFIXES):
         name = Path(name_or_file).stem
@@ -136,16 +138,12 @@ def read_study(name_or_file: str, sets: Sequence[str] = ()) -> Study:
     _check_mapping(content, f"The study {name}")
     _check_keys(content, _KEYS, f"the study {name}")
     source = Path(name_or_file).name
-    return replace(_build(name, dict(content), sets), source=source)
+    return replace(_build(name, dict(content), sets, only), source=source)
 
 
-def choose(variants: Sequence[Variant], only: str) -> tuple[Variant, ...]:
-    """Those whose name matches a glob pattern; ValueError where none does."""
-    chosen = tuple(variant for variant in variants if fnmatchcase(variant.name, only))
-    if not chosen:
-        names = ", ".join(variant.name for variant in variants)
-        raise ValueError(f"No variant matches --only {only!r}; the study has {names}.")
-    return chosen
+def matches(name: str, only: str | None) -> bool:
+    """Whether `only`, a glob or None, chooses the variant of that name."""
+    return only is None or fnmatchcase(name, only)
 
 
 def in_order(study: Study) -> list[tuple[Variant, float, int]]:
@@ -176,7 +174,7 @@ def sweep_of(study: Study) -> Study:
     )
 
 
-def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
+def _build(name: str, content: dict[str, Any], sets: Sequence[str], only: str | None) -> Study:
     where = f"the study {name}"
     base = content.get("base") or {}
     _check_settings(base, f"base of {where}")
@@ -203,7 +201,11 @@ def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
             base = _merge(base, one)
             own.add(key)
     variants = _variants(content, base, where)
-    for variant, settings in variants:
+    names = [variant.name for variant, _ in variants]
+    chosen = [(variant, settings) for variant, settings in variants if matches(variant.name, only)]
+    if not chosen:
+        raise ValueError(f"No variant matches --only {only!r}; the study has {', '.join(names)}.")
+    for variant, settings in chosen:
         for key in own:
             field, _, of_model = key.partition(".")
             if (of_model in settings.get("overrides", {})) if of_model else field in settings:
@@ -213,7 +215,6 @@ def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
                 )
     vocab_size = base.get("vocab_size")
     _check_mapping(more, f"`more_seeds` of {where}")
-    names = [variant.name for variant, _ in variants]
     for name_of_variant in more:
         if name_of_variant not in names:
             near = difflib.get_close_matches(str(name_of_variant), names, n=1, cutoff=0)
@@ -227,7 +228,7 @@ def _build(name: str, content: dict[str, Any], sets: Sequence[str]) -> Study:
         name=name,
         source=name,
         title=str(content.get("title") or name),
-        variants=tuple(variant for variant, _ in variants),
+        variants=tuple(variant for variant, _ in chosen),
         lrs=_numbers(rates, "lr", where, float),
         seeds=_numbers(seeds, "seeds", where, int),
         vocab_size=vocab_size,

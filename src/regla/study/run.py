@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from regla.runtime.errors import OptionError, check_count, check_number
 from regla.runtime.files import alone_in
 from regla.runtime.processes import check_one_process
 from regla.study.data import of_task, prepare
-from regla.study.grid import Study, choose, in_order, read_study, sweep_of
+from regla.study.grid import Study, in_order, matches, read_study, sweep_of
 from regla.study.page import write_page
 from regla.study.queue import Estimate, Place, work
 from regla.study.rows import append_line, drop_unfinished_line, read_study_rows
@@ -64,9 +63,7 @@ def study(
     check_count("devices", devices)
     check_count("runs_per_device", runs_per_device)
     check_number("minutes", minutes)
-    plan = read_study(name_or_file, sets)
-    if only is not None:
-        plan = replace(plan, variants=choose(plan.variants, only))
+    plan = read_study(name_or_file, sets, only)
     out = Path(out or f"runs/{plan.name}")
     if dry_run:
         _print_grid(plan, tokenizer)
@@ -74,7 +71,7 @@ def study(
     if report:
         for one in (plan, *([] if plan.sweep is None else [sweep_of(plan)])):
             rows = read_study_rows(out / ROWS if rows_file is None else rows_file, one.name)
-            rows = [row for row in rows if only is None or fnmatchcase(row_name(row), only)]
+            rows = [row for row in rows if matches(row_name(row), only)]
             if rows or one is plan:
                 write_page(one, rows, out)
         return []
