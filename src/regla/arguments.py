@@ -218,7 +218,9 @@ def study_arguments(parser: argparse.ArgumentParser) -> None:
         help="at a time on each GPU; their tokens/s then say little",
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="start no run that would not be done by then")
-    parser.add_argument("--only", metavar="GLOB", help="variants whose name matches, such as 'value/*'")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="GLOB", help="variants whose name matches any, such as 'value/*'"
+    )
     parser.add_argument(
         "--set",
         action="append",

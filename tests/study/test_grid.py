@@ -62,9 +62,11 @@ def test_only_and_set(tmp_path: Path) -> None:
         "gate": "refined",
     }
     assert study.variants[0].settings["layers"] == 2
-    assert [variant.name for variant in read_study(file, only="*/8").variants] == ["refined/8", "plain/8"]
-    with pytest.raises(ValueError, match=r"No variant matches --only 'x\*'; the study has refined/4, refined/8, plain"):
-        read_study(file, only="x*")
+    assert [variant.name for variant in read_study(file, only=["*/8"]).variants] == ["refined/8", "plain/8"]
+    several = read_study(file, only=["softmax", "plain/*", "*/8", "none"])
+    assert [variant.name for variant in several.variants] == ["refined/8", "plain/4", "plain/8", "softmax"]
+    with pytest.raises(ValueError, match=r"No variant matches --only 'x\*' 'y'; the study has refined/4, refined/8"):
+        read_study(file, only=["x*", "y"])
 
 
 def test_set_need_not_reach_variants_that_are_left_out(tmp_path: Path) -> None:
@@ -74,8 +76,8 @@ def test_set_need_not_reach_variants_that_are_left_out(tmp_path: Path) -> None:
     ):
         read_study(file, sets)
     with pytest.raises(ValueError, match="would not reach the variant plain/8"):
-        read_study(file, sets, only="plain/*")
-    (variant,) = read_study(file, sets, only="plain/4").variants
+        read_study(file, sets, only=["plain/*"])
+    (variant,) = read_study(file, sets, only=["plain/4"]).variants
     assert variant.settings["overrides"] == {"qk_norm": True, "gate": "sigmoid"}
 
 

@@ -96,7 +96,7 @@ def test_failures_are_told_at_the_end_and_divergence_is_a_result(study: Path, ca
 
 
 def test_rows_from_elsewhere_count_as_done(study: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run("--only", "*good") == 0
+    assert run("--only", "good", "also *") == 0
     Path("out").rename("before")
     capsys.readouterr()
     assert run("--only", "*good", "--rows", "before/rows.jsonl", "--set", "seeds=[0, 1]") == 0
@@ -172,6 +172,7 @@ BAD = {
     "--devices 0": "--devices is 0, expected a number above 0.",
     "--runs-per-device 0": "--runs-per-device is 0, expected a number above 0.",
     "--only nothing": "No variant matches --only 'nothing'; the study has good, also good, failing, lost.",
+    "--only no-thing neither": "No variant matches --only 'no-thing' 'neither'; the study has good,",
     "--rows none.jsonl": "none.jsonl cannot be read (No such file or directory); give the .jsonl file",
     "--rows text.txt": "Line 1 of text.txt is no row of a study; remove it.",
     "--valid none.txt": "There is no file none.txt; give the path of a text or token file.",

@@ -115,14 +115,14 @@ def shipped() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def read_study(name_or_file: str, sets: Sequence[str] = (), only: str | None = None) -> Study:
+def read_study(name_or_file: str, sets: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
     """The study of a YAML file, or the one that is shipped under a name.
 
     sets: `KEY=VALUE` over the file: a field of the base, `overrides.NAME`, `lr` or `seeds`; VALUE is YAML.
-    only: the variants whose names match a glob; None: all.
+    only: globs; the variants whose names match any, or all where there is none.
 
     Raises ValueError for a study that does not exist, is no YAML, has a key or value that does not fit, or no variant
-    that `only` matches.
+    that any of `only` matches.
     """
     if name_or_file.endswith(_SUFFIXES):
         name = Path(name_or_file).stem
@@ -141,9 +141,9 @@ def read_study(name_or_file: str, sets: Sequence[str] = (), only: str | None = N
     return replace(_build(name, dict(content), sets, only), source=source)
 
 
-def matches(name: str, only: str | None) -> bool:
-    """Whether `only`, a glob or None, chooses the variant of that name."""
-    return only is None or fnmatchcase(name, only)
+def matches(name: str, only: Sequence[str]) -> bool:
+    """Whether any of the globs `only` matches the name of a variant; every name where there are none."""
+    return not only or any(fnmatchcase(name, glob) for glob in only)
 
 
 def in_order(study: Study) -> list[tuple[Variant, float, int]]:
@@ -174,7 +174,7 @@ def sweep_of(study: Study) -> Study:
     )
 
 
-def _build(name: str, content: dict[str, Any], sets: Sequence[str], only: str | None) -> Study:
+def _build(name: str, content: dict[str, Any], sets: Sequence[str], only: Sequence[str]) -> Study:
     where = f"the study {name}"
     base = content.get("base") or {}
     _check_settings(base, f"base of {where}")
@@ -204,7 +204,7 @@ def _build(name: str, content: dict[str, Any], sets: Sequence[str], only: str | 
     names = [variant.name for variant, _ in variants]
     chosen = [(variant, settings) for variant, settings in variants if matches(variant.name, only)]
     if not chosen:
-        raise ValueError(f"No variant matches --only {only!r}; the study has {', '.join(names)}.")
+        raise ValueError(f"No variant matches --only {' '.join(map(repr, only))}; the study has {', '.join(names)}.")
     for variant, settings in chosen:
         for key in own:
             field, _, of_model = key.partition(".")

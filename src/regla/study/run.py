@@ -43,7 +43,7 @@ def study(
     devices: int = 1,
     runs_per_device: int = 1,
     minutes: float | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     sets: Sequence[str] = (),
     rows_file: str | Path | None = None,
     keep_models: bool = False,
