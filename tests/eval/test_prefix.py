@@ -125,6 +125,21 @@ def test_a_short_prefix_does_not_pay() -> None:
     assert count_tokens(model, [(question, [1, 2]), (question, [3, 4])]) == (2 * 11, 1)
 
 
+def test_an_example_that_few_items_share_is_repeated_where_a_call_costs_more(monkeypatch) -> None:
+    """Pairs of items that share an example of 40 tokens, whose answers share the 100 tokens of the item."""
+    pairs = []
+    for example in (tokens(40) for _ in range(4)):
+        pairs += [(example + item, answer) for item in (tokens(60), tokens(60)) for answer in (tokens(4), tokens(5))]
+    model = KINDS["hybrid"]().eval()
+    shared, calls = count_tokens(model, pairs, batch_size=4)
+    monkeypatch.setattr(prefix, "_LEAST_SAVED", 64)
+    repeated, fewer = count_tokens(model, pairs, batch_size=4)
+    assert repeated == shared + 4 * 40
+    assert fewer < calls
+    for one, other in zip(score(model, pairs), score(model, pairs, share=False), strict=True):
+        assert one == (pytest.approx(other[0], abs=1e-3), other[1])
+
+
 def test_a_wrong_fork_shows(monkeypatch) -> None:
     """Rows that change places between prefix and continuation must not go unseen."""
     model = KINDS["pure"]().eval()
