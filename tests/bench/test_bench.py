@@ -5,9 +5,11 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from regla.bench import decode, ops, run
@@ -15,7 +17,7 @@ from regla.bench.decode import fill, set_length
 from regla.bench.flops import training_flops
 from regla.bench.measure import Case, Row, floor_columns, quantiles, time_call
 from regla.bench.models import build, configs
-from regla.bench.train import IdentityMixer, _model
+from regla.bench.train import IdentityMixer, _model, _profile_table
 from regla.cli import main
 from regla.ops.dispatch import why_not_native
 from regla.report.benches import benches_table
@@ -215,6 +217,23 @@ def test_a_profile_names_what_takes_the_time(capsys: pytest.CaptureFixture) -> N
     shares = [float(share) for share in re.findall(r"([\d.]+)%$", shown[shown.index("Busy") :], re.MULTILINE)]
     assert sum(shares) == pytest.approx(100, abs=2) and shares[:-1] == sorted(shares[:-1], reverse=True)
     assert "aten::mm" in shown
+
+
+def test_a_profile_of_a_gpu_counts_kernels_once() -> None:
+    """Neither what launches them nor a named range around them adds to their time."""
+    events = [
+        SimpleNamespace(key=key, device_type=device, is_user_annotation=range_, self_device_time_total=us, count=count)
+        for key, device, range_, us, count in (
+            ("cudaLaunchKernel", DeviceType.CPU, False, 900.0, 6),
+            ("Optimizer.step", DeviceType.CUDA, True, 900.0, 2),
+            ("short", DeviceType.CUDA, False, 300.0, 4),
+            ("long", DeviceType.CUDA, False, 600.0, 2),
+        )
+    ]
+    heading, _, *rows = _profile_table(events, 2, 0.001, True).splitlines()
+    assert heading == "Busy 0.45 of 1.00 ms a step, profiled."
+    assert [row.split() for row in rows[:2]] == [["long", "1", "300", "66.7%"], ["short", "2", "150", "33.3%"]]
+    assert len(rows) == 3 and rows[2].split() == ["all", "others", "0", "0.0%"]
 
 
 def test_lengths_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

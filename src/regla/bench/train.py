@@ -10,13 +10,14 @@ of a large product of matrices, measured in the same run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn.functional import rms_norm
 
 from regla.bench.flops import matrix_rate, training_flops
@@ -223,13 +224,20 @@ def _time_steps(
 
 
 def _profile(turn: Callable[[int], float], steps: int, cuda: bool) -> str:
-    """A table of what takes the time of a step: kernels on a GPU, operators on a CPU, longest first."""
+    """A table of what takes the time of a step, of several profiled."""
     activities = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
         seconds = turn(steps)
+    return _profile_table(profiler.key_averages(), steps, seconds, cuda)
+
+
+def _profile_table(events: Iterable[Any], steps: int, seconds: float, cuda: bool) -> str:
+    """Kernels on a GPU, operators on a CPU, longest first; events: the profiler's averages over all steps."""
+    if cuda:  # what launches kernels counts their time again, and so do named ranges around them
+        events = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     entries = [
         (str(event.key), event.self_device_time_total if cuda else event.self_cpu_time_total, event.count)
-        for event in profiler.key_averages()
+        for event in events
     ]
     entries.sort(key=lambda entry: -entry[1])
     busy, listed = sum(us for _, us, _ in entries), sum(us for _, us, _ in entries[:_PROFILED])

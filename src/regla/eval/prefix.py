@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, with every shared prefix run once.
+"""Log-likelihoods of continuations, with shared prefixes run once where that saves time.
 
     ll(c | x) = sum_i ln p(c_i | x, c_1 .. c_{i-1})        greedy: every c_i is the likeliest token of its place
 
@@ -35,7 +35,7 @@ Answer = tuple[float, bool]
 
 _LEAST_SAVED = 16  # tokens; repeating fewer costs less than one more row of a call of the model
 _LEAST_SAVED_ON_GPUS = 256  # there a call takes as long as thousands of tokens
-_LEAST_SHARED_MORE = 16
+_LEAST_SHARED_MORE = 16  # tokens behind a prefix that its parts share; those with fewer part there
 _LEAST_OF_A_BATCH = 0.75  # of its longest prefix's length: a shorter prefix starts the next batch
 _LOGITS_OF_A_SLICE = 2**26  # as float32
 
@@ -120,12 +120,12 @@ class ContinuationScorer:
         """Neighbours in sorted order for which a prefix behind the first `seen` tokens is worth a row of a call, and
         leaves by themselves."""
         first, last = leaves.start, leaves.stop - 1
-        end = min((self._link(index) for index in range(first, last)), default=0)
-        shared = end - seen
         if first == last or not self.share:
             for index in range(first, leaves.stop):
                 yield _Group(row, self._leaves[index].first, slice(index, index + 1))
             return
+        end = min(self._link(index) for index in range(first, last))
+        shared = end - seen
         # Where little more than that is shared the group falls apart, behind its prefix or without one.
         least = end + max(_LEAST_SHARED_MORE, shared // 4)
         cuts = [first, *(index + 1 for index in range(first, last) if self._link(index) < least), leaves.stop]
