@@ -128,7 +128,7 @@ def assert_equal_to_definition(inputs, axis, S0=None, m0=None, mask=None, forms=
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("scenario", ["plain", "extreme", "outliers"])
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("T", [pytest.param(T, marks=pytest.mark.slow) if T == 200 else T for T in LENGTHS])
 def test_lengths_gates_and_outliers(T, scenario, axis):
     shape = SHAPES[(LENGTHS.index(T) + AXES.index(axis)) % len(SHAPES)]
     _, H, K, V = shape
