@@ -271,9 +271,10 @@ def test_steps_may_overwrite_the_state(options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("feature_map", ["unit_safe_exp", "unit_silu"])
 @pytest.mark.parametrize("name", ["feature_map", "rule.beta_proj", "q_norm"])
-def test_what_the_delta_rule_forms_itself_still_obeys_hooks(name):
-    layer = mixer(update_rule="delta", feature_map="unit_safe_exp", gate_axis="key", qk_norm=True)
+def test_what_the_delta_rule_forms_itself_still_obeys_hooks(name, feature_map):
+    layer = mixer(update_rule="delta", feature_map=feature_map, gate_axis="key", qk_norm=True)
     x = torch.randn(1, 5, HIDDEN)
     before, _ = layer(x)
     hook = layer.get_submodule(name).register_forward_hook(

@@ -206,12 +206,18 @@ def test_a_hook_on_the_gate_has_its_way(train):
         assert len(seen) == 1 and seen[0].shape == (2, 20, 4, 6)
 
 
-OPTIONS = [{}, {"conv_size": 4}, {"qk_calibration": True}, {"feature_map": "relu"}]
+DELTA = [{"update_rule": "delta", "feature_map": name} for name in ("unit_safe_exp", "unit_silu", "unit_identity")]
+OPTIONS = [{}, {"conv_size": 4}, {"qk_calibration": True}, {"feature_map": "relu"}, *DELTA]
 
 
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [*(("chunked", options) for options in OPTIONS), ("triton", OPTIONS[0]), ("triton", OPTIONS[2])],
+    [
+        *(("chunked", options) for options in OPTIONS),
+        ("triton", OPTIONS[0]),
+        ("triton", OPTIONS[2]),
+        ("triton", DELTA[1]),
+    ],
 )
 def test_a_norm_inside_of_the_operation_is_the_module(options, backend):
     """What follows a norm of q and k may take it along; a hook says that nothing may."""

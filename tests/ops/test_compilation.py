@@ -131,7 +131,7 @@ def call_all(axis, dtype, packed, T, HQ, K, V):
         operation.step(one, final, torch.zeros(1, 1), None, None, 0.125, True, 1e-6, torch.empty_like(o[:, :1]))
 
 
-def call_delta(dtype, HQ, K):
+def call_delta(feature_map, dtype, HQ, K):
     """Forward and backward of the delta rule from logits, with a mask and a norm of q and k, and the next token."""
     from regla.ops.call import Call, Forms, Gates, HeadNorm, QKNorm
     from regla.ops.triton.delta_operation import triton_delta_step_, triton_gated_delta_rule
@@ -140,7 +140,7 @@ def call_delta(dtype, HQ, K):
     k, v, g, r = (torch.zeros(1, 64, 1, K, dtype=dtype) for _ in range(4))
     norm = QKNorm(torch.ones(K), torch.ones(K), 1e-6)
     call = Call(q, k, v, Gates(g, r, write=torch.zeros(1, 64, 1)), 1.0, mask=torch.ones(1, 64) > 0, qk_norm=norm)
-    forms = Forms(unit_exp=True, beta_max=1.0)
+    forms = Forms(feature_map, 1.0)
     o, state = triton_gated_delta_rule(call, forms)
     (o.sum() + state.sum()).backward()
     one = Gates(g[:, :1], r[:, :1], write=torch.zeros(1, 1, 1))
@@ -178,7 +178,10 @@ CONVOLUTION_CASES = [
     ("float32", 576, 8, 1),
     ("bfloat16", 45, 3, 0),
 ]
-DELTA_CASES = [("bfloat16", 1, 128), ("bfloat16", 2, 72), ("float32", 1, 128)]
+DELTA_CASES = [
+    *(("unit_safe_exp", *case) for case in (("bfloat16", 1, 128), ("bfloat16", 2, 72), ("float32", 1, 128))),
+    *(("unit_silu", *case) for case in (("bfloat16", 1, 64), ("bfloat16", 1, 128))),
+]
 
 
 @pytest.fixture
@@ -208,14 +211,18 @@ def test_kernels_compile(axis, dtype, layout, T, head, kernels):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "HQ", "K"),
-    [("bfloat16", 1, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in DELTA_CASES)],
+    ("feature_map", "dtype", "HQ", "K"),
+    [("unit_safe_exp", "bfloat16", 1, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in DELTA_CASES)],
 )
-def test_kernels_of_the_delta_rule_compile(dtype, HQ, K, kernels):
+def test_kernels_of_the_delta_rule_compile(feature_map, dtype, HQ, K, kernels):
     prepare, gradient = ["delta_prepare_kernel"] * 2, ["delta_gradient_kernel"] * 2
     forward = [*prepare, "delta_state_kernel", "delta_output_kernel"]
     backward = [*prepare, "delta_state_gradient_kernel", *gradient, "norm_gradient_kernel"]
-    assert in_a_process_of_its_own(kernels, "delta", dtype, HQ, K) == [*forward, *backward, "delta_decode_kernel"]
+    assert in_a_process_of_its_own(kernels, "delta", feature_map, dtype, HQ, K) == [
+        *forward,
+        *backward,
+        "delta_decode_kernel",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +241,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "launch":
         launch_all_twice()
     elif sys.argv[1] == "delta":
-        dtype, *sizes = sys.argv[2:]
-        compile_all(call_delta, getattr(torch, dtype), *map(int, sizes))
+        feature_map, dtype, *sizes = sys.argv[2:]
+        compile_all(call_delta, feature_map, getattr(torch, dtype), *map(int, sizes))
     elif sys.argv[1] == "convolution":
         dtype, *sizes = sys.argv[2:]
         compile_all(call_convolution, getattr(torch, dtype), *map(int, sizes))

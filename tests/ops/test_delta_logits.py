@@ -9,6 +9,7 @@ from torch.nn.functional import rms_norm
 from regla.ops import QKNorm, gated_delta_attention, regla_delta_attention
 from regla.ops.call import Call, Forms, Gates, HeadNorm
 from regla.ops.delta import attend_delta
+from regla.ops.features import UNIT_MAPS
 from regla.ops.output_norm import output_norm
 
 from .definition import overall
@@ -27,16 +28,20 @@ def make(T, shape, B=1, per_head=False, spread=3.0):
     return [q, k, torch.randn(B, T, H, V), 2 * torch.randn(B, T, H), gate, refine, torch.randn(B, H, K, V), *norms]
 
 
-def phi(x):
-    return torch.exp(x) / torch.exp(x).square().sum(-1, keepdim=True).sqrt()
+def phi(x, feature_map):
+    e = torch.exp(x) if feature_map == "unit_safe_exp" else x * torch.sigmoid(x)
+    return e / e.square().sum(-1, keepdim=True).sqrt()
 
 
-def by_definition(q, k, v, beta, gate, refine, S, q_norm, k_norm, mask=None, beta_max=1.0, eps=None):
+def by_definition(
+    q, k, v, beta, gate, refine, S, q_norm, k_norm, mask=None, beta_max=1.0, eps=None, feature_map="unit_safe_exp"
+):
     if eps is not None:
         q, k = rms_norm(q, q_norm.shape, q_norm, eps), rms_norm(k, k_norm.shape, k_norm, eps)
     g, r = torch.sigmoid(gate), torch.sigmoid(refine)
     F = g * (g + 2 * r * torch.sigmoid(-gate))  # (1 - r) g^2 + r (1 - (1 - g)^2) without cancellation
-    return definition(phi(q), phi(k), v, beta_max * torch.sigmoid(beta), F.log(), S, mask)
+    q, k = phi(q, feature_map), phi(k, feature_map)
+    return definition(q, k, v, beta_max * torch.sigmoid(beta), F.log(), S, mask)
 
 
 def run(leaves, backend, eps=None, **options):
@@ -57,6 +62,9 @@ CASES = {
     "a gate a head, beta up to 2": ((40, (2, 2, 17, 9), 1, True), {"beta_max": 2.0}),
     "deep": ((70, (2, 1, 16, 16), 1, False, 20.0), {}),
     "norm": ((35, (2, 1, 20, 16)), {"eps": 1e-6}),
+    "silu, groups": ((45, (4, 2, 17, 8)), {"feature_map": "unit_silu"}),
+    "silu, norm": ((35, (2, 1, 20, 16)), {"feature_map": "unit_silu", "eps": 1e-6}),
+    "silu, wide heads": ((20, (1, 1, 100, 16)), {"feature_map": "unit_silu", "eps": 1e-6}),
 }
 
 
@@ -74,7 +82,8 @@ def test_equal_to_the_definition(case, backend):
         assert x.isfinite().all() and overall(x, right) <= GRADIENT, name
 
 
-def test_padding_holds_anything(backend):
+@pytest.mark.parametrize("feature_map", UNIT_MAPS)
+def test_padding_holds_anything(backend, feature_map):
     mask = torch.tensor([[False, True, True, False, True, False]])
     inputs = make(6, (2, 1, 16, 8))
     results = []
@@ -83,13 +92,13 @@ def test_padding_holds_anything(backend):
             x if i >= 6 else torch.where(mask.view(1, 6, *(1,) * (x.ndim - 2)), x, junk) for i, x in enumerate(inputs)
         ]
         leaves = [x.clone().requires_grad_() for x in leaves]
-        o, S = run(leaves, backend, eps=1e-6, mask=mask)
+        o, S = run(leaves, backend, eps=1e-6, mask=mask, feature_map=feature_map)
         results.append([o, S, *gradients(o, S, leaves, 1e-6)])
     assert (results[0][0][~mask] == 0).all()
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     leaves = [x.double().requires_grad_() for x in inputs]
-    o, S = by_definition(*leaves, mask=mask, eps=1e-6)
+    o, S = by_definition(*leaves, mask=mask, eps=1e-6, feature_map=feature_map)
     for x, right in zip(results[0], (o, S, *gradients(o, S, leaves, 1e-6)), strict=True):
         assert overall(x.detach(), right.detach()) <= GRADIENT
 
@@ -113,6 +122,8 @@ STEPS = {
     "groups and a norm": ((2, 1, 16, 24), {"qk_norm": True, "norm": True}),
     "a gate a head, beta up to 2": ((2, 2, 17, 9), {"per_head": True, "beta_max": 2.0}),
     "a norm with a bias": ((1, 1, 24, 16), {"norm": True, "bias": True}),
+    "silu": ((2, 1, 17, 16), {"feature_map": "unit_silu"}),
+    "silu, groups and a norm": ((2, 1, 16, 24), {"feature_map": "unit_silu", "qk_norm": True, "norm": True}),
 }
 
 
@@ -130,10 +141,12 @@ def test_a_token_in_one_launch(case, dtype):
     if options.get("norm"):
         norm = HeadNorm(torch.rand(HQ, V), torch.rand(HQ, V) if options.get("bias") else None, 1e-5)
     beta_max = options.get("beta_max", 1.0)
-    forms = Forms(True, beta_max)
+    feature_map = options.get("feature_map", "unit_safe_exp")
+    forms = Forms(feature_map, beta_max)
     right, state = regla_delta_attention(
-        *(x.double() for x in inputs), beta_max=beta_max, initial_state=S.double(), output_final_state=True, mask=mask,
-        qk_norm=qk_norm and QKNorm(q_norm.double(), k_norm.double(), 1e-6), backend="recurrent",
+        *(x.double() for x in inputs), feature_map=feature_map, beta_max=beta_max, initial_state=S.double(),
+        output_final_state=True, mask=mask, qk_norm=qk_norm and QKNorm(q_norm.double(), k_norm.double(), 1e-6),
+        backend="recurrent",
     )  # fmt: skip
     if norm is not None:
         right = output_norm(right, norm.weight, norm.bias, eps=norm.eps, backend="chunked")
@@ -162,5 +175,7 @@ def test_bad_input():
     inputs = make(4, (2, 1, 16, 8))[:6]
     with pytest.raises(ValueError, match="beta_max is 3; expected a number above 0 and up to 2"):
         regla_delta_attention(*inputs, beta_max=3)
+    with pytest.raises(ValueError, match="feature_map is 'silu'; expected one of 'unit_safe_exp', 'unit_silu'"):
+        regla_delta_attention(*inputs, feature_map="silu")
     with pytest.raises(ValueError, match=r"refine_k has shape \[1, 4, 1, 1\]; expected \[1, 4, 1, 16\]"):
         regla_delta_attention(*inputs[:5], inputs[5][..., :1])

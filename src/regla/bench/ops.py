@@ -317,7 +317,7 @@ def _delta_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, refine: Tensor, S: Tensor, backend: str
 ) -> Tensor:
     call = Call(q, k, v, Gates(gate, refine, write=beta), k.shape[-1] ** -0.5, S=S)
-    return attend_delta(call, Forms(unit_exp=True, beta_max=1.0), backend, validate=False, overwrite=True)[0]
+    return attend_delta(call, Forms("unit_safe_exp", 1.0), backend, validate=False, overwrite=True)[0]
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from regla.layers.learned_maps import T2R, Hedgehog, PolaFormer
 from regla.layers.map_base import FeatureMap, MapOptions, multiple, only, unit, wide
 from regla.layers.random_maps import RFA, FavorPlus
-from regla.ops.features import unit_safe_exp
+from regla.ops.features import unit_safe_exp, unit_silu
 
 
 class SafeExp(FeatureMap):
@@ -79,7 +79,7 @@ class UnitSilu(ElementwiseMap):
     """phi(x) = silu(x) / |silu(x)|_2."""
 
     def phi(self, x: Tensor) -> Tensor:
-        return unit(torch.nn.functional.silu(wide(x))).to(x.dtype)
+        return unit_silu(x)
 
 
 class DPFP(ElementwiseMap):

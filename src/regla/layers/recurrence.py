@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regla.layers.feature_maps import FEATURE_MAPS, SafeExp, UnitSafeExp
+from regla.layers.feature_maps import FEATURE_MAPS, SafeExp
 from regla.layers.gates import FastDecayGate, Gate, ScalarGate
 from regla.layers.map_base import FeatureMap
 from regla.layers.norms import head_norm, norm_and_gate, output_gated
@@ -15,7 +15,7 @@ from regla.layers.plain import is_plain
 from regla.ops.additive import attend
 from regla.ops.call import Call, Forms, Gates, Packed, QKNorm, owners
 from regla.ops.delta import attend_delta
-from regla.ops.features import variance_reduction
+from regla.ops.features import UNIT_MAPS, variance_reduction
 
 Memory = tuple[Tensor, Tensor]
 
@@ -135,12 +135,12 @@ class DeltaRule(nn.Module):
 
     def forms_features(self, feature_map: FeatureMap) -> bool:
         """Whether the recurrence takes logits, and forms the features of this map itself."""
-        return is_plain(feature_map, UnitSafeExp)
+        return _map_of_recurrence(feature_map) != "given"
 
     def forward(self, feature_map: FeatureMap, x: Tokens, past: Past, output: Output) -> tuple[Tensor, Memory | None]:
         """(norm(h) * activation(gate) [B, T, HQ, V], the state after the last token or None)."""
-        forms = Forms(self.forms_features(feature_map), self.beta_max)
-        q, k = (x.q, x.k) if forms.unit_exp else feature_map(x.q, x.k)
+        forms = Forms(_map_of_recurrence(feature_map), self.beta_max)
+        q, k = feature_map(x.q, x.k) if forms.features == "given" else (x.q, x.k)
         S, m = (None, None) if past.state is None else past.state
         options = (x.qk_norm, x.qkv, past.keep)
         call = Call(q, k, x.v, x.gates, self.scale, None, x.mask, x.cu_seqlens, S, None, *options)
@@ -154,6 +154,11 @@ class DeltaRule(nn.Module):
             return output_gated(h, output.gate, output.activation), state
         backend = "auto" if self.backend == "recurrent" else self.backend
         return norm_and_gate(output.norm, h, output.gate, output.activation, backend), state
+
+
+def _map_of_recurrence(feature_map: FeatureMap) -> str:
+    """The key of `regla.ops.features.UNIT_MAPS` of a map that the delta rule forms itself; else "given"."""
+    return next((name for name in UNIT_MAPS if is_plain(feature_map, FEATURE_MAPS[name])), "given")
 
 
 UPDATE_RULES: dict[str, type[AdditiveRule] | type[DeltaRule]] = {"additive": AdditiveRule, "delta": DeltaRule}

@@ -56,11 +56,12 @@ class Gates(NamedTuple):
 class Forms(NamedTuple):
     """What of a call of the delta rule is logits still.
 
-    unit_exp: q and k, of the safe exponential of unit length.
+    features: the map of unit length that q and k are the logits of, a key of `regla.ops.features.UNIT_MAPS`; "given":
+        they are features.
     beta_max: beta is beta_max * sigmoid of what is given; 0: it is as given.
     """
 
-    unit_exp: bool = False
+    features: str = "given"
     beta_max: float = 0.0
 
 

@@ -13,7 +13,7 @@ from regla.ops.checks import check_call
 from regla.ops.delta_chunked import chunked_gated_delta_rule
 from regla.ops.delta_recurrent import recurrent_gated_delta_rule
 from regla.ops.dispatch import BACKENDS, for_forward_mode, step_engine, why_not_native, why_not_triton
-from regla.ops.features import unit_safe_exp
+from regla.ops.features import UNIT_MAPS
 from regla.ops.forward_mode import has_tangents
 from regla.ops.native.delta import native_gated_delta_rule
 
@@ -88,6 +88,7 @@ def regla_delta_attention(
     gate: Tensor,
     refine: Tensor,
     *,
+    feature_map: str = "unit_safe_exp",
     beta_max: float = 1.0,
     scale: float | None = None,
     initial_state: Tensor | None = None,
@@ -100,7 +101,8 @@ def regla_delta_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`gated_delta_attention` from raw logits: features of unit length, a refined gate on the key axis, and beta.
 
-        phi(x) = e / |e|,  e_i = exp(x_i - max_j x_j)        F_t = (1 - r_t) g_t^2 + r_t (1 - (1 - g_t)^2)
+        phi(x) = e / |e|,  e_i = exp(x_i - max_j x_j) or silu(x_i)
+        F_t = (1 - r_t) g_t^2 + r_t (1 - (1 - g_t)^2)
         S'_t = Diag(F_t) S_{t-1}
         S_t  = S'_t + b_t phi(k_t) (v_t - S'_t^T phi(k_t))^T        o_t = scale * S_t^T phi(q_t)
 
@@ -113,6 +115,7 @@ def regla_delta_attention(
         v: values [B, T, H, V].
         beta: logits of b, [B, T, H].
         gate, refine: logits of g and r, [B, T, H, K] or [B, T, H, 1], one for all channels.
+        feature_map: which e, "unit_safe_exp" or "unit_silu".
         beta_max: the largest b, above 0 and at most 2.
         qk_norm: weights [K] and eps of an RMS norm over the channels of each head of q and k, which goes before
             everything above.
@@ -123,8 +126,8 @@ def regla_delta_attention(
         None. Gradients flow to every input and through the returned state.
 
     Raises:
-        ValueError: shapes that do not fit, beta_max out of its range, wrong boundaries, a backend that is unknown or
-            cannot run.
+        ValueError: shapes that do not fit, beta_max out of its range, an unknown map, wrong boundaries, a backend that
+            is unknown or cannot run.
 
     Source: paper equations 8 and 11-13; docs/math.md.
 
@@ -135,9 +138,11 @@ def regla_delta_attention(
     """
     if not 0 < beta_max <= 2:
         raise ValueError(f"beta_max is {beta_max}; expected a number above 0 and up to 2, behind which states grow")
+    if feature_map not in UNIT_MAPS:
+        raise ValueError(f"feature_map is {feature_map!r}; expected one of {', '.join(map(repr, UNIT_MAPS))}")
     gates = Gates(gk=gate, rk=refine, write=beta)
     call = Call(q, k, v, gates, _scale(scale, k), None, mask, cu_seqlens, initial_state, None, qk_norm)
-    o, state, _ = attend_delta(call, Forms(unit_exp=True, beta_max=beta_max), backend, validate=validate)
+    o, state, _ = attend_delta(call, Forms(feature_map, beta_max), backend, validate=validate)
     return o, state if output_final_state else None
 
 
@@ -221,8 +226,9 @@ def _formed(call: Call, forms: Forms) -> Call:
     gk, _ = gates.logarithms()
     beta = gates.write
     assert beta is not None
-    if forms.unit_exp:
-        q, k = unit_safe_exp(q), unit_safe_exp(k)
+    if forms.features != "given":
+        unit = UNIT_MAPS[forms.features]
+        q, k = unit(q), unit(k)
     if forms.beta_max:
         beta = forms.beta_max * torch.sigmoid(beta.to(torch.promote_types(beta.dtype, torch.float32)))
     if mask is not None:

@@ -7,6 +7,7 @@ decay of exp(m_{t-1} - m_t) on every channel. m is a unit, as a common exponent 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,6 +57,23 @@ def unit_safe_exp(x: Tensor) -> Tensor:
         Features [..., K] in the dtype of x, computed in float32 at least.
     """
     return torch.nn.functional.normalize(safe_exp_query(x), dim=-1).to(x.dtype)
+
+
+def unit_silu(x: Tensor) -> Tensor:
+    """phi(x) = silu(x) / |silu(x)|_2 over the last axis: of length 1, of either sign.
+
+    Args:
+        x: logits [..., K], any floating dtype.
+
+    Returns:
+        Features [..., K] in the dtype of x, computed in float32 at least.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.nn.functional.normalize(torch.nn.functional.silu(wide), dim=-1).to(x.dtype)
+
+
+#: Maps of each token's q or k to features of length 1, which the GPU's kernels of the delta rule form themselves.
+UNIT_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"unit_safe_exp": unit_safe_exp, "unit_silu": unit_silu}
 
 
 def safe_exp_key(

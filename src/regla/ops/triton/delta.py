@@ -52,7 +52,7 @@ def delta_prepare_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, r_ptr, beta_ptr, mask_ptr, q_weight_ptr, k_weight_ptr, starts, stops,
     KE_solved, V_solved, WF, QE, P, total_ptr, is_deep, inverses,
     scale, eps, limit, T, chunks, H, q_step, k_step, v_step, g_step, r_step,
-    GATE: tl.constexpr, PER_HEAD: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr, LOGITS: tl.constexpr,
+    GATE: tl.constexpr, PER_HEAD: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr, LOGITS: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr,
     DEEP: tl.constexpr,
@@ -68,7 +68,7 @@ def delta_prepare_kernel(
     if DEEP:
         if tl.load(is_deep + index) == 0:
             return
-    k = load_features(k_ptr + start * k_step + h * K, t, real, k_step, kw, eps, K, BK, UNIT_EXP, NORM)
+    k = load_features(k_ptr + start * k_step + h * K, t, real, k_step, kw, eps, K, BK, FEATURES, NORM)
     w = k * load_beta(beta_ptr, start, t, real, h, H, limit, LOGITS)[:, None]
     E, gg, alone = 1.0, 0.0, 0.0
     kE, wD, wF = k, w, w
@@ -89,7 +89,7 @@ def delta_prepare_kernel(
         A += scores_over_tree(k, alone, gg, levels(C), False, dtype, PRECISION, False)
     for i in tl.static_range(G):
         q_at = q_ptr + start * q_step + (h * G + i) * K
-        q = load_features(q_at, t, real, q_step, qw, eps, K, BK, UNIT_EXP, NORM) * scale
+        q = load_features(q_at, t, real, q_step, qw, eps, K, BK, FEATURES, NORM) * scale
         qE = (q * E).to(dtype)
         scores = tl.dot(qE, tl.trans(wD), input_precision=PRECISION)
         if DEEP:
@@ -209,7 +209,7 @@ def delta_gradient_kernel(
     is_deep, inverses, U, states, d_U, d_states, o, d_o, d_q, d_k, d_v, d_g, d_r, d_beta,
     scale, eps, limit, T, chunks, H, d_slices, q_step, k_step, v_step, g_step, r_step,
     dq_step, dk_step, dv_step, dg_step, dr_step,
-    GATE: tl.constexpr, PER_HEAD: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr, LOGITS: tl.constexpr,
+    GATE: tl.constexpr, PER_HEAD: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr, LOGITS: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     DEEP: tl.constexpr,
@@ -238,7 +238,7 @@ def delta_gradient_kernel(
         dv = tl.dot(tl.trans(X), tile(d_U, index, C, V, 0, first, C, BW), input_precision=PRECISION)
         store_tile(d_v + start * dv_step + h * V, t, inside & (slice == 0), dv_step, vi, V, dv)
         u = tile(U, index, C, V, 0, first, C, BW)
-        if UNIT_EXP and BS < BK:  # k . d of what is read, -d_v . (v - u), and of what is written, u . d_v
+        if FEATURES != "given" and BS < BK:  # k . d of what is read, -d_v . (v - u), and of what is written, u . d_v
             v = load_tile(v_ptr + start * v_step + h * V, t, real, v_step, vi, V, 0.0).to(tl.float32)
             along += tl.sum(dv * (2 * u.to(tl.float32) - v), 1)
         dv = (-dv).to(dtype)
@@ -251,10 +251,10 @@ def delta_gradient_kernel(
     d_A = tl.where(t[:, None] > t[None, :], d_A, 0.0).to(dtype)
 
     k_at = k_ptr + start * k_step + h * K
-    known = statistics(k_at, t, real, k_step, k_weight_ptr, eps, K, BK, UNIT_EXP, NORM)
+    known = statistics(k_at, t, real, k_step, k_weight_ptr, eps, K, BK, FEATURES, NORM)
     beta = load_beta(beta_ptr, start, t, real, h, H, limit, LOGITS)
     g_at, r_at = gate_at(g_ptr, r_ptr, start, h, g_step, r_step, 1 if PER_HEAD else K, GATE)
-    k = load_slice(k_at, t, real, k_step, k_weight_ptr, known, ki, K, UNIT_EXP, NORM)
+    k, k_slope = load_slice(k_at, t, real, k_step, k_weight_ptr, known, ki, K, FEATURES, NORM)
     w = k * beta[:, None]
     E, D, F, gg, B, total, alone, d_alone = 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0
     if GATE != "none":
@@ -278,7 +278,7 @@ def delta_gradient_kernel(
             vi = first + tl.arange(0, BW)
             of_output = (start * H * G + hq) * V
             d_out = load_tile(d_o + of_output, t, real, H * G * V, vi, V, 0.0).to(dtype)
-            if UNIT_EXP and BS < BK:  # outputs are linear in the features
+            if FEATURES != "given" and BS < BK:  # outputs are linear in the features
                 out = load_tile(o + of_output, t, real, H * G * V, vi, V, 0.0).to(tl.float32)
                 along_q += tl.sum(d_out.to(tl.float32) * out, 1)
             u = tile(U, index, C, V, 0, first, C, BW)
@@ -287,8 +287,8 @@ def delta_gradient_kernel(
             d_query = tl.dot(d_out, tl.trans(S), d_query, input_precision=PRECISION)
         d_P = tl.where(t[:, None] >= t[None, :], d_P, 0.0).to(dtype)
         q_at = q_ptr + start * q_step + hq * K
-        of_q = statistics(q_at, t, real, q_step, q_weight_ptr, eps, K, BK, UNIT_EXP, NORM)
-        phi = load_slice(q_at, t, real, q_step, q_weight_ptr, of_q, ki, K, UNIT_EXP, NORM)
+        of_q = statistics(q_at, t, real, q_step, q_weight_ptr, eps, K, BK, FEATURES, NORM)
+        phi, q_slope = load_slice(q_at, t, real, q_step, q_weight_ptr, of_q, ki, K, FEATURES, NORM)
         qE = phi * E * scale
         d_query = tl.dot(d_P, wD, d_query, input_precision=PRECISION)
         d_column = tl.dot(tl.trans(d_P), qE.to(dtype), d_column, input_precision=PRECISION)
@@ -301,7 +301,7 @@ def delta_gradient_kernel(
         d_query *= scale
         if BS == BK:
             along_q = tl.sum(phi * d_query, 1)
-        d_query = feature_gradient(phi, d_query, along_q, UNIT_EXP)
+        d_query = feature_gradient(phi, q_slope, d_query, along_q, FEATURES)
         store_tile(d_q + start * dq_step + hq * K, t, inside, dq_step, ki, K, d_query)
 
     d_w = d_column * D + d_written * F
@@ -333,5 +333,5 @@ def delta_gradient_kernel(
     d_key += beta[:, None] * d_w
     if BS == BK:
         along = tl.sum(k * d_key, 1)
-    d_key = feature_gradient(k, d_key, along, UNIT_EXP)
+    d_key = feature_gradient(k, k_slope, d_key, along, FEATURES)
     store_tile(d_k + start * dk_step + h * K, t, inside, dk_step, ki, K, d_key)

@@ -14,26 +14,32 @@ import triton
 import triton.language as tl
 
 from regla.ops.triton.decode import head_norm
+from regla.ops.triton.delta_inputs import LN2, SHORTEST
 from regla.ops.triton.norm import load_norm
 from regla.ops.triton.tiles import LOG2E, LOWEST, largest, log2_refined, maximum
 
 
 @triton.jit
 def token_features(
-    ptr, ki, real, weight, eps, K: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
+    ptr, ki, real, weight, eps, K: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """[BK] float32, 0 for padding: what is in memory or, with UNIT_EXP, e / |e| with e = exp(x - max x) of it, behind
-    an RMS norm with NORM, whose `weight` is times log2(e)."""
+    """[BK] float32, 0 for padding: what is in memory, "given", or e / |e| of it, behind an RMS norm with NORM, whose
+    `weight` is times log2(e); e = exp(x - max x) of "unit_safe_exp", e = silu(x) of "unit_silu"."""
     inside = (ki < K) & real
     x = tl.load(ptr + ki, mask=inside, other=0.0).to(tl.float32)
-    if UNIT_EXP:
+    if FEATURES != "given":
         if NORM:
             x *= tl.rsqrt(maximum(tl.sum(x * x, 0) * (1 / K) + eps, 1e-36)) * weight
+        if FEATURES == "unit_silu":
+            if NORM:
+                x *= LN2
+            e = x * tl.sigmoid(x)
         else:
-            x *= LOG2E
-        x = tl.where(inside, x, float("-inf"))
-        e = tl.exp2(x - tl.where(real, largest(x, 0), 0.0))
-        x = e * tl.where(real, tl.rsqrt(tl.sum(e * e, 0)), 0.0)
+            if not NORM:
+                x *= LOG2E
+            x = tl.where(inside, x, float("-inf"))
+            e = tl.exp2(x - tl.where(real, largest(x, 0), 0.0))
+        x = e * tl.where(real, tl.rsqrt(maximum(tl.sum(e * e, 0), SHORTEST)), 0.0)
     return x
 
 
@@ -58,7 +64,7 @@ def delta_decode_kernel(
     scale, qk_eps, limit, eps, H,
     q_row, k_row, v_row, g_row, r_row, beta_row, mask_row, q_head, k_head, v_head, g_head, r_head, beta_head,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
-    STEP: tl.constexpr, UNIT_EXP: tl.constexpr, QK_NORM: tl.constexpr, LOGITS: tl.constexpr, MASKED: tl.constexpr,
+    STEP: tl.constexpr, FEATURES: tl.constexpr, QK_NORM: tl.constexpr, LOGITS: tl.constexpr, MASKED: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     cta = tl.program_id(0)
@@ -72,7 +78,7 @@ def delta_decode_kernel(
         real = tl.load(mask_ptr + n * mask_row) != 0
     # A padding token reads nothing: its key, value and beta are 0, and nothing decays.
     q_weight, k_weight = load_norm(q_weight_ptr, k_weight_ptr, K, BK, QK_NORM)
-    k = token_features(k_ptr + n * k_row + h * k_head, ki, real, k_weight, qk_eps, K, UNIT_EXP, QK_NORM)
+    k = token_features(k_ptr + n * k_row + h * k_head, ki, real, k_weight, qk_eps, K, FEATURES, QK_NORM)
     v = tl.load(v_ptr + n * v_row + h * v_head + vi, mask=(vi < V) & real, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + n * beta_row + h * beta_head, mask=real, other=0.0).to(tl.float32)
     if LOGITS:
@@ -85,7 +91,7 @@ def delta_decode_kernel(
     S += (beta * k)[:, None] * (v - tl.sum(S * k[:, None], 0))[None, :]
     for j in range(G):
         query = h * G + j
-        q = token_features(q_ptr + n * q_row + query * q_head, ki, real, q_weight, qk_eps, K, UNIT_EXP, QK_NORM)
+        q = token_features(q_ptr + n * q_row + query * q_head, ki, real, q_weight, qk_eps, K, FEATURES, QK_NORM)
         weight, bias = 0.0, 0.0
         if NORM != "none":
             weight = tl.load(weight_ptr + query * V + vi, mask=vi < V, other=0.0).to(tl.float32)

@@ -14,6 +14,8 @@ from regla.ops.triton.norm import logits, one_over_rms
 from regla.ops.triton.tiles import LOG2E, decays, exp2, largest, later, load_gate, load_tile, maximum, sums
 
 NEAR = tl.constexpr(60.0)
+LN2 = tl.constexpr(0.6931471805599453)
+SHORTEST = tl.constexpr(1e-24)  # the square of the length of features below which they stay shorter than 1
 LOWEST = tl.constexpr(-150.0)  # bits: what is left below is 0 in float32
 
 
@@ -61,47 +63,57 @@ def put(ptr, index, height: tl.constexpr, width: tl.constexpr, first, x, ROWS: t
 
 
 @triton.jit
-def load_logits(ptr, t, real, step, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr):
+def load_logits(ptr, t, real, step, K: tl.constexpr, BK: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr):
     """[C, BK] of q or k, as it is in memory."""
-    empty: tl.constexpr = float("-inf") if UNIT_EXP and not NORM else 0.0
+    empty: tl.constexpr = float("-inf") if FEATURES == "unit_safe_exp" and not NORM else 0.0
     return load_tile(ptr, t, real, step, tl.arange(0, BK), K, empty)
 
 
 @triton.jit
-def unit_exp(x, weight, eps, real, K: tl.constexpr, NORM: tl.constexpr):
-    """(e / |e| with e = exp(x - max x), behind an RMS norm with NORM, [C, BK], 0 for padding; what `unit_exp_of_slice`
-    needs to know of all channels: 1 / rms, max x, 1 / |e|, [C] each) of x as `load_logits` gives it."""
+def unit_features(x, weight, eps, real, K: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr):
+    """(e / |e| behind an RMS norm with NORM, [C, BK], 0 for padding; what `load_slice` needs to know of all channels:
+    1 / rms, max x, 1 / |e|, [C] each) of x as `load_logits` gives it. FEATURES: e = exp(x - max x) of "unit_safe_exp",
+    e = silu(x) of "unit_silu"."""
     r = 1.0
     if NORM:
         r = one_over_rms(x.to(tl.float32), eps, K)
-    x = logits(x, weight, eps, real, K, NORM)
-    to_log2: tl.constexpr = 1.0 if NORM else LOG2E
-    top = tl.where(real, largest(x, 1), 0.0)
-    e = exp2((x - top[:, None]) * to_log2)
-    factor = tl.where(real, tl.rsqrt(tl.sum(e * e, 1)), 0.0)
+    if FEATURES == "unit_silu":
+        x = x.to(tl.float32)
+        if NORM:
+            x *= one_over_rms(x, eps, K)[:, None] * (weight * LN2)[None, :]
+        top = 0.0
+        e = x * tl.sigmoid(x)
+        factor = tl.where(real, tl.rsqrt(maximum(tl.sum(e * e, 1), SHORTEST)), 0.0)
+    else:
+        x = logits(x, weight, eps, real, K, NORM)
+        to_log2: tl.constexpr = 1.0 if NORM else LOG2E
+        top = tl.where(real, largest(x, 1), 0.0)
+        e = exp2((x - top[:, None]) * to_log2)
+        factor = tl.where(real, tl.rsqrt(tl.sum(e * e, 1)), 0.0)
     return e * factor[:, None], (r, top, factor)
 
 
 @triton.jit
 def load_features(
-    ptr, t, real, step, weight, eps, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
+    ptr, t, real, step, weight, eps, K: tl.constexpr, BK: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr
 ):
-    """[C, BK] float32, 0 for padding: what is in memory or, with UNIT_EXP, `unit_exp` of it."""
-    x = load_logits(ptr, t, real, step, K, BK, UNIT_EXP, NORM)
-    if UNIT_EXP:
-        x, _ = unit_exp(x, weight, eps, real, K, NORM)
+    """[C, BK] float32, 0 for padding: what is in memory, "given", or `unit_features` of it."""
+    x = load_logits(ptr, t, real, step, K, BK, FEATURES, NORM)
+    if FEATURES != "given":
+        x, _ = unit_features(x, weight, eps, real, K, FEATURES, NORM)
     return x.to(tl.float32)
 
 
 @triton.jit
 def statistics(
-    ptr, t, real, step, weight_ptr, eps, K: tl.constexpr, BK: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
+    ptr, t, real, step, weight_ptr, eps, K: tl.constexpr, BK: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr
 ):
     """What `load_slice` needs to know of all channels."""
     known = (1.0, 0.0, 1.0)
-    if UNIT_EXP:
+    if FEATURES != "given":
         weight = load_weight(weight_ptr, tl.arange(0, BK), K, NORM)
-        _, known = unit_exp(load_logits(ptr, t, real, step, K, BK, True, NORM), weight, eps, real, K, NORM)
+        x = load_logits(ptr, t, real, step, K, BK, FEATURES, NORM)
+        _, known = unit_features(x, weight, eps, real, K, FEATURES, NORM)
     return known
 
 
@@ -116,26 +128,36 @@ def load_weight(weight_ptr, column, K: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def load_slice(
-    ptr, t, real, step, weight_ptr, known, column, K: tl.constexpr, UNIT_EXP: tl.constexpr, NORM: tl.constexpr
+    ptr, t, real, step, weight_ptr, known, column, K: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr
 ):
-    """`load_features` of the channels `column`; known: `statistics`."""
-    empty: tl.constexpr = float("-inf") if UNIT_EXP and not NORM else 0.0
+    """(`load_features` of the channels `column`, phi = e / |e|; e' / |e|, what its gradient is multiplied by); known:
+    `statistics`."""
+    empty: tl.constexpr = float("-inf") if FEATURES == "unit_safe_exp" and not NORM else 0.0
     x = load_tile(ptr, t, real, step, column, K, empty).to(tl.float32)
-    if UNIT_EXP:
+    if NORM and FEATURES != "given":
+        x *= known[0][:, None] * load_weight(weight_ptr, column, K, NORM)[None, :]
+    phi, slope = x, x
+    if FEATURES == "unit_safe_exp":
         to_log2: tl.constexpr = 1.0 if NORM else LOG2E
         if NORM:
-            x *= known[0][:, None] * load_weight(weight_ptr, column, K, NORM)[None, :]
             x = tl.where(real[:, None] & (column < K)[None, :], x, float("-inf"))
-        x = exp2((x - known[1][:, None]) * to_log2) * known[2][:, None]
-    return x
+        phi = exp2((x - known[1][:, None]) * to_log2) * known[2][:, None]
+        slope = phi
+    elif FEATURES == "unit_silu":
+        if NORM:
+            x *= LN2
+        s = tl.sigmoid(x)
+        phi = x * s * known[2][:, None]
+        slope = s * (1 + x * (1 - s)) * known[2][:, None]
+    return phi, slope
 
 
 @triton.jit
-def feature_gradient(phi, d, along, UNIT_EXP: tl.constexpr):
+def feature_gradient(phi, slope, d, along, FEATURES: tl.constexpr):
     """Gradient of what `load_slice` read (behind its norm), from that of the features, d. along [C]: phi . d over all
     channels."""
-    if UNIT_EXP:
-        d = phi * (d - phi * along[:, None])
+    if FEATURES != "given":
+        d = slope * (d - phi * along[:, None])
     return d
 
 

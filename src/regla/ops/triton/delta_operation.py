@@ -33,7 +33,7 @@ _INPUTS = (
     "Tensor[] buffers, SymInt[] layout, Tensor beta, Tensor? head_decay, Tensor? mask, Tensor? cu_seqlens, "
     "Tensor? initial_state, Tensor[]? weights, "
 )
-_OPTIONS = "float eps, float scale, float limit, bool unit_exp"
+_OPTIONS = "float eps, float scale, float limit, str features"
 
 
 def triton_gated_delta_rule(call: Call, forms: Forms) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def triton_gated_delta_rule(call: Call, forms: Forms) -> tuple[Tensor, Tensor]:
     mask, cu_seqlens = (None if x is None else x.contiguous() for x in (call.mask, call.cu_seqlens))
     o, final, *_ = _forward(
         buffers, layout, beta.contiguous(), head_decay, mask, cu_seqlens, state, weights,
-        0.0 if norm is None else norm.eps, call.scale, forms.beta_max, forms.unit_exp, keep,
+        0.0 if norm is None else norm.eps, call.scale, forms.beta_max, forms.features, keep,
     )  # fmt: skip
     return o, final
 
@@ -79,14 +79,14 @@ class _Inputs(NamedTuple):
     norm: QKNorm | None
     scale: float
     limit: float
-    unit_exp: bool
+    features: str
 
 
 def _inputs(buffers: Sequence[Tensor], layout: Sequence[int], *others: Any) -> _Inputs:
-    *tensors, weights, eps, scale, limit, unit_exp = others
+    *tensors, weights, eps, scale, limit, features = others
     norm = QKNorm(weights[0], weights[1], eps) if weights else None
     q, k, v, gk, rk, _, _ = unpack(buffers, layout)
-    return _Inputs(q, k, v, gk, rk, *tensors, norm, scale, limit, unit_exp)  # type: ignore[arg-type,call-arg]
+    return _Inputs(q, k, v, gk, rk, *tensors, norm, scale, limit, features)  # type: ignore[arg-type,call-arg]
 
 
 class _Plan:
@@ -124,7 +124,7 @@ class _Plan:
         self.chunked = self.every | {
             "GATE": gate,
             "PER_HEAD": x.head_decay is not None,
-            "UNIT_EXP": x.unit_exp,
+            "FEATURES": x.features,
             "NORM": x.norm is not None,
             "LOGITS": x.limit != 0,
             "MASKED": x.mask is not None,
@@ -219,7 +219,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_forward.register_fake
-def _(buffers, layout, beta, head_decay, mask, cu_seqlens, S, weights, eps, scale, limit, unit_exp, keep):  # type: ignore[no-untyped-def]
+def _(buffers, layout, beta, head_decay, mask, cu_seqlens, S, weights, eps, scale, limit, features, keep):  # type: ignore[no-untyped-def]
     HQ, H, K, V, *_ = layout
     v, (B, T) = buffers[0], beta.shape[:2]
     N = None if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -311,8 +311,8 @@ def _gradients_like(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    buffers, layout, *tensors, weights, eps, scale, limit, unit_exp, _ = inputs
-    ctx.layout, ctx.buffers, ctx.options = layout, len(buffers), (eps, scale, limit, unit_exp)
+    buffers, layout, *tensors, weights, eps, scale, limit, features, _ = inputs
+    ctx.layout, ctx.buffers, ctx.options = layout, len(buffers), (eps, scale, limit, features)
     ctx.save_for_backward(*buffers, *(weights or ()), *tensors, output[0], *output[2:])
     ctx.set_materialize_grads(False)
 
@@ -348,7 +348,7 @@ def triton_delta_step_(call: Call, forms: Forms, S: Tensor, norm: HeadNorm | Non
     weight, bias, eps = (None, None, 0.0) if norm is None else norm
     return step(
         call.q, call.k, call.v, gk, rk, beta, call.mask, S, q_weight, k_weight, weight, bias, qk_eps, eps, call.scale,
-        forms.beta_max, forms.unit_exp,
+        forms.beta_max, forms.features,
     )  # fmt: skip
 
 
@@ -369,7 +369,7 @@ def _step(
     eps: float,
     scale: float,
     limit: float,
-    unit_exp: bool,
+    features: str,
 ) -> Tensor:
     (N, _, H, K), V, HQ = k.shape, v.shape[-1], q.shape[2]
     o = v.new_empty(N, 1, HQ, V)
@@ -382,7 +382,7 @@ def _step(
         delta_decode_kernel, (N * H, 1, 1), (*given, mask, *weights[:2], S, *weights[2:], o),
         (scale, qk_eps, limit, eps, H, *rows, 0 if mask is None else mask.stride(0), *heads),
         G=HQ // H, K=K, V=V, BK=BK, BV=BV, GATE=gate_kind(gk, rk), STEP=int(gk is not None and gk.shape[-1] > 1),
-        UNIT_EXP=unit_exp, QK_NORM=q_weight is not None, LOGITS=limit != 0, MASKED=mask is not None,
+        FEATURES=features, QK_NORM=q_weight is not None, LOGITS=limit != 0, MASKED=mask is not None,
         NORM="none" if weight is None else "rmsnorm" if bias is None else "layernorm", num_warps=num_warps(BK, BV),
     )  # fmt: skip
     return o
