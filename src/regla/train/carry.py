@@ -11,7 +11,7 @@ times the batches of a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,10 @@ from regla.train.sequence import state_like
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from regla.train.loop import Batches
-
 _PARTS = ReGLAState._fields
 
 
-def text_in_order(tokens_N: Tensor, config: LoopConfig) -> Batches:
+def text_in_order(tokens_N: Tensor, config: LoopConfig) -> Callable[[int], Tensor]:
     """Crops [B, L], int64: in each step every one of R rows goes on where it was, from R places evenly over the text,
     the first of which the seed draws. Behind the end of the text comes its beginning."""
     T, N = config.seq_len, len(tokens_N)

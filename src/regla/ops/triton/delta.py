@@ -7,19 +7,21 @@ With w_t = beta_t k_t, what token t writes to, the rule is u_t = v_t - S'_t^T k_
     S <- Diag(total) S + (W o F)^T U
 
 with D(s, t] the decay between two tokens, E that from the chunk's start to a token, F that from a token to its end, and
-P as A with queries in place of keys. beta is a factor of what is written alone, so its gradient is k_t . d_w_t.
+P as scale * A with queries in place of keys, s = t included. beta is a factor of what is written alone, so its gradient
+is k_t . d_w_t.
 
 Decays. Logarithms are to the base 2, B is the inclusive cumulative log-decay. D(s, t] = 2^B_t 2^-B_s as long as channel
 i of token s has B_s > -NEAR: no factor leaves float32, and scores are one product of matrices. Pairs whose s lies
 behind that are summed over a tree of halves (`regla.ops.triton.tree`). Which way a pair goes depends on s alone, so a
 later token never changes an earlier row.
 
-A chunk with such pairs is *deep*. The kernels that meet decays run twice: first for all chunks as if none were deep,
-of which `delta_prepare_kernel` finds out which are; then, compiled with DEEP, for those alone, whose results they
-write again.
+A chunk with such pairs is *deep*. The kernels that meet decays between tokens run twice: first for all chunks as if
+none were deep, of which `delta_prepare_kernel` finds out which are; then, compiled with DEEP, for those alone, whose
+results they write again.
 
 Shape legend: C tokens of a chunk, K key channels, V value channels, G queries per state head; BK, BV padded to powers
-of two. Intermediates lie by chunk: [chunks, H, C, D].
+of two. Intermediates lie by chunk: [chunks, H, C, channels] of tokens, [chunks, H, K, V] of states,
+[chunks, H, G, C, C] of P.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from regla.ops.triton.decode import head_norm
-from regla.ops.triton.delta_inputs import LN2, SHORTEST
+from regla.ops.triton.delta_inputs import SHORTEST
 from regla.ops.triton.norm import load_norm
-from regla.ops.triton.tiles import LOG2E, LOWEST, largest, log2_refined, maximum
+from regla.ops.triton.tiles import LN2, LOG2E, LOWEST, largest, log2_refined, maximum
 
 
 @triton.jit
@@ -34,12 +34,14 @@ def token_features(
             if NORM:
                 x *= LN2
             e = x * tl.sigmoid(x)
+            square = maximum(tl.sum(e * e, 0), SHORTEST)
         else:
             if not NORM:
                 x *= LOG2E
             x = tl.where(inside, x, float("-inf"))
             e = tl.exp2(x - tl.where(real, largest(x, 0), 0.0))
-        x = e * tl.where(real, tl.rsqrt(maximum(tl.sum(e * e, 0), SHORTEST)), 0.0)
+            square = tl.sum(e * e, 0)
+        x = e * tl.where(real, tl.rsqrt(square), 0.0)
     return x
 
 

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 
 from regla.ops.triton.norm import logits, one_over_rms
-from regla.ops.triton.tiles import LOG2E, decays, exp2, largest, later, load_gate, load_tile, maximum, sums
+from regla.ops.triton.tiles import LN2, LOG2E, decays, exp2, largest, later, load_gate, load_tile, maximum, sums
 
 NEAR = tl.constexpr(60.0)
-LN2 = tl.constexpr(0.6931471805599453)
 SHORTEST = tl.constexpr(1e-24)  # the square of the length of features below which they stay shorter than 1
 LOWEST = tl.constexpr(-150.0)  # bits: what is left below is 0 in float32
 
@@ -71,9 +70,13 @@ def load_logits(ptr, t, real, step, K: tl.constexpr, BK: tl.constexpr, FEATURES:
 
 @triton.jit
 def unit_features(x, weight, eps, real, K: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr):
-    """(e / |e| behind an RMS norm with NORM, [C, BK], 0 for padding; what `load_slice` needs to know of all channels:
-    1 / rms, max x, 1 / |e|, [C] each) of x as `load_logits` gives it. FEATURES: e = exp(x - max x) of "unit_safe_exp",
-    e = silu(x) of "unit_silu"."""
+    """Features e / |e| [C, BK], 0 for padding, of x [C, BK] as `load_logits` gives it.
+
+    FEATURES: e = exp(y - max y) of "unit_safe_exp", e = silu(y) of "unit_silu", y = x or, with NORM, the RMS norm of x
+    with `weight` [BK], which is times log2(e).
+    Second, (1 / rms, max y, 1 / |e|): what `load_slice` needs to know of all channels, [C] each, or a number where
+    there is none.
+    """
     r = 1.0
     if NORM:
         r = one_over_rms(x.to(tl.float32), eps, K)
@@ -119,7 +122,7 @@ def statistics(
 
 @triton.jit
 def load_weight(weight_ptr, column, K: tl.constexpr, NORM: tl.constexpr):
-    """Of the norm of q or k, times log2(e): [BLOCK]."""
+    """Weights of the norm of q or k for the channels `column`, times log2(e)."""
     weight = 1.0
     if NORM:
         weight = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32) * LOG2E
@@ -130,8 +133,8 @@ def load_weight(weight_ptr, column, K: tl.constexpr, NORM: tl.constexpr):
 def load_slice(
     ptr, t, real, step, weight_ptr, known, column, K: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr
 ):
-    """(`load_features` of the channels `column`, phi = e / |e|; e' / |e|, what its gradient is multiplied by); known:
-    `statistics`."""
+    """(phi, slope) [C, BLOCK]: `load_features` of the channels `column`, and (de/dy) / |e| with y as in
+    `unit_features`; known: `statistics`."""
     empty: tl.constexpr = float("-inf") if FEATURES == "unit_safe_exp" and not NORM else 0.0
     x = load_tile(ptr, t, real, step, column, K, empty).to(tl.float32)
     if NORM and FEATURES != "given":
@@ -154,8 +157,8 @@ def load_slice(
 
 @triton.jit
 def feature_gradient(phi, slope, d, along, FEATURES: tl.constexpr):
-    """Gradient of what `load_slice` read (behind its norm), from that of the features, d. along [C]: phi . d over all
-    channels."""
+    """Gradient [C, BLOCK] of y, from that of the features, d; `norm_gradient_kernel` takes it on to what is in memory.
+    along [C]: phi . d over all channels."""
     if FEATURES != "given":
         d = slope * (d - phi * along[:, None])
     return d
