@@ -1,13 +1,14 @@
 """The tables in the documentation are those of the committed rows."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from regla.report.__main__ import main
-from regla.report.documents import TABLES, documents, fill, update
+from regla.report.documents import TABLES, documents, draw, fill, update
 from regla.report.tables import markdown, ran_on, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +80,19 @@ def test_rows_of_an_installed_package_have_no_commit() -> None:
     assert (
         ran_on([row, row | {"commit": "abc"}]) == "Measured on CPU, torch 2.13.0, commit abc, regla 0.1.0, 2026-01-02."
     )
+
+
+def test_studies_of_one_text_can_share_a_table_and_a_plot(copy: Path) -> None:
+    both = fill("<!-- table: quality/memory+final -->\n<!-- end of table -->\n", copy)
+    for study in ("memory", "final"):
+        alone = fill(f"<!-- table: quality/{study} -->\n<!-- end of table -->\n", copy).splitlines()
+        assert {line for line in alone if re.match(r"\| [a-z]", line)} <= set(both.splitlines())
+    with pytest.raises(ValueError, match="are of different texts"):
+        fill("<!-- table: quality/memory+mqar -->\n<!-- end of table -->\n", copy)
+    pictures = re.findall(r"\(([\w+-]+\.png)\)", (ROOT / "docs/results/memory.md").read_text(encoding="utf-8"))
+    shutil.copytree(ROOT / "docs", copy / "docs", dirs_exist_ok=True)
+    for name in pictures:
+        (copy / "docs/results" / name).unlink()
+    draw(copy)
+    assert "memory+final-positions.png" in pictures
+    assert all((copy / "docs/results" / name).is_file() for name in pictures)

@@ -52,7 +52,7 @@ TABLES: dict[str, tuple[str, _Table]] = {
 """By the name of the table: the file of its rows, and how they are shown."""
 
 STUDIES = "benchmarks/studies"
-"""Rows of studies: NAME.jsonl."""
+"""Rows of studies: NAME.jsonl; NAME+OTHER stands for those of both, which must be of one text."""
 
 STUDY_TABLES: dict[str, _Table] = {
     "study": study_table,
@@ -64,6 +64,15 @@ STUDY_TABLES: dict[str, _Table] = {
     **RECALL_TABLES,
 }
 """By what the name of a table begins with: `study/NAME` and so on show rows of the study NAME."""
+
+STUDY_PLOTS: dict[str, Callable[[Sequence[dict[str, Any]], Path], None]] = {
+    "": plot_study,
+    "-positions": plot_positions,
+    "-recall": plot_recall,
+    "-gates": plot_gates,
+    "-generation": plot_generation,
+}
+"""By what stands behind the study's name in the name of a picture."""
 
 BENCHES = "benchmarks/gpu"
 """Rows of `regla bench ops|decode|train`: NAME.jsonl."""
@@ -84,8 +93,7 @@ def fill(text: str, root: Path) -> str:
         name = match["name"]
         kind, _, file_name = name.partition("/")
         if kind in STUDY_TABLES and file_name:
-            rows = read_rows(root / STUDIES / f"{file_name}.jsonl", "study")
-            return f"{match[1]}\n{STUDY_TABLES[kind](rows)}\n\n{match[3]}"
+            return f"{match[1]}\n{STUDY_TABLES[kind](_of_studies(root, file_name))}\n\n{match[3]}"
         if kind in ("speed", "kernels") and file_name:
             rows = read_rows(root / BENCHES / f"{file_name}.jsonl", "bench train" if kind == "speed" else "bench ops")
             shown = speed_table(rows) if kind == "speed" else kernels_table(rows)
@@ -126,21 +134,31 @@ def update(root: Path) -> list[Path]:
 def draw(root: Path) -> list[Path]:
     """Draw the plots that the pages under docs show, from the rows of studies and benchmarks; their files.
 
-    Under docs/results, of studies NAME.png, NAME-positions.png, NAME-recall.png, NAME-gates.png and
-    NAME-generation.png, of benchmarks NAME-ops.png, NAME-decode.png and NAME-train.png.
+    Under docs/results, of studies NAME.png or NAME-KIND.png with a kind of STUDY_PLOTS, of benchmarks NAME-ops.png,
+    NAME-decode.png and NAME-train.png.
     """
     pages = "".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("**/*.md"))
-    plots: list[tuple[Path, Callable[[Sequence[dict[str, Any]], Path], None], Path, str]] = []
-    for file in sorted((root / STUDIES).glob("*.jsonl")):
-        plots.append((root / "docs/results" / f"{file.stem}.png", plot_study, file, "study"))
-        plots.append((root / "docs/results" / f"{file.stem}-positions.png", plot_positions, file, "study"))
-        plots.append((root / "docs/results" / f"{file.stem}-recall.png", plot_recall, file, "study"))
-        plots.append((root / "docs/results" / f"{file.stem}-gates.png", plot_gates, file, "study"))
-        plots.append((root / "docs/results" / f"{file.stem}-generation.png", plot_generation, file, "study"))
+    drawn = []
+    for name in sorted(set(re.findall(r"[(/]([\w+-]+)\.png\)", pages))):
+        picture = root / "docs/results" / f"{name}.png"
+        for behind, plot in STUDY_PLOTS.items():
+            study = name.removesuffix(behind)
+            if name.endswith(behind) and all(_rows_file(root, part).is_file() for part in study.split("+")):
+                plot(_of_studies(root, study), picture)
+                drawn.append(picture)
     for file in sorted((root / BENCHES).glob("*.jsonl")):
         for kind in BENCH_TABLES:
-            plots.append((root / "docs/results" / f"{file.stem}-{kind}.png", plot_bench, file, f"bench {kind}"))
-    shown = [plot for plot in plots if re.search(rf"[(/]{re.escape(plot[0].name)}\)", pages)]
-    for picture, plot, file, benchmark in shown:
-        plot(read_rows(file, benchmark), picture)
-    return [picture for picture, *_ in shown]
+            picture = root / "docs/results" / f"{file.stem}-{kind}.png"
+            if re.search(rf"[(/]{re.escape(picture.name)}\)", pages):
+                plot_bench(read_rows(file, f"bench {kind}"), picture)
+                drawn.append(picture)
+    return drawn
+
+
+def _rows_file(root: Path, study: str) -> Path:
+    return root / STUDIES / f"{study}.jsonl"
+
+
+def _of_studies(root: Path, names: str) -> list[dict[str, Any]]:
+    """The rows of NAME, or of NAME+OTHER."""
+    return [row for name in names.split("+") for row in read_rows(_rows_file(root, name), "study")]

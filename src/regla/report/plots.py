@@ -44,7 +44,7 @@ def plot_decoding(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     time_axes, memory_axes = figure.subplots(1, 2)
     _contexts(time_axes, milliseconds, title="Time per generated token", unit="milliseconds")
     _contexts(memory_axes, kibibytes, title="Memory: cache of one sequence", unit="KiB")
@@ -69,15 +69,19 @@ def plot_lengths(
     that noise does not look like a cliff.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(1 + 4.6 * len(panels), 4.4), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _contexts(axes, curves, title=name, unit=unit, along=along)
         axes.set_yscale("log")
         values = [value for curve in curves.values() for _, value in curve]
         if max(values) < least_ratio * min(values):
             axes.set_ylim(min(values) / least_ratio, max(values) * least_ratio)
+        elif max(values) < 10 * min(values):  # labels such as 4 x 10^1 say less than 40
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}"))
     figure.savefig(file)
 
 
@@ -90,7 +94,7 @@ def plot_histograms(
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(1 + 3.8 * columns, 0.6 + 3 * lines), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for axes, (name, curves) in zip(grid, panels.items(), strict=False):
         for (label, shares), colour in zip(curves.items(), _COLOURS, strict=False):
@@ -120,7 +124,7 @@ def plot_shares(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 4.2 * len(panels), 4.2), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for index, (label, curve) in enumerate(curves.items()):
             xs, shares, errors = zip(*curve, strict=True)
