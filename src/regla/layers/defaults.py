@@ -72,13 +72,13 @@ ADDITIVE = Mixer(
 DELTA = replace(
     ADDITIVE,
     update_rule="delta",
-    feature_map="unit_safe_exp",
+    feature_map="unit_silu",
     gate="refined_low_rank",
     gate_half_life=(1, 256),
     conv_size=4,
     conv_activation="silu",
 )
-"""The delta rule over the paper's features, of unit length."""
+"""The delta rule at its best: over features of silu of unit length (docs/results/memory.md)."""
 
 PAPER = replace(ADDITIVE, gate_axis="value", norm="layernorm", qk_norm=False, output_gate=None)
 """The paper's equations and no more: safe exponential, refined gate on the value axis (F_t 1^T read literally), layer
