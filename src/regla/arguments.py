@@ -246,6 +246,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         ("eval", help_texts.BENCH_EVAL),
         ("cpu", help_texts.BENCH_CPU),
         ("data", help_texts.BENCH_DATA),
+        ("students", help_texts.BENCH_STUDENTS),
     ):
         kind = kinds.add_parser(name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         kind.add_argument("--out", metavar="FILE.jsonl", help="append rows there (default: print only)")
@@ -270,6 +271,31 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
             text = "tokens of a sequence (default: 2048 8192 32768; a step has 32768 tokens, or one sequence)"
             kind.add_argument("--lengths", nargs="+", type=int, default=[], metavar="N", help=text)
             kind.add_argument("--profile", action="store_true", help="say which kernels take the time of a step, too")
+        if name == "students":
+            _students_arguments(kind)
+
+
+def _students_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="the original: name on the hub, folder or .gguf file")
+    text = parser.add_argument_group("text (.txt, .jsonl, .parquet or .bin)")
+    text.add_argument("--data", nargs="+", required=True, metavar="PATH", help="to train on")
+    text.add_argument("--valid", nargs="+", required=True, metavar="PATH", help="to score, of the kinds trained on")
+    text.add_argument("--unseen", nargs="+", default=[], metavar="PATH", help="to score, of other kinds")
+    training = parser.add_argument_group("training, the same for all cases")
+    training.add_argument("--tokens", metavar="N", help="of every case, such as 60M (default: 10M)")
+    training.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (default: 512)")
+    training.add_argument("--batch-size", type=int, metavar="N", help="sequences of a step (default: 16)")
+    training.add_argument(
+        "--lr", type=float, default=1e-3, metavar="X", help="peak learning rate of the mixers (default: %(default)s)"
+    )
+    training.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    tasks = parser.add_argument_group("tasks of lm-eval")
+    tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="boolq piqa ... (default: none)")
+    tasks.add_argument("--data-dir", metavar="DIR", help="original data files (default: data sets of the hub)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="the first N items of a task (default: all)")
+    parser.add_argument(
+        "--work", metavar="DIR", help="keep models and logs there, and go on with them (default: delete them)"
+    )
 
 
 def linearize_arguments(parser: argparse.ArgumentParser) -> None:

@@ -213,6 +213,8 @@ the hardware, the versions and the commit as soon as it is there; what it is com
   eval    scoring of answers behind a shared prefix, with and without computing the prefix once
   distributed  several processes against one: losses, speed, memory of a long sequence, the end of a killed run
   cpu     the CPU path: each backend against the recurrence, cost of a token, memory of a forward pass
+  data    peak memory of training and tokenizing at scale
+  students  conversions of one pretrained model at equal tokens: perplexity, KL, recall, tasks
 
 examples:
   regla bench ops --out benchmarks/gpu/h100.jsonl
@@ -305,6 +307,25 @@ are generated: train, draw, tokenize. Each is compared with the same on 8 MB.
 
 examples:
   regla bench data --gigabytes 8 --only train draw --out benchmarks/data.jsonl
+"""
+
+BENCH_STUDENTS = """\
+Convert one pretrained model in many ways at equal tokens, and measure every student alike: perplexity, KL to the
+original, recall of passkeys and key-value facts by free generation, and tasks of lm-eval where --tasks names some.
+
+A case is called by what it is:
+  original; teacher, trained (the original on the same tokens, by cross-entropy); pure, every-2, every-4, auto:25%
+  pure, ... : paper preset, no transfer, no calibration, window and sinks, delta, fast_decay, relu
+  table 5, ... : relu, hedgehog, scalar, fast_decay, paper (the paper's preset)
+
+Each conversion is a process of its own. One that fails is named at the end, with the last lines of its log and exit
+code 1; the others go on. A case whose row is in --out already, with the same settings, is skipped: after an
+interruption, repeat the command.
+
+examples:
+  regla bench students EleutherAI/pythia-160m --data train.bin --valid wiki.txt --unseen code.txt --tokens 60M \
+    --tasks boolq piqa hellaswag --out benchmarks/students/pythia-160m.jsonl
+  regla bench students models/small --data a.txt --valid b.txt --only original 'teacher*' 'table 5*' --tokens 5M
 """
 
 TOKENIZE = """\

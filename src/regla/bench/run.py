@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 
-from regla.bench import cpu, data, decode, distributed, evaluation, ops, train
+from regla.bench import cpu, decode, distributed, evaluation, ops, students, train
+from regla.bench import data as data_bench
 from regla.bench.measure import Case, Row, give_memory_back
 from regla.bench.rows import write_rows
+from regla.data.selection import read_sources
 from regla.report.benches import lines
 from regla.runtime.device import DTYPES, TF32_IN_TRAINING, float32_products, pick_device
 from regla.runtime.distributed import processes
-from regla.runtime.errors import check_number
+from regla.runtime.errors import OtherProcessError, check_count, check_number
+from regla.runtime.install import require
 from regla.train.model import read_overrides
 
 
@@ -125,7 +131,83 @@ def bench_data(
     check_number("gigabytes", gigabytes)
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"There is no folder {folder}; give --dir one that exists.")
-    return run(data.cases(round(gigabytes * 1e9), folder), torch.device("cpu"), out=out, only=only)
+    return run(data_bench.cases(round(gigabytes * 1e9), folder), torch.device("cpu"), out=out, only=only)
+
+
+def bench_students(
+    model: str,
+    *,
+    data: Sequence[str],
+    valid: Sequence[str],
+    unseen: Sequence[str] = (),
+    tokens: str | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    lr: float = 1e-3,
+    tasks: Sequence[str] = (),
+    data_dir: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    work: str | None = None,
+    only: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str | None = None,
+    quick: bool = False,
+) -> list[Row]:
+    """Convert a model in many ways and measure every student; see `regla.bench.students`. The new rows.
+
+    Raises:
+        ValueError: what is wrong with the input, before anything is trained.
+        OtherProcessError: cases failed, which stderr names; the others are done.
+    """
+    if out is not None:
+        _check_file(out)
+    chosen = [case.name for case in _matching([Case(name, lambda: iter(())) for name in students.CASES], only)]
+    check_count("limit", limit)
+    read_sources([*data, *valid, *unseen])
+    loaded = {}
+    if tasks:
+        require("lm_eval", "Tasks of lm-eval need", "accelerate")
+        from regla.eval.harness import load_tasks
+
+        loaded = load_tasks(tasks, data_dir=data_dir)
+    where = pick_device(device)
+    setting = students.Setting(
+        model=model,
+        data=tuple(data),
+        valid=tuple(valid),
+        unseen=tuple(unseen),
+        tokens=tokens or ("4k" if quick else "10M"),
+        seq_len=seq_len or (64 if quick else 512),
+        batch_size=batch_size or (4 if quick else 16),
+        lr=lr,
+        seed=seed,
+        device=where.type,
+        dtype=dtype or ("bfloat16" if where.type == "cuda" else "float32"),
+        tasks=loaded,
+        limit=limit or (4 if quick else None),
+        probe_lengths=(128,) if quick else (128, 256),
+        probe_limit=2 if quick else 40,
+    )
+    done = [] if out is None else students.read_done(out)
+    place = Path(mkdtemp(prefix="regla-students-")) if work is None else Path(work)
+    place.mkdir(parents=True, exist_ok=True)
+    failures: dict[str, str] = {}
+    try:
+        if not all(students.is_done(setting, name, done) for name in chosen):
+            students.check_conversion(setting, place)
+        cases = students.cases(setting, place, keep=work is not None, done=done, failures=failures)
+        rows = run(cases, where, out=out, only=only)
+    finally:
+        if work is None and not failures:
+            shutil.rmtree(place)
+    if failures:
+        for name, reason in failures.items():
+            print(f"{name} failed:\n{reason}", file=sys.stderr)
+        print(f"{len(failures)} of {len(chosen)} cases failed; their logs are in {place}.", file=sys.stderr)
+        raise OtherProcessError(f"{len(failures)} cases failed")
+    return rows
 
 
 def run(
@@ -141,9 +223,7 @@ def run(
     A row gets `against`: by the subject of each earlier row of the same setting, how often its time is this one's.
     Raises ValueError where nothing matches, or `out` cannot be written.
     """
-    chosen = [case for case in cases if not only or any(fnmatchcase(case.name, glob) for glob in only)]
-    if not chosen:
-        raise ValueError(f"--only matches no case; their names are like {cases[-1].name!r}.")
+    chosen = _matching(cases, only)
     if out is not None:
         _check_file(out)
     rows: list[Row] = []
@@ -165,6 +245,13 @@ def run(
             rows.append(row)
         give_memory_back(device)
     return rows
+
+
+def _matching(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
+    chosen = [case for case in cases if not only or any(fnmatchcase(case.name, glob) for glob in only)]
+    if not chosen:
+        raise ValueError(f"--only matches no case; their names are like {cases[-1].name!r}.")
+    return chosen
 
 
 def _with_ratios(row: Row, earlier: Sequence[Row]) -> Row:

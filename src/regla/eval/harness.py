@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,16 +158,12 @@ def evaluate_tasks(
     check_count("limit", limit)
     check_count("num_fewshot", num_fewshot, least=0)
     check_count("batch_size", batch_size)
-    names = list(dict.fromkeys(name for entry in tasks for name in entry.split(",") if name))
-    if not names:
-        raise OptionError("{tasks} names no task; give some, as boolq piqa.")
     if len(set(models)) < len(models):
         raise OptionError("A model is named twice; name each once.")
     where = pick_device(device)
     for model in models:
         _tokenizer(model)  # what is wrong with a later model is found before the first one is scored
-    with _quiet():
-        loaded = {name: _load_task(name, names, data_dir, num_fewshot) for name in names}
+    loaded = load_tasks(tasks, num_fewshot=num_fewshot, data_dir=data_dir)
     scores: list[TaskScore] = []
     comparisons: list[Comparison] = []
     with float32_products(), contextlib.nullcontext() if out is None else _resumable(out):
@@ -184,6 +180,31 @@ def evaluate_tasks(
     return scores
 
 
+def load_tasks(
+    tasks: Sequence[str], *, num_fewshot: int | None = None, data_dir: str | Path | None = None
+) -> dict[str, TaskDict]:
+    """Tasks with their data, by name; see `evaluate_tasks`.
+
+    Raises:
+        ValueError: no task; one that does not exist; data that are not there.
+    """
+    names = list(dict.fromkeys(name for entry in tasks for name in entry.split(",") if name))
+    if not names:
+        raise OptionError("{tasks} names no task; give some, as boolq piqa.")
+    with _quiet():
+        return {name: _load_task(name, names, data_dir, num_fewshot) for name in names}
+
+
+def score_tasks(
+    model: str, tasks: Mapping[str, TaskDict], *, limit: int | None, batch_size: int, device: str, dtype: str
+) -> list[TaskScore]:
+    """Score one model on tasks that `load_tasks` loaded; prints and writes nothing."""
+    scores: list[TaskScore] = []
+    with float32_products():
+        _score_model(model, tasks, pick_device(device), limit, batch_size, dtype, None, False, scores, [])
+    return scores
+
+
 @contextlib.contextmanager
 def _resumable(out: str | Path) -> Iterator[None]:
     """Hold a new folder, or one in which the same was begun."""
@@ -196,7 +217,7 @@ def _resumable(out: str | Path) -> Iterator[None]:
 
 def _score_model(
     model: str,
-    loaded: dict[str, TaskDict],
+    loaded: Mapping[str, TaskDict],
     where: torch.device,
     limit: int | None,
     batch_size: int,

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from regla.report.plots import plot_lengths
+from regla.report.students import students_cells
 from regla.report.tables import markdown, ran_on
 
 Row = dict[str, Any]
 
-_WIDTHS = {"operation": 38, "model": 36, "shape": 20, "p20 / p50 / p80, us": 24}  # in characters, of printed columns
+_WIDTHS = {
+    "case": 24,
+    "operation": 38,
+    "model": 36,
+    "shape": 20,
+    "p20 / p50 / p80, us": 24,
+}  # in characters, of printed columns
 _WIDTH = 11  # of the others
 _DIRECTIONS = {"forward": "fwd", "forward+backward": "fwd+bwd", "step": "step"}
 _NAMES = {
@@ -164,6 +171,7 @@ _CELLS = {
     "bench ops": _ops_cells,
     "bench decode": _decode_cells,
     "bench train": _train_cells,
+    "bench students": students_cells,
 }
 
 

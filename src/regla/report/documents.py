@@ -17,6 +17,7 @@ from regla.report.benches import benches_table, kernels_table, plot_bench, speed
 from regla.report.distributed import DISTRIBUTED_TABLES
 from regla.report.measured import gates_table, generation_table, plot_gates, plot_generation
 from regla.report.recall import RECALL_TABLES, plot_recall
+from regla.report.students import students_table, students_tasks_table
 from regla.report.studies import (
     plot_positions,
     plot_study,
@@ -80,6 +81,12 @@ BENCHES = "benchmarks/gpu"
 BENCH_TABLES = ("ops", "decode", "train")
 """By what the name of a table begins with: `ops/NAME` shows the rows of `regla bench ops` in NAME.jsonl."""
 
+STUDENTS = "benchmarks/students"
+"""Rows of `regla bench students`: NAME.jsonl."""
+
+STUDENTS_TABLES: dict[str, _Table] = {"students": students_table, "students-tasks": students_tasks_table}
+"""By what the name of a table begins with: `students/NAME` shows the rows in NAME.jsonl."""
+
 BENCHMARKS = {"calibration": "linearize", **dict.fromkeys(DISTRIBUTED_TABLES, "bench distributed")}
 """The benchmark whose rows a table shows, where it is not the table's name."""
 
@@ -101,6 +108,9 @@ def fill(text: str, root: Path) -> str:
         if kind in BENCH_TABLES and file_name:
             rows = read_rows(root / BENCHES / f"{file_name}.jsonl", f"bench {kind}")
             return f"{match[1]}\n{benches_table(rows)}\n\n{match[3]}"
+        if kind in STUDENTS_TABLES and file_name:
+            rows = read_rows(root / STUDENTS / f"{file_name}.jsonl", "bench students")
+            return f"{match[1]}\n{STUDENTS_TABLES[kind](rows)}\n\n{match[3]}"
         if name not in TABLES:
             raise ValueError(f"There is no table {name!r}; the known ones are {', '.join(TABLES)}.")
         file, show = TABLES[name]

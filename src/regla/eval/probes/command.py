@@ -266,12 +266,18 @@ def panels(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, f
             for x in sorted(axes[axis]):
                 at = [record for record in own if record.model == model and getattr(record, axis) == x]
                 if at:
-                    n = sum(record.n for record in at)
-                    mean = sum(record.n * record.generation for record in at) / n
-                    points.append((x, mean, sum((one.n * one.generation_se) ** 2 for one in at) ** 0.5 / n))
+                    points.append((x, *pooled(at)[:2]))
             curves[name] = points
         found[f"{kind}, by {axis}"] = curves
     return found
+
+
+def pooled(records: Sequence[Record]) -> tuple[float, float, int]:
+    """Answers by free generation in several cells together, whose sequences are independent: the share of right ones,
+    its standard error, and their number."""
+    n = sum(record.n for record in records)
+    mean = sum(record.n * record.generation for record in records) / n
+    return mean, sum((record.n * record.generation_se) ** 2 for record in records) ** 0.5 / n, n
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
