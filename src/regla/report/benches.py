@@ -15,6 +15,7 @@ Row = dict[str, Any]
 
 _WIDTHS = {
     "case": 24,
+    "KL": 13,
     "operation": 38,
     "model": 36,
     "shape": 20,
