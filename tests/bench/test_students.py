@@ -1,20 +1,25 @@
 """Many conversions of one model, measured alike. Conversions run in this process, but for one test."""
 
 import contextlib
+import dataclasses
 import json
+import os
+import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
 from regla.bench import students
-from regla.cli import main
+from regla.cli import _parser, main
 from regla.data.embedded import embedded_text
 from regla.eval.measure import evaluate
+from regla.linearize.config import LinearizeConfig
 from regla.quickstart.pretrained import PRETRAINED
+from regla.runtime.signals import Interrupted
 
 AROUND = {"device", "threads", "torch", "regla", "commit", "date"}
 WINDOW, PURE = "pure, window and sinks", "pure, no calibration"  # which are quick
@@ -38,13 +43,27 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs what would be processes in this one; the arguments of each."""
     seen: list[list[str]] = []
 
-    def run(command: Sequence[str], *, stdout: Any, **rest: Any) -> SimpleNamespace:
+    def run(command: Sequence[str], told: TextIO) -> int:
         seen.append(list(command[4:]))
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            return SimpleNamespace(returncode=main(command[3:]))
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            return main(command[3:])
 
-    monkeypatch.setattr(students, "subprocess", SimpleNamespace(run=run, DEVNULL=None))
+    instead_of_processes(monkeypatch, run)
     return seen
+
+
+def instead_of_processes(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[Sequence[str], TextIO], int | None]
+) -> list[str]:
+    """What is done to processes whose exit code `run` gives, from their command and output; None: it runs on."""
+    calls: list[str] = []
+
+    def start(command: Sequence[str], *, stdout: TextIO, **rest: Any) -> SimpleNamespace:
+        told = {name: lambda name=name: calls.append(name) for name in ("terminate", "wait", "kill")}
+        return SimpleNamespace(poll=lambda: run(command, stdout), **told)
+
+    monkeypatch.setattr(students, "subprocess", SimpleNamespace(Popen=start, DEVNULL=None))
+    return calls
 
 
 def command(texts: Path, *more: str) -> int:
@@ -124,6 +143,8 @@ def test_models_that_are_kept_are_not_made_again(
     texts: Path, tmp_path: Path, told: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is a conversion begun anew that was interrupted."""
+    scores = {name: [] for name in ("valid", "unseen", "recall", "tasks")}
+    monkeypatch.setattr(students, "_scores", lambda setting, model: scores)
     work = tmp_path / "work"
     more = ["--only", PURE, "--work", str(work)]
     assert command(texts, *more) == 0 and (work / "pure-no-calibration" / "model.safetensors").is_file()
@@ -145,13 +166,21 @@ def test_a_conversion_is_a_process_of_its_own(texts: Path, tmp_path: Path, capsy
 
 
 def test_a_process_that_is_killed_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(arguments: Sequence[str], *, stdout: Any, **rest: Any) -> SimpleNamespace:
-        stdout.write("\n".join(map(str, range(9))) + "\rstep 1\rstep 2\n")
-        return SimpleNamespace(returncode=-9)
+    def run(command: Sequence[str], told: TextIO) -> int:
+        told.write("\n".join(map(str, range(9))) + "\rstep 1\rstep 2\n")
+        return -9
 
-    monkeypatch.setattr(students, "subprocess", SimpleNamespace(run=run, DEVNULL=None))
+    instead_of_processes(monkeypatch, run)
     with pytest.raises(students.CaseError, match=r"^6\n7\n8\nstep 1\nstep 2\nended by signal 9$"):
         students._linearize([], tmp_path / "log")
+
+
+def test_a_signal_ends_the_conversion_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM to the conversion, which saves a checkpoint, before the command ends."""
+    calls = instead_of_processes(monkeypatch, lambda command, told: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        students._linearize([], tmp_path / "log")
+    assert calls == ["terminate", "wait", "kill"]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +191,7 @@ def test_a_process_that_is_killed_is_said_to_be(tmp_path: Path, monkeypatch: pyt
         (["--valid", "none.txt"], "none.txt"),
         (["--unseen", "none.txt"], "none.txt"),
         (["--limit", "0"], "--limit is 0, expected a number above 0."),
+        (["--seq-len", "0"], "--seq-len is 0, expected a number above 0."),
         (["--tokens", "10"], "--tokens is 10, too few for a step of"),
         (["--lr", "-1"], "--lr is -1.0, expected a number above 0."),
         (["--out", "rows.txt"], "--out is rows.txt, expected a file that ends in .jsonl"),
@@ -209,12 +239,11 @@ def test_tasks_need_a_package(
     assert "Tasks of lm-eval need the packages lm_eval and accelerate" in capsys.readouterr().err and not told
 
 
-def test_every_case_is_one_that_linearize_takes(texts: Path, tmp_path: Path, told: list[list[str]]) -> None:
-    """Each is planned, none is made."""
+def test_every_case_is_one_that_linearize_takes() -> None:
     setting = students.Setting(
-        model=str(PRETRAINED),
-        data=(str(texts / "a.txt"),),
-        valid=(str(texts / "b.txt"),),
+        model="original",
+        data=("a.txt",),
+        valid=("b.txt",),
         unseen=(),
         tokens="2k",
         seq_len=64,
@@ -228,6 +257,11 @@ def test_every_case_is_one_that_linearize_takes(texts: Path, tmp_path: Path, tol
         probe_lengths=(128,),
         probe_limit=2,
     )
-    for options in filter(None, students.CASES.values()):
-        students._linearize([*setting.arguments(options), "--dry-run"], tmp_path / "log")
-        assert "to become ReGLA" in (tmp_path / "log").read_text()
+    known = {field.name for field in dataclasses.fields(LinearizeConfig)}
+    for name, options in students.CASES.items():
+        if options is not None:
+            parsed = vars(_parser().parse_args(["linearize", *setting.arguments(options), "--out", "new"]))
+            config = LinearizeConfig(**{name: value for name, value in parsed.items() if name in known})
+            assert config.seq_len * 64 == config.valid_tokens and config.lr == 1e-3
+            assert sum(stage.tokens for stage in config.stages) == (0 if name == WINDOW else 7 * 4 * 64)
+            assert all(getattr(config, key) == value for key, value in options.items())

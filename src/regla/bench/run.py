@@ -164,7 +164,8 @@ def bench_students(
     if out is not None:
         _check_file(out)
     chosen = [case.name for case in _matching([Case(name, lambda: iter(())) for name in students.CASES], only)]
-    check_count("limit", limit)
+    for name, value in (("limit", limit), ("seq_len", seq_len), ("batch_size", batch_size)):
+        check_count(name, value)
     read_sources([*data, *valid, *unseen])
     loaded = {}
     if tasks:

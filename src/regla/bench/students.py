@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from regla.eval.probes.run import Plan
 from regla.models.folders import load_model
 from regla.runtime.device import pick_device
 from regla.runtime.files import write_json
+from regla.runtime.signals import Interrupted, Signals
 
 BENCHMARK = "bench students"
 _DISTILL: dict[str, Any] = {"keep": "none"}
@@ -53,6 +55,7 @@ CASES: dict[str, dict[str, Any] | None] = {
 _UNTRAINED = ("window",)  # mixers that take no tokens
 _PROBES, _DEPTHS, _PAIRS = ("passkey", "kv"), (0.0, 0.5, 1.0), (4,)
 _LAST_LINES = 5  # of the log of a case that failed
+_PAUSE = 0.1  # seconds between looks at a conversion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +198,26 @@ def _convert(arguments: Sequence[str], folder: Path, log: Path) -> None:
 
 
 def _linearize(arguments: Sequence[str], log: Path) -> None:
-    """`regla linearize` in a process of its own; its output goes to `log`."""
-    with log.open("w", encoding="utf-8") as told:
-        command = [sys.executable, "-m", "regla", "linearize", *arguments]
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=told, stderr=told).returncode
+    """`regla linearize` in a process of its own; its output goes to `log`. A signal ends it behind a checkpoint.
+
+    Raises:
+        CaseError: it failed.
+        Interrupted: SIGINT or SIGTERM ended it.
+    """
+    command = [sys.executable, "-m", "regla", "linearize", *arguments]
+    with log.open("w", encoding="utf-8") as told, Signals() as signals:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True
+        )  # in a session of its own, so that Ctrl-C reaches it once, from here
+        try:
+            while (code := process.poll()) is None:
+                if signals.received is not None:
+                    process.terminate()
+                    process.wait()
+                    raise Interrupted(signals.received)
+                time.sleep(_PAUSE)
+        finally:
+            process.kill()
     if code:
         lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())
         ended = [f"ended by signal {-code}"] if code < 0 else []
