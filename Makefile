@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 # One thread per worker: more workers than cores slow each other down. What measures time runs after them, alone.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) $$(grep -rl --include='test_*.py' 'mark\.timing' tests)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

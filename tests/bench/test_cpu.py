@@ -20,14 +20,14 @@ def _as_users_run():
 
 def test_blocks_and_kernels_are_faster_than_the_recurrence():
     least = {"chunked": 2, "native": 7}
-    rows = measure_forms(2, turns=3)
+    rows = measure_forms(2, turns=2)
     assert all(row["ratio"] >= least[row["backend"]] for row in rows), rows
 
 
 def test_the_delta_rule_is_faster_than_its_recurrence():
     """The promise for the C kernels is ten times."""
     least = {"chunked": 2, "native": 10}
-    rows = measure_delta(turns=3)
+    rows = measure_delta(turns=1)  # a turn of the recurrence takes ten seconds
     assert {row["backend"] for row in rows} >= {"chunked"}
     assert all(row["ratio"] >= least[row["backend"]] for row in rows), rows
 

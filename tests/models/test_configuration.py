@@ -157,12 +157,11 @@ ORDERS = {
     "generation, which imports the Auto classes, first": f"import transformers.generation.utils, regla.models; {AUTO}",
     "by a name of the package": f"from regla import ReGLAForCausalLM; {AUTO}",
 }
-ORDERS_OF_OTHER_TESTS = ("regla first", "by a name of the package")
+#: By other tests, and by the order with generation, which imports transformers first, too.
+COVERED = ("regla first", "by a name of the package", "transformers first")
 
 
-@pytest.mark.parametrize(
-    "order", [pytest.param(name, marks=[pytest.mark.slow] * (name in ORDERS_OF_OTHER_TESTS)) for name in ORDERS]
-)
+@pytest.mark.parametrize("order", [pytest.param(name, marks=[pytest.mark.slow] * (name in COVERED)) for name in ORDERS])
 def test_importing_the_models_registers_them(order, tmp_path):
     """Whichever is imported first, Auto classes know the model type."""
     config = ReGLAConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=5, intermediate_size=8)

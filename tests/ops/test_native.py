@@ -76,6 +76,7 @@ def test_another_source_is_another_file(cache, monkeypatch, tmp_path):
     assert build.why_missing() is None and len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once(cache):
     """Both load a whole file, and one remains."""
     skip_without("native")

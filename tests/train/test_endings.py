@@ -142,7 +142,7 @@ main(sys.argv[1:])
     assert list(out.rglob(f".unfinished-{name}"))
 
 
-@pytest.mark.parametrize("options", [[], ["--resume"]])
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), ["--resume"]])
 def test_a_kill_while_the_log_begins_stops_nothing(options: list[str], corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     killed_while("log.jsonl", out, corpus)
@@ -151,7 +151,7 @@ def test_a_kill_while_the_log_begins_stops_nothing(options: list[str], corpus: P
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").open()] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("name", ["step-000002", "training.json"])
+@pytest.mark.parametrize("name", [pytest.param("step-000002", marks=pytest.mark.slow), "training.json"])
 def test_a_kill_during_any_other_write_is_resumed(name: str, corpus: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     killed_while(name, out, corpus)

@@ -72,7 +72,7 @@ class ReGLAConfig(PreTrainedConfig):
         beta_max: of the delta rule: beta, the share of the old answer that is replaced, lies between 0 and this number,
             at most 2. Above 1 eigenvalues of the transition may be negative.
         feature_map: of queries and keys in linear layers; "safe_exp" is the paper's (section 3.1). The delta rule
-            wants features of unit length, "unit_safe_exp".
+            wants features of unit length, such as "unit_silu".
         gate: the forget gate; "refined" is the paper's (section 3.3), "refined_low_rank" the same with fewer
             parameters, "sigmoid" a plain one, "mamba2" Mamba-2's, with its start.
         gate_axis: the axis of the state that the gate decays, "value", "key" or "both" (docs/results/defaults.md: why),

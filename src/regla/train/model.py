@@ -112,7 +112,7 @@ def match_softmax(config: ReGLAConfig) -> tuple[ReGLAConfig, int]:
 
 
 def count_parameters(config: ReGLAConfig) -> int:
-    """Parameters of a model of `config`, tied ones once; builds it without memory for its weights.
+    """Parameters of a model of `config`, tied ones once; builds it without memory for its weights, each only once.
 
     Raises:
         ValueError: no model can be built from `config`.
@@ -122,11 +122,17 @@ def count_parameters(config: ReGLAConfig) -> int:
     from regla.models.modeling import ReGLAForCausalLM
 
     try:
-        with torch.device("meta"):
-            model = ReGLAForCausalLM(config)
+        key = config.to_json_string(use_diff=False)
+        if key not in _counts:
+            with torch.device("meta"):
+                model = ReGLAForCausalLM(config)
+            _counts[key] = sum(parameter.numel() for parameter in model.parameters())
     except Exception as error:  # whatever transformers and PyTorch raise for values that nobody checked before
         raise ValueError(f"The configuration does not fit, no model can be built from it ({brief(error)}).") from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    return _counts[key]
+
+
+_counts: dict[str, int] = {}  # by the configuration: a study asks for the same ones many times
 
 
 def equal_parameters(config: ReGLAConfig, target: int) -> ReGLAConfig:
