@@ -18,7 +18,9 @@ def fresh_compiler():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["pure", BRANCH, "hybrid, sum", "hybrid, extras"])
+@pytest.mark.parametrize(
+    "variant", ["pure", BRANCH, pytest.param("hybrid, sum", marks=pytest.mark.slow), "hybrid, extras"]
+)
 @pytest.mark.parametrize(("make", "graphs"), [(StaticCache, 1), (DynamicCache, 2)], ids=["static", "dynamic"])
 def test_decoding_compiles_once(model, make, graphs, assert_same):
     """A token count in Python compiles once more, when it is seen to change; one in a tensor does not."""

@@ -235,6 +235,7 @@ def test_kernels_of_the_short_convolution_compile_without_spills(dtype, C, taps,
     assert in_a_process_of_its_own(kernels, "convolution", dtype, C, taps, packed) == list(IN_REGISTERS)
 
 
+@pytest.mark.slow
 def test_direct_launches_are_those_of_triton(kernels):
     assert in_a_process_of_its_own(kernels, "launch") == []
 

@@ -126,9 +126,14 @@ def assert_equal_to_definition(inputs, axis, S0=None, m0=None, mask=None, forms=
             assert definition.overall(grad, expected) <= GRADIENT, f"{form}: gradient of {name}"
 
 
-@pytest.mark.parametrize("axis", AXES)
+CASES = [
+    pytest.param(T, axis, marks=pytest.mark.slow if T == 200 or (T == 257 and axis != "both") else ())
+    for T, axis in itertools.product(LENGTHS, AXES)
+]
+
+
+@pytest.mark.parametrize(("T", "axis"), CASES)
 @pytest.mark.parametrize("scenario", ["plain", "extreme", "outliers"])
-@pytest.mark.parametrize("T", [pytest.param(T, marks=pytest.mark.slow) if T == 200 else T for T in LENGTHS])
 def test_lengths_gates_and_outliers(T, scenario, axis):
     shape = SHAPES[(LENGTHS.index(T) + AXES.index(axis)) % len(SHAPES)]
     _, H, K, V = shape

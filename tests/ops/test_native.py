@@ -109,6 +109,7 @@ def test_a_user_without_a_home(cache, monkeypatch):
     assert build.why_missing() is None
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(cache):
     """Of no length, as a crash or a full disk leave one."""
     skip_without("native")
